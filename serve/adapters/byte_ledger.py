@@ -5,9 +5,9 @@
     room.take(len(piece))         before each piece is written; the same errors
     room.close()                  it is gone, or it has a row that is counted instead
 
-What has rows elsewhere (versions, files) is asked there; what has none (answers, training) is counted again from the
-disk when the server starts. Where the disk comes to its reserve, a tenant with less than its share may still write: the
-reserve is there for those who did not fill the disk.
+What has rows elsewhere (versions, files) is asked there; what has none (answers, training, text, baselines) is counted
+again from the disk when the server starts. Where the disk comes to its reserve, a tenant with less than its share may
+still write: the reserve is there for those who did not fill the disk.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class Kind(StrEnum):
     TRAINING = "training"  # checkpoints and results of fine-tuning jobs that are not at their end
     DATASETS = "datasets"  # while they are built; then they are files
     CAPTURED = "captured"  # requests to learn from
+    TEXT = "text"  # requests as text, to calibrate on
+    BASELINES = "baselines"  # what versions are watched against
 
 
 # By tenant: of this one, or of all.

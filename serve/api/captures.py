@@ -38,6 +38,7 @@ class Captures:
         text = Capture(
             config.data_dir / "captured",
             model_of,
+            ledger,
             enabled=config.capture_text,
             redact=redact,
             hours=hours,

@@ -58,8 +58,12 @@ def bound_tenants(ledger: ByteLedger, registry: Registry, config: Config) -> Non
     """What each tenant may have on the disk, beside the versions that its keys' quotas are about."""
     ledger.counts(Kind.ADAPTERS, partial(kept_bytes, registry))
     most = config.tenant_bytes or config.batch_tenant_bytes + (16 << 30)
-    kinds = frozenset(Kind) - {Kind.ADAPTERS}
-    ledger.bound(Bound(kinds, most, "uploads, files, training and captured requests", "delete or cancel some"))
+    kinds = frozenset(Kind) - {Kind.ADAPTERS, Kind.BASELINES}
+    ledger.bound(
+        Bound(kinds, most, "uploads, files, training and captured requests", "delete or cancel some"),
+        # The server writes most of them by itself: they leave no less room for the others.
+        Bound(frozenset({Kind.BASELINES}), most, "baselines", "delete versions"),
+    )
 
 
 def tokens_of(config: Config, registry: Registry) -> Tokens | None:

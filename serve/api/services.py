@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 
+from serve.adapters.byte_ledger import Kind
 from serve.adapters.registry.registry import Registry
 from serve.adapters.shared_store import SharedStore
 from serve.adapters.store import Store
@@ -221,7 +222,9 @@ class Services:
             events=self.events,
             label=self.metrics.label,
             exists=lambda adapter, id: _exists(self.fleet, self.registry, adapter, id),
+            counts=lambda adapter, tenant: policy_for(config.policies, adapter).watches(adapter, tenant),
         )
+        self.store.ledger.counts(Kind.BASELINES, self.drift_monitor.kept)
         self._data_quality = DataQuality(
             language_of,
             lambda adapter: _context_of(_base_of(self.fleet, adapter)) if self._exists(adapter) else 0,

@@ -2,7 +2,7 @@
 
 One file of JSON lines an hour, `{"adapter": ..., "tenant": ..., "id": ..., "text": ...}`: the prompt as the model saw
 it (chat template and all) and its answer, with what `redact` matches blacked out. A file takes no more than `limit`
-bytes, and is deleted `hours` after its hour has ended, with or without traffic.
+bytes, and is deleted `hours` after its hour has ended, with or without traffic. Each line is on its tenant's account.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ import os
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 
+from serve.adapters.byte_ledger import ByteLedger, Kind, Room
 from serve.asgi.exchange import Exchange
+from serve.errors import OutOfSpace, QuotaExceeded
 from serve.files import write_whole
 from serve.models.decoding import Decoder
 
@@ -41,6 +45,7 @@ class Capture:
         self,
         folder: Path,
         model_of: Callable[[str], str],
+        ledger: ByteLedger | None = None,
         *,
         enabled: bool = True,
         redact: Sequence[str] = (),
@@ -57,20 +62,27 @@ class Capture:
         self._clock = clock
         self._decoders: dict[str, Decoder] = {}
         self._changing = threading.Lock()
-        # Lines that are written together: to write each by itself costs as much as to make it.
-        self._lines: list[bytes] = []
+        # Lines, with their tenants, that are written together: to write each by itself costs as much as to make it.
+        self._lines: list[tuple[str, bytes]] = []
         # The file of this hour, and its size; closed every minute, so that one that was deleted begins again.
         self._file: BinaryIO | None = None
         self._size = self._opened = 0
-        # Exchanges that were left out because their hour's file is full.
+        self._ledger = ledger
+        self._rooms: dict[str, Room] = {}
+        # By file: the bytes of each tenant.
+        self._sizes: dict[str, Counter[str]] = {}
+        # Exchanges that were left out because their hour's file is full, or their tenant has no more room.
         self.dropped = 0
 
     def start(self) -> None:
-        """Make the folder, readable by its owner alone, and delete old files."""
+        """Make the folder, readable by its owner alone, delete old files, and count what is there."""
         if self._enabled:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._folder.chmod(0o700)
         self.save()
+        with self._changing:
+            self._sizes = {file.stem: _sizes(file) for file in self._folder.glob("*.jsonl")}
+            self._recount()
 
     def observe(self, exchange: Exchange) -> None:
         """Note one answered request; `looked` writes it."""
@@ -82,7 +94,7 @@ class Capture:
             log.warning("a request was not captured: %s", error)
             return
         with self._changing:
-            self._lines.append(line)
+            self._lines.append((exchange.tenant, line))
 
     def looked(self) -> None:
         """Write what was noted."""
@@ -93,9 +105,11 @@ class Capture:
         """Delete the files whose time is over."""
         with self._changing:
             self._close()
-        for file in self._folder.glob("*.jsonl"):
-            if file.stem.isdigit() and int(file.stem) < self._hour - self._hours:
-                file.unlink(missing_ok=True)
+            for file in self._folder.glob("*.jsonl"):
+                if file.stem.isdigit() and int(file.stem) < self._hour - self._hours:
+                    file.unlink(missing_ok=True)
+                    self._sizes.pop(file.stem, None)
+            self._recount()
 
     def stop(self) -> None:
         """Write the rest."""
@@ -111,6 +125,8 @@ class Capture:
                 kept = [line for line in lines if not _is_of(line, tenant, ids)]
                 if len(kept) < len(lines):
                     write_whole(file, b"".join(kept))
+                    self._sizes[file.stem] = _sizes(file)
+            self._recount()
 
     @property
     def _hour(self) -> int:
@@ -133,8 +149,8 @@ class Capture:
             file = self._open()
             room = self._limit - self._size
             fitting = list[bytes]()
-            for line in lines:
-                if len(line) <= room:
+            for tenant, line in lines:
+                if len(line) <= room and self._has_room(tenant, len(line)):
                     fitting.append(line)
                     room -= len(line)
             self.dropped += len(lines) - len(fitting)
@@ -146,6 +162,32 @@ class Capture:
             self._size += len(data)
         except OSError as error:  # a full disk: traffic goes on
             log.warning("requests were not captured: %s", error)
+            if self._file is not None:
+                self._sizes[str(self._opened)] = _sizes(Path(self._file.name))
+            self._recount()
+
+    def _has_room(self, tenant: str, nbytes: int) -> bool:
+        """Whether the tenant may have so many bytes more; they are counted then."""
+        try:
+            if self._ledger is not None:
+                self._room(self._ledger, tenant).take(nbytes)
+        except (QuotaExceeded, OutOfSpace):
+            return False
+        self._sizes.setdefault(str(self._opened), Counter())[tenant] += nbytes
+        return True
+
+    def _room(self, ledger: ByteLedger, tenant: str) -> Room:
+        if tenant not in self._rooms:
+            self._rooms[tenant] = ledger.room(tenant, Kind.TEXT)
+        return self._rooms[tenant]
+
+    def _recount(self) -> None:
+        """Tell the ledger what the files have."""
+        if self._ledger is None:
+            return
+        totals = sum(self._sizes.values(), Counter[str]())
+        for tenant in {*totals, *self._rooms}:
+            self._room(self._ledger, tenant).count(totals[tenant])
 
     def _open(self) -> BinaryIO:
         """The file of this hour; unbuffered, so that a line that a full disk cuts short can be taken back."""
@@ -166,6 +208,23 @@ class Capture:
         if model not in self._decoders:
             self._decoders[model] = Decoder(Path(model) / "tokenizer.json")
         return self._decoders[model]
+
+
+class _Owned(msgspec.Struct):
+    tenant: str
+
+
+_owner = msgspec.json.Decoder(_Owned).decode
+
+
+def _sizes(file: Path) -> Counter[str]:
+    """The bytes of each tenant's lines."""
+    sizes: Counter[str] = Counter()
+    with file.open("rb") as lines:
+        for line in lines:
+            with suppress(msgspec.DecodeError):  # a power failure cut it short, or an earlier release wrote it
+                sizes[_owner(line).tenant] += len(line)
+    return sizes
 
 
 def _is_of(line: bytes, tenant: str, ids: Collection[str]) -> bool:

@@ -9,12 +9,13 @@ import logging
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from serve.adapters.byte_ledger import size_of
 from serve.drift.baseline import MAX_BYTES, Baseline, Provenance, Tolerance
 from serve.errors import ConfigError
 from serve.files import write_whole
@@ -29,6 +30,19 @@ class BaselineFiles:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        # By adapter and the version's folder.
+        self._sizes: dict[tuple[str, str], int] = {}
+
+    def count(self) -> None:
+        """See how many bytes there are."""
+        for folder in self._folder.glob("*/*"):
+            name = folder.parent.name
+            adapter = base64.urlsafe_b64decode(name + "=" * (-len(name) % 4)).decode(errors="replace")
+            self._sizes[adapter, folder.name] = size_of(folder)
+
+    def sizes(self) -> Iterable[tuple[str, int]]:
+        """An adapter and the bytes of one of its versions, for each; from any thread."""
+        return [(adapter, nbytes) for (adapter, _), nbytes in list(self._sizes.items())]
 
     def has(self, adapter: str, id: str) -> bool:
         """Whether anything is kept of the version."""
@@ -49,7 +63,9 @@ class BaselineFiles:
         """Write a version's baseline; a full disk is logged."""
         adapter = baseline.provenance.adapter
         try:
-            baseline.save(self._version_folder(adapter, id))
+            folder = self._version_folder(adapter, id)
+            baseline.save(folder)
+            self._sizes[adapter, folder.name] = size_of(folder)
         except OSError as error:
             log.error("the baseline of %s was not written: %s", id or adapter, error.strerror)
 
@@ -78,6 +94,7 @@ class BaselineFiles:
         """Delete what is kept of a version."""
         folder = self._version_folder(adapter, id)
         shutil.rmtree(folder, ignore_errors=True)
+        self._sizes.pop((adapter, folder.name), None)
         with suppress(OSError):  # other versions of the adapter are still there
             folder.parent.rmdir()
 

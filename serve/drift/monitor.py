@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from serve.drift.state_arrays import prefixed
 from serve.drift.watched_version import PROBE, DriftSettings, ProbeResult, WatchedVersion
 from serve.errors import ConfigError
 from serve.events import DriftAlarm, Events
+from serve.names import tenant_of
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ class DriftMonitor(Collector):
     """May be called from any thread but the event loop's. Alarms are published from the worker's thread.
 
     `base_of` says which base an adapter runs on. `label` gives a version's metric labels, which may be `other`.
-    `exists(adapter, id)`: whether there still is this version.
+    `exists(adapter, id)`: whether there still is this version. `counts(adapter, tenant)`: whether the requests of a
+    tenant to an adapter say anything of it.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class DriftMonitor(Collector):
         events: Events | None = None,
         label: Callable[[str, str], tuple[str, str]] = lambda adapter, version: (adapter, version),
         exists: Callable[[str, str], bool] = lambda adapter, id: True,
+        counts: Callable[[str, str], bool] = lambda adapter, tenant: True,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._files = BaselineFiles(folder)
@@ -72,6 +75,7 @@ class DriftMonitor(Collector):
         self._settings = settings
         self._base_of = base_of
         self._events = events or Events()
+        self._counts = counts
         self._label = label
         self._clock = clock
         scale = settings.reference / NEEDED[PROMPT]
@@ -95,10 +99,13 @@ class DriftMonitor(Collector):
     def start(self) -> None:
         """Read which alarms are open. A baseline is read with its version's first request."""
         self._unloaded.read()
+        self._files.count()
 
     def observe(self, exchange: Exchange) -> None:
         """Take in an exchange that was answered by a version of a watched base; `looked` compares it."""
         if exchange.status != 200 or not exchange.generations or exchange.version == "":
+            return
+        if exchange.id and not self._counts(exchange.adapter, exchange.tenant):
             return
         generation = exchange.generations[0]
         if not generation.prompt or not generation.output or generation.finish_reason in ("abort", "error"):
@@ -332,6 +339,14 @@ class DriftMonitor(Collector):
             self._watched(adapter, version, id, base).replace_baseline(baseline)
         signals = baseline.signals.items()
         return {kind: signal.gathered for kind, signal in signals if kind != FOLLOW_UP or signal.gathered}
+
+    def kept(self, tenant: str | None) -> dict[str, int]:
+        """Bytes on the disk, by tenant; from any thread."""
+        kept = Counter[str]()
+        for adapter, nbytes in self._files.sizes():
+            if (owner := tenant_of(adapter)) == tenant or tenant is None:
+                kept[owner] += nbytes
+        return kept
 
     # Reports
 

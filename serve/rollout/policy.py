@@ -26,7 +26,7 @@ from typing import Any
 from serve.errors import ConfigError
 from serve.names import tenant_of
 from serve.rollout import loop_policy
-from serve.rollout.loop_policy import LoopPolicy
+from serve.rollout.loop_policy import DRIFT, LoopPolicy
 
 EVERY = "*"
 NOTIFY = "notify"
@@ -98,6 +98,14 @@ class Policy:
     def proven(self) -> Policy:
         """No canary comes first: the version has been one, or what stands for it."""
         return replace(self, canary_weight=0.0)
+
+    def watches(self, adapter: str, tenant: str) -> bool:
+        """Requests of this tenant say whether the adapter of this full name drifts.
+
+        Where drift opens a loop, which trains on its own tenant's requests alone, those of tenants without a say do
+        not: they would spend what its tries may.
+        """
+        return DRIFT not in self.loop.on or self.verdicts.has(adapter, tenant)
 
 
 DEFAULT_POLICIES = (Policy(),)

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import PositiveInt
 
 from serve.adapters.adapter import Adapter
+from serve.adapters.byte_ledger import Kind
 from serve.api.json_body import JsonBody
 from serve.api.routes.callers import Asker, Manager, TheParts, owned, paying
 from serve.api.schemas import Accepted, Acknowledged, BaselinePrompts, Rating
@@ -22,7 +23,7 @@ from serve.drift.change_description import for_tenant
 from serve.engine.payer import Cause
 from serve.errors import BadRequest, ConfigError, Conflict, NotFound
 from serve.gateway.router import manages
-from serve.names import short_name, spelled
+from serve.names import short_name, spelled, tenant_of
 
 # What stands for a base where an adapter has its version.
 BASE_LABEL = "base"
@@ -157,6 +158,7 @@ async def shipped_baseline(
     request.state.subject = f"{spelled(name, caller.tenant)}@v{version or '(live)'}"
     which = baselined(parts, owned(parts, name, caller), version)
     data = await request.body()
+    await asyncio.to_thread(parts.store.ledger.check, tenant_of(which.name), Kind.BASELINES, len(data))
     label = f"v{which.version}"
     rows = await asyncio.to_thread(_asked, parts.drift_monitor.import_baseline, which.name, label, which.id, data)
     return {"object": "baseline", "name": name, "version": which.version, "requests": rows}

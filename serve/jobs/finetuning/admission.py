@@ -7,13 +7,15 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from fastapi.concurrency import contextmanager_in_threadpool
 
 from serve.adapters.adapter import FILES, MANIFEST, Adapter
+from serve.adapters.byte_ledger import Kind, size_of
 from serve.adapters.store import Store
 from serve.auth.auth import Auth, Caller, Scope, allowed
 from serve.errors import Conflict, EngineUnavailable, LoradockError, Unauthorized
@@ -43,8 +45,7 @@ class Admission:
     async def try_out(self, job: Job, adapter: Path) -> None:
         """Every check of `admit`, or its error; nothing of it stays."""
         caller = self.caller(job)
-        async with contextmanager_in_threadpool(self._store.quarantine()) as folder:
-            await asyncio.to_thread(_copy, adapter, folder, _provenance(job, {}))
+        async with self._copied(job, adapter, _provenance(job, {})) as folder:
             await self._lifecycle.try_push(job.asked.name, folder, quota=caller.limits, engine=job.asked.base)
 
     async def admit(self, job: Job, adapter: Path, settled: Mapping[str, Any], *, final: bool) -> str:
@@ -58,8 +59,7 @@ class Admission:
         why = f"fine-tuning job {job.id}"
         notes = {"fine_tuning_job": job.id, **({"parent": job.asked.parent} if job.asked.parent else {})}
         try:
-            async with contextmanager_in_threadpool(self._store.quarantine()) as folder:
-                await asyncio.to_thread(_copy, adapter, folder, _provenance(job, settled))
+            async with self._copied(job, adapter, _provenance(job, settled)) as folder:
                 version, _ = await self._versions.push(
                     name,
                     folder,
@@ -87,6 +87,15 @@ class Admission:
         except LoradockError as error:
             log.warning("an earlier epoch of %s is no version: %s", job.id, error.message)
             return ""
+
+    @asynccontextmanager
+    async def _copied(self, job: Job, adapter: Path, manifest: Mapping[str, Any]) -> AsyncIterator[Path]:
+        """The files of an upload, on the tenant's account as long as they are there."""
+        with self._store.ledger.room(job.tenant, Kind.UPLOADS) as room:
+            room.count(await asyncio.to_thread(size_of, adapter))
+            async with contextmanager_in_threadpool(self._store.quarantine(room)) as folder:
+                await asyncio.to_thread(_copy, adapter, folder, manifest)
+                yield folder
 
 
 def public_name(adapter: Adapter, tenant: str) -> str:

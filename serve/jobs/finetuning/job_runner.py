@@ -313,11 +313,13 @@ class JobRunner:
         """What each step measured, as a file. Written again after a kill, it is the same one."""
         id = "file-" + sha256(f"{job.id} results".encode()).hexdigest()[:24]
         self._ledger.check_disk(job.tenant)
+        room = self.room(job).beside(Bytes.FILES)  # until the job is at its end, and the file has its row
         with self._contents.incoming() as (path, sink):
             nbytes = 0
             for row in folder.results():
-                write(sink, row)
                 nbytes += len(row)
+                room.count(nbytes)
+                write(sink, row)
             sink.flush()
             self._contents.keep(id, path)
         now = self._clock()

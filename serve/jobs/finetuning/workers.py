@@ -209,13 +209,14 @@ class Workers:
     def done(self, caller: Caller, worker: str, id: str) -> None:
         """The result is here, whole: this server admits it from now on. Blocks."""
         rows = self._as(caller, worker)
-        self._held(rows.held(id), id)
+        job = self._held(rows.held(id), id)
         folder = self._runner.folder(id)
         received: list[str] = []
         if folder.adapter is None:
             incoming = self._incoming(id)
             if self._contents.is_shared:
                 received = self._received(id, incoming)
+                self._runner.count(job)
             if not all((incoming / "adapter" / name).is_file() for name in FILES):
                 raise BadRequest(
                     f"the result of {id} is not whole here: send {' and '.join(FILES)} below adapter/; where several "

@@ -12,6 +12,7 @@ import pytest
 
 from optimize.data import text
 from optimize.options import Text
+from serve.adapters.byte_ledger import Bound, ByteLedger, Kind
 from serve.asgi.exchange import Exchange, Generation
 from serve.asgi.exchange_worker import ExchangeWorker
 from serve.dataset.capture import HOUR, Capture
@@ -61,6 +62,39 @@ def test_an_hour_has_a_bound_and_is_forgotten(words):
     capture.observe(exchange([0, 2], [5]))
     capture.save()
     assert [file.name for file in (words / "captured").iterdir()] == ["1003.jsonl"]
+
+
+def test_each_line_is_on_its_tenants_account_until_it_is_deleted(words):
+    now = [HOUR * 1000.0]
+    ledger = ByteLedger(words, reserve=0, free=lambda root: 1 << 40)
+
+    def capture():
+        made = Capture(words / "captured", lambda adapter: str(words), ledger, hours=2, clock=lambda: now[0])
+        made.start()
+        return made
+
+    def keep(into, *tenants):
+        for number, tenant in enumerate(tenants):
+            into.observe(replace(exchange([0, 2], [5]), tenant=tenant, request_id=str(number)))
+        into.looked()
+
+    first = capture()
+    keep(first, "acme", "acme", "evil")
+    (file,) = (words / "captured").iterdir()
+    total = file.stat().st_size
+    assert ledger.nbytes("evil", Kind.TEXT) >= total // 3, "reserved a step at a time"
+    first.stop()
+    ledger = ByteLedger(words, reserve=0, free=lambda root: 1 << 40)
+    second = capture()
+    assert ledger.nbytes("acme", Kind.TEXT) + ledger.nbytes("evil", Kind.TEXT) == total, "counted again from the disk"
+    second.forget("acme", ["0"])
+    assert ledger.nbytes("acme", Kind.TEXT) == ledger.nbytes("evil", Kind.TEXT) == total // 3
+    ledger.bound(Bound(frozenset({Kind.TEXT}), total // 3, "text", "wait"))
+    keep(second, "acme", "none")
+    assert second.dropped == 1 and ledger.nbytes("acme", Kind.TEXT) == total // 3 == ledger.nbytes("none", Kind.TEXT)
+    now[0] += 4 * HOUR
+    second.save()
+    assert ledger.totals() == {}
 
 
 def test_deleted_requests_go_and_the_others_stay(words):
