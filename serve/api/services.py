@@ -222,7 +222,7 @@ class Services:
             events=self.events,
             label=self.metrics.label,
             exists=lambda adapter, id: _exists(self.fleet, self.registry, adapter, id),
-            counts=lambda adapter, tenant: policy_for(config.policies, adapter).watches(adapter, tenant),
+            counts=lambda adapter, tenant: self.policies[adapter].watches(adapter, tenant),
         )
         self.store.ledger.counts(Kind.BASELINES, self.drift_monitor.kept)
         self._data_quality = DataQuality(

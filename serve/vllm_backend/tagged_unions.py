@@ -109,7 +109,7 @@ class _Unions:
                 return self._values(schema["schema"], key, within)
             case "typed-dict":
                 field, total = schema["fields"].get(key), schema.get("total", True)
-                return _literal(field, required=(field or {}).get("required", total))
+                return _literal(field, required=bool((field or {}).get("required", total)))
             case "model-fields":
                 return _literal(schema["fields"].get(key), required=True)
         return None

@@ -1,11 +1,15 @@
 """`make hostile`: every kind of hostile request in turn, beside a victim who streams and an operator who works.
 
 A live server on the embedded model, three tenants. While each kind is sent for some seconds by four clients in a
-process of their own, a victim of another tenant streams answers with log-probabilities, an operator promotes and
-scrapes, and somebody asks /health fifty times a second. Afterwards: did the engine restart, was anything of the
-victim's lost or wrong, how long did he wait (against as many honest clients), are memory and descriptors back?
+process of their own, a victim of another tenant streams answers with log-probabilities, lists and pins its adapter, an
+operator promotes and scrapes, and somebody asks /health fifty times a second. Afterwards: did the engine restart, was
+anything of the victim's lost or wrong, how long did he wait (against as many honest clients), are memory and
+descriptors back?
 
     python -m tests.campaigns.hostile [--seconds 10] [--settle 120] [--only TEXT ...] [--json FILE]
+
+`--seconds 2 --settle 3` is ten minutes for all kinds. Slow kinds, whose first token takes more than twice that beside
+honest requests or whose lists and pins take more than a second, are named at the end; they count on a quiet machine.
 """
 
 from __future__ import annotations
@@ -39,6 +43,14 @@ from tests.support.server import ADMIN, KEYS, SMALL, Server, bearer, done
 
 CLIENTS = 4
 QUESTION = {"messages": [{"role": "user", "content": "Tell me about rivers."}], "max_tokens": 24, "temperature": 0}
+# What the victim's tenant does with its adapter, and how long each may take, in seconds.
+OWN = (
+    ("GET", "/v1/adapters"),
+    ("GET", "/v1/fine_tuning/jobs"),
+    ("POST", "/v1/adapters/own/pin"),
+    ("DELETE", "/v1/adapters/own/pin"),
+)
+LISTED = 1.0
 # A token's log-probability moves by this much with what else is in its batch.
 ROUNDING = 0.25
 VOCABULARY = 49_152
@@ -57,6 +69,7 @@ class Seen:
     between_tokens: float = 0.0
     health: float = 0.0
     operator: float = 0.0
+    lists: float = 0.0
     answers: int = 0
     wrong: list[str] = field(default_factory=list)
     memory: float = 0.0
@@ -76,12 +89,13 @@ class Stage:
         self.victim = self._key("victim", "inference")
         self.hostile = self._key("hostile", "inference")
         self.manager = self._key("hostile", "adapters:write")
+        self.owner = self._key("victim", "adapters:write")
         done(server.upload("tone", adapters["alpha"]))
         done(server.upload("tone", adapters["bravo"]))
         done(server.http.post("/v1/adapters/tone/visibility", json={"visibility": "shared"}))
-        files = [("files", (file.name, file.read_bytes())) for file in sorted(head.iterdir())]
-        headers = bearer(self.manager)
-        done(server.http.post("/v1/adapters", data={"name": "head"}, files=files, headers=headers))
+        for name, folder, key in (("head", head, self.manager), ("own", adapters["alpha"], self.owner)):
+            files = [("files", (file.name, file.read_bytes())) for file in sorted(folder.iterdir())]
+            done(server.http.post("/v1/adapters", data={"name": name}, files=files, headers=bearer(key)))
         self.quiet = {model: self.ask(model)[2] for model in ("smollm2", "default/tone@v1")}
 
     def _key(self, tenant: str, scope: str) -> str:
@@ -124,6 +138,20 @@ class Stage:
         return sum(row.get("restarts", 0) for row in done(self.server.http.get("/v1/engines"))["data"])
 
 
+def owner(stage: Stage, seen: Seen, stop: threading.Event) -> None:
+    """The victim's tenant lists and pins its adapter."""
+    with httpx.Client(base_url=stage.server.url, headers=bearer(stage.owner), timeout=60) as client:
+        while not stop.wait(0.5):
+            for method, path in OWN:
+                began = time.monotonic()
+                try:
+                    answer = client.request(method, path)
+                    assert answer.status_code < 300, f"{path}: {answer.status_code} {answer.text[:100]}"
+                except (AssertionError, httpx.HTTPError) as error:
+                    seen.wrong.append(f"owner: {error!r}"[:200])
+                seen.lists = max(seen.lists, time.monotonic() - began)
+
+
 @contextmanager
 def watched(stage: Stage, seen: Seen) -> Iterator[threading.Event]:
     """The victim, the operator and whoever asks for health, until the block ends."""
@@ -161,7 +189,8 @@ def watched(stage: Stage, seen: Seen) -> Iterator[threading.Event]:
 
     parent, child = multiprocessing.Pipe()
     health = multiprocessing.get_context("spawn").Process(target=ask_health, args=(stage.server.port, child))
-    threads = [threading.Thread(target=victim), threading.Thread(target=operator)]
+    threads = [threading.Thread(target=each) for each in (victim, operator)]
+    threads.append(threading.Thread(target=owner, args=(stage, seen, stop)))
     health.start()
     parent.recv()
     for thread in threads:
@@ -351,13 +380,14 @@ def p99(values: list[float]) -> float:
 
 def table(rows: list[Seen]) -> str:
     lines = [
-        "| kind | what came back | restarts | victim: first token, between tokens, p99 ms | /health p99 ms "
-        "| wrong | memory | descriptors |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kind | what came back | restarts | victim: first token, between tokens, p99 ms "
+        "| its lists and pins, worst ms | /health p99 ms | wrong | memory | descriptors |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         outcome = ", ".join(f"{count} x {status}" for status, count in sorted(row.outcome.items()))
-        waits = f"{row.first_token * 1000:.0f}, {row.between_tokens * 1000:.0f} | {row.health * 1000:.0f}"
+        waits = f"{row.first_token * 1000:.0f}, {row.between_tokens * 1000:.0f} | {row.lists * 1000:.0f}"
+        waits += f" | {row.health * 1000:.0f}"
         after = f"{len(row.wrong)} | {row.memory:+.1%} | {row.descriptors:+d}"
         lines.append(f"| {row.kind} | {outcome} | {row.restarts} | {waits} | {after} |")
     return "\n".join(lines)
@@ -408,6 +438,9 @@ def main() -> int:
     if words.json:
         words.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     failed = [row.kind for row in rows if row.failed]
+    usual = max(row.first_token for row in rows if row.kind == HONEST)
+    slow = [row.kind for row in rows if row.first_token > 2 * usual or row.lists > LISTED]
+    print(f"\nslow: {', '.join(slow) or 'none'} (first token beside honest requests: {1000 * usual:.0f} ms)")
     print(
         f"\n{len(KINDS)} kinds, {len(failed)} failed: {', '.join(failed)}"
         if failed

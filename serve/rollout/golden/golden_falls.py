@@ -54,8 +54,8 @@ class GoldenFalls:
             return
         now = live.version, summary.estimate.score
         if self._seen.get(name) != now:
-            self._seen[name] = now
             await asyncio.to_thread(self._look, live, now[1], golden)
+            self._seen[name] = now  # then only: what could not be told is looked at again
 
     def _look(self, live: Adapter, score: float, golden: GoldenSet) -> None:
         history = self._registry.history(live.name)

@@ -16,6 +16,7 @@ from serve.rollout.policy import parse
 from tests.serve.jobs.batches.conftest import lines_of, request
 from tests.support.app import CHAT, issued, settled, upload
 from tests.support.golden import cases, until
+from tests.support.watched_traffic import Engine
 
 COUNTED = ("prompt_tokens", "generated_tokens")
 
@@ -97,6 +98,36 @@ async def test_all_that_the_engine_computed_is_charged_to_somebody_or_named_as_t
     assert charged == {*(("acme", cause) for cause in wanted), ("default", "moderation")}
     assert {cause for tenant, cause in tokens if tenant == OPERATOR} == {"probe"}
     assert backend.computed == tokens.total()
+
+
+async def test_baselines_and_replays_are_charged_to_whoever_asked_for_them(connect, watched, backend, make_adapter):
+    Engine(backend)
+    backend.say = lambda body: "yes"
+    policies = parse({"acme/tone": {"train_on_traffic": True}})
+    async with connect(replace(watched, policies=policies, admin_keys=keys_hashed(["run"]))) as operator:
+        operator.headers["authorization"] = "Bearer run"
+        acme = await issued(operator, "acme", "inference", "adapters:write", tokens_per_minute=1_000_000)
+        for seed in (0, 1):
+            pushed = await acme.post("/v1/adapters", **upload(make_adapter(seed), promote=str(not seed).lower()))
+            assert pushed.status_code == 201, pushed.text
+        for number in range(4):
+            body = {"model": "tone", "messages": [{"role": "user", "content": f"hello {number}"}]}
+            assert (await acme.post(CHAT, json=body)).status_code == 200
+        await asyncio.to_thread(parts_of(operator).captures.worker.settle)
+        prompts = [f"prompt {number}" for number in range(20)]
+        built = await acme.post("/v1/adapters/tone/baseline", json={"prompts": prompts})
+        assert built.status_code == 200, built.text
+        replayed = await acme.post("/v1/adapters/tone/versions/2/replay", json={"requests": 4, "against": "live"})
+        assert replayed.status_code == 200, replayed.text
+
+        async def quiet():
+            tokens = await spent(operator)
+            return tokens if backend.computed == tokens.total() else None
+
+        tokens = await until(quiet)
+        assert tokens, (backend.computed, await spent(operator))
+        charged = {who for who in tokens if who[0] != OPERATOR}
+        assert charged == {("acme", cause) for cause in ("request", "baseline", "replay")}
 
 
 async def test_a_golden_set_that_was_put_while_nothing_was_live_costs_the_key_that_put_it(

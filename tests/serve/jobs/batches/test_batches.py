@@ -206,6 +206,24 @@ async def test_a_batch_that_cannot_be_is_refused_at_once(client, sdk):
         await ai.batches.cancel(batch.id)
 
 
+async def test_a_file_at_its_limits_is_taken_whole(client, sdk, config):
+    """As large as it may be, with as many lines as it may have."""
+    ai, line = sdk(client), lines_of([request("00000", prompt="x")])
+    more = config.batch_file_bytes // config.batch_lines - len(line)
+    lines = b"".join(
+        lines_of([request(f"{number:05}", prompt="x" * (more + 1))]) for number in range(config.batch_lines)
+    )
+    assert config.batch_file_bytes - config.batch_lines < len(lines) <= config.batch_file_bytes
+    file = await ai.files.create(file=("in.jsonl", lines), purpose="batch")
+    assert file.bytes == len(lines)
+    batch = await ai.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+    async with asyncio.timeout(120):
+        while (batch := await ai.batches.retrieve(batch.id)).status == "validating":
+            await asyncio.sleep(0.05)
+    assert (batch.status, batch.request_counts.total) == ("in_progress", config.batch_lines), batch.errors
+    await ai.batches.cancel(batch.id)
+
+
 async def test_an_input_that_is_wrong_fails_with_its_line_numbers_and_asks_nothing(client, sdk, backend):
     ai = sdk(client)
     batch = await ended(ai, await begun(ai, request("a"), "{", request("a"), request("b", url="/v1/completions")))

@@ -50,6 +50,31 @@ async def test_a_score_of_what_is_live_that_fell_is_told_once(client, backend, m
     assert len(told) == 1, "a better one is no fall"
 
 
+async def test_a_fall_that_could_not_be_noted_at_first_is_told_later(client, backend, make_adapter, monkeypatch):
+    skill = Skill(backend)
+    _, second = await push_two(client, make_adapter)
+    skill.of[second] = 0.1
+    parts, told, failures = client._transport.app.state.parts, [], []
+    parts.events.at_once("test", told.append, GoldenScoreFell)
+    await put(client, cases(20))
+    await ran(client, 1)
+    note = parts.registry.note
+
+    def fail_once(name, what, *args, **fields):
+        if what == "golden_fell" and not failures:
+            failures.append(what)
+            raise EngineUnavailable("the registry did not take the change")
+        return note(name, what, *args, **fields)
+
+    monkeypatch.setattr(parts.registry, "note", fail_once)
+    await client.post("/v1/adapters/tone/promote", json={"version": 2})
+    await ran(client, 2)
+    assert await until(lambda: asyncio.sleep(0, failures)) and not told
+    parts.golden.runs._next.clear()  # the pause after a failure is over
+    await parts.golden.runs.round()
+    assert [fall.kind for fall in told] == ["golden.score_fell"]
+
+
 async def test_a_set_is_run_on_the_live_version_and_on_each_that_is_pushed(client, backend, make_adapter):
     skill = Skill(backend)
     first = (await client.post("/v1/adapters", **upload(make_adapter(0)))).json()["id"]
