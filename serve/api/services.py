@@ -222,7 +222,7 @@ class Services:
             events=self.events,
             label=self.metrics.label,
             exists=lambda adapter, id: _exists(self.fleet, self.registry, adapter, id),
-            counts=lambda adapter, tenant: self.policies[adapter].watches(adapter, tenant),
+            policies=self.policies,
         )
         self.store.ledger.counts(Kind.BASELINES, self.drift_monitor.kept)
         self._data_quality = DataQuality(

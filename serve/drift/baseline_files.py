@@ -9,7 +9,8 @@ import logging
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +20,7 @@ from serve.adapters.byte_ledger import size_of
 from serve.drift.baseline import MAX_BYTES, Baseline, Provenance, Tolerance
 from serve.errors import ConfigError
 from serve.files import write_whole
+from serve.names import tenant_of
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +42,13 @@ class BaselineFiles:
             adapter = base64.urlsafe_b64decode(name + "=" * (-len(name) % 4)).decode(errors="replace")
             self._sizes[adapter, folder.name] = size_of(folder)
 
-    def sizes(self) -> Iterable[tuple[str, int]]:
-        """An adapter and the bytes of one of its versions, for each; from any thread."""
-        return [(adapter, nbytes) for (adapter, _), nbytes in list(self._sizes.items())]
+    def kept(self, tenant: str | None) -> dict[str, int]:
+        """Bytes by tenant, of this one or of all; from any thread."""
+        kept = Counter[str]()
+        for (adapter, _), nbytes in list(self._sizes.items()):
+            if (owner := tenant_of(adapter)) == tenant or tenant is None:
+                kept[owner] += nbytes
+        return kept
 
     def has(self, adapter: str, id: str) -> bool:
         """Whether anything is kept of the version."""

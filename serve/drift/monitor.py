@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -37,7 +37,6 @@ from serve.drift.state_arrays import prefixed
 from serve.drift.watched_version import PROBE, DriftSettings, ProbeResult, WatchedVersion
 from serve.errors import ConfigError
 from serve.events import DriftAlarm, Events
-from serve.names import tenant_of
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +48,18 @@ PROFILE = "profile.json"
 LATELY = 600.0
 
 
+class Watching(Protocol):
+    """What the monitor asks of policies."""
+
+    def watches(self, adapter: str, tenant: str) -> bool:
+        """Whether the requests of this tenant say anything of this adapter."""
+
+
 class DriftMonitor(Collector):
     """May be called from any thread but the event loop's. Alarms are published from the worker's thread.
 
     `base_of` says which base an adapter runs on. `label` gives a version's metric labels, which may be `other`.
-    `exists(adapter, id)`: whether there still is this version. `counts(adapter, tenant)`: whether the requests of a
-    tenant to an adapter say anything of it.
+    `exists(adapter, id)`: whether there still is this version. `policies` say whose requests are compared.
     """
 
     def __init__(
@@ -66,16 +71,17 @@ class DriftMonitor(Collector):
         events: Events | None = None,
         label: Callable[[str, str], tuple[str, str]] = lambda adapter, version: (adapter, version),
         exists: Callable[[str, str], bool] = lambda adapter, id: True,
-        counts: Callable[[str, str], bool] = lambda adapter, tenant: True,
+        policies: Watching | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._files = BaselineFiles(folder)
+        self.kept = self._files.kept
         self._unloaded = UnloadedAlarms(self._files, exists)
         self._false_alarms = FalseAlarms(settings.threshold)
         self._settings = settings
         self._base_of = base_of
         self._events = events or Events()
-        self._counts = counts
+        self._policies = policies
         self._label = label
         self._clock = clock
         scale = settings.reference / NEEDED[PROMPT]
@@ -105,7 +111,7 @@ class DriftMonitor(Collector):
         """Take in an exchange that was answered by a version of a watched base; `looked` compares it."""
         if exchange.status != 200 or not exchange.generations or exchange.version == "":
             return
-        if exchange.id and not self._counts(exchange.adapter, exchange.tenant):
+        if exchange.id and self._policies and not self._policies.watches(exchange.adapter, exchange.tenant):
             return
         generation = exchange.generations[0]
         if not generation.prompt or not generation.output or generation.finish_reason in ("abort", "error"):
@@ -339,14 +345,6 @@ class DriftMonitor(Collector):
             self._watched(adapter, version, id, base).replace_baseline(baseline)
         signals = baseline.signals.items()
         return {kind: signal.gathered for kind, signal in signals if kind != FOLLOW_UP or signal.gathered}
-
-    def kept(self, tenant: str | None) -> dict[str, int]:
-        """Bytes on the disk, by tenant; from any thread."""
-        kept = Counter[str]()
-        for adapter, nbytes in self._files.sizes():
-            if (owner := tenant_of(adapter)) == tenant or tenant is None:
-                kept[owner] += nbytes
-        return kept
 
     # Reports
 

@@ -99,14 +99,6 @@ class Policy:
         """No canary comes first: the version has been one, or what stands for it."""
         return replace(self, canary_weight=0.0)
 
-    def watches(self, adapter: str, tenant: str) -> bool:
-        """Requests of this tenant say whether the adapter of this full name drifts.
-
-        Where drift opens a loop, which trains on its own tenant's requests alone, those of tenants without a say do
-        not: they would spend what its tries may.
-        """
-        return DRIFT not in self.loop.on or self.verdicts.has(adapter, tenant)
-
 
 DEFAULT_POLICIES = (Policy(),)
 _NAMES = tuple(field.name for field in dataclasses.fields(Policy) if field.name != "adapter")
@@ -138,6 +130,15 @@ class Policies:
 
     def __getitem__(self, adapter: str) -> Policy:
         return self._own.get(adapter) or self._own[EVERY]
+
+    def watches(self, adapter: str, tenant: str) -> bool:
+        """Requests of this tenant say whether the adapter of this full name drifts.
+
+        Where drift opens a loop, which trains on its own tenant's requests alone, those of tenants without a say do
+        not: they would spend what its tries may.
+        """
+        policy = self[adapter]
+        return DRIFT not in policy.loop.on or policy.verdicts.has(adapter, tenant)
 
 
 def _policy(base: Policy, adapter: Any, fields: Any) -> Policy:
