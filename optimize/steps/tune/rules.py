@@ -105,11 +105,11 @@ def estimate(step: Tune, context: Context) -> Estimate:
 
 def too_long(file: Path, method: str, found: Found, folder: Path) -> Iterator[tuple[int, str]]:
     """(line, why) of examples whose answers the model in `folder` would never see; `found` is what the file holds."""
-    from optimize.steps.tune.encoding import Encoder
-
     longest = max_length({"max_length": 0}, json.loads((folder / "config.json").read_text()))
-    # A token has a byte at least, and a chat template adds few: shorter files need no tokenizer.
+    # A token has a byte at least, and a chat template adds few: shorter files need no tokenizer, nor torch with it.
     if found.longest > longest - TEMPLATE:
+        from optimize.steps.tune.encoding import Encoder
+
         yield from Encoder(folder, longest).too_long(file, method)
 
 

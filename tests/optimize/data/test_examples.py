@@ -197,3 +197,18 @@ def test_check_says_it_on_the_command_line(tmp_path, capsys):
 def test_checking_needs_no_torch():
     code = "import sys, optimize.cli; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_check_of_short_examples_reads_no_tokenizer_and_imports_no_torch(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 8192}))
+    words = ["check", str(file_of(tmp_path)), "--method", "supervised", "--model", str(tmp_path), "--json"]
+    code = f"""
+import sys
+from optimize.cli import run
+
+run({words!r}, None)
+print(sorted({{"torch", "transformers"}} & {{*sys.modules}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[0])["examples"] == 10
+    assert done.stdout.splitlines()[1] == "[]"
