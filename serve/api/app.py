@@ -1,4 +1,4 @@
-"""`build_app()`: the parts, thin routes, and who answers for what went wrong. Read this first.
+"""`app_of()`: thin routes over the parts of a server, and who answers for what went wrong.
 
 a request:   app > auth > limits > router > engine > tap > monitor
 an upload:   app > auth > upload > adapter > store > engine > registry
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -22,52 +22,46 @@ from starlette.routing import Route
 
 from serve import __version__
 from serve.adapters.fair_threads import FairThreads
-from serve.adapters.sources.kind import offered
 from serve.api.dashboard.pages import pages
 from serve.api.entrance import Entrance
 from serve.api.openapi import DocumentedApi
 from serve.api.reference.pages import reference_pages
-from serve.api.resolver import FolderResolver
 from serve.api.routes import routers
-from serve.api.services import Services
 from serve.asgi.error_shapes import as_anthropic, error_body, is_anthropic
-from serve.asgi.exchange import Exchange
 from serve.asgi.origin import OriginCheck, origins
-from serve.auth.audit import Audited
+from serve.auth.audit import Audit, Audited
+from serve.auth.auth import Auth
 from serve.auth.rate_limits import RouteBudgets
 from serve.auth.token_check import TokenCheck
 from serve.config import Config
-from serve.engine.backend import Backend
 from serve.errors import LoradockError, invalid
 from serve.gateway.inference import Inference
 from serve.gateway.request import PATHS, STORED
-from serve.rollout.canary.shadow import ShadowExchange
+from serve.rollout.registry_sync import RegistrySync
+
+if TYPE_CHECKING:
+    from serve.auth.oidc import Tokens
 
 # For what blocks, at least: half of them are one tenant's at most, and some wait for a download.
 THREADS = 16
 
 
-def build_app(
-    config: Config,
-    backend: Backend | Sequence[Backend],
-    on_failure: Callable[[LoradockError], None] | None = None,
-    on_shadow: Callable[[ShadowExchange], None] | None = None,
-    replica: str = "",
-    observers: Sequence[Callable[[Exchange], None]] = (),
-) -> FastAPI:
-    """The whole server over `backend`, or several, one for each base model; the first answers who names none.
+class Parts(Protocol):
+    """What the app itself uses of a server; routes say what else (`serve.api.parts`)."""
 
-    `on_failure` hears of an engine that cannot start.
+    config: Config
+    auth: Auth
+    audit: Audit
+    tokens: Tokens | None
+    follower: RegistrySync | None
+    inference: Inference
 
-    `on_shadow` gets every request that a shadow answered too, with both answers.
+    def running(self) -> AbstractAsyncContextManager[None]: ...
+    def doubted(self, error: LoradockError) -> LoradockError: ...
 
-    `replica` is this server's name among those that share its registry.
 
-    `observers` get each exchange when it has ended, on the event loop.
-    """
-    offered()  # a package whose source cannot be loaded is told now, and none is looked for while requests wait
-    backends = backend if isinstance(backend, Sequence) else [backend]
-    parts = Services(config, backends, on_failure, on_shadow, replica, observers)
+def app_of(parts: Parts) -> FastAPI:
+    """The HTTP side of a server."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -75,8 +69,6 @@ def build_app(
         async with parts.running():
             yield
 
-    if config.resolver_folder:
-        parts.inference.unknown = FolderResolver(parts).bring
     app = DocumentedApi(
         title="loradock",
         version=__version__,
@@ -97,7 +89,7 @@ def build_app(
     return app
 
 
-def _middleware(parts: Services) -> list[Middleware]:
+def _middleware(parts: Parts) -> list[Middleware]:
     """What a request passes before a route, in this order."""
     return [
         Middleware(

@@ -14,11 +14,14 @@ from pathlib import Path
 
 from serve.adapters.adapter import CONFIG, FILES
 from serve.adapters.fetch import fetch
+from serve.adapters.registry.registry import Registry
 from serve.adapters.sources.address import parse
-from serve.api.routes.incoming import admit, quarantined
+from serve.api.health import Health
+from serve.api.incoming import Incoming
 from serve.api.schemas import Fetch
-from serve.api.services import Services
+from serve.auth.audit import Audit
 from serve.auth.auth import Caller
+from serve.config import Config
 from serve.errors import BadRequest, Conflict, LoradockError
 from serve.names import DEFAULT, check_name
 
@@ -32,27 +35,31 @@ _State = tuple[tuple[int, int], ...]
 class FolderResolver:
     """`bring` is what Inference asks about a model that nobody knows."""
 
-    def __init__(self, parts: Services) -> None:
-        self._parts = parts
-        self._root = Path(parts.config.resolver_folder).absolute()
+    def __init__(self, config: Config, registry: Registry, incoming: Incoming, health: Health, audit: Audit) -> None:
+        self._config = config
+        self._registry = registry
+        self._incoming = incoming
+        self._health = health
+        self._audit = audit
+        self._root = Path(config.resolver_folder).absolute()
         self._coming: dict[str, asyncio.Task[None]] = {}
         self._refused: dict[str, tuple[_State, LoradockError]] = {}
 
     async def bring(self, name: str, caller: Caller) -> bool:
         """Whether the name is an adapter now; what its admission refuses is raised, and remembered with the folder."""
-        if caller.tenant != DEFAULT or name in self._parts.registry or not _may_be_a_name(name):
+        if caller.tenant != DEFAULT or name in self._registry or not _may_be_a_name(name):
             return False
         state = await asyncio.to_thread(_state, self._root / name)
         if state is None:
             return False
-        self._parts.check_started()
+        self._health.check_started()
         was, error = self._refused.get(name, (None, None))
         if error and was == state:
             raise copy(error)  # one that is raised keeps the frames of the request that met it
         try:
             await asyncio.shield(self._once(name, caller, state))
         except Conflict:
-            if name not in self._parts.registry:
+            if name not in self._registry:
                 raise
         return True  # perhaps by a push that was faster
 
@@ -69,14 +76,14 @@ class FolderResolver:
             task.exception()  # whoever waits has it; if nobody does, it is no news
 
     async def _admitted(self, name: str, caller: Caller, state: _State) -> None:
-        parts, address = self._parts, f"file://{self._root / name}"
+        address = f"file://{self._root / name}"
         subject, status = name, 500
         try:
             source = parse(address, (self._root,))
-            async with quarantined(parts, caller) as (folder, room):
-                came = await asyncio.to_thread(fetch, source, folder, room, max_bytes=parts.config.max_upload_bytes)
+            async with self._incoming.quarantined(caller) as (folder, room):
+                came = await asyncio.to_thread(fetch, source, folder, room, max_bytes=self._config.max_upload_bytes)
                 asked = Fetch(name, address, why=f"from {address}, for a request")
-                adapter, _ = await admit(parts, caller, asked, folder, expected=0, came=came)
+                adapter, _ = await self._incoming.admit(caller, asked, folder, expected=0, came=came)
             subject, status = adapter.tag, 200
             self._refused.pop(name, None)
         except LoradockError as error:
@@ -88,7 +95,7 @@ class FolderResolver:
             raise
         finally:
             line = {"tenant": caller.tenant, "key": caller.key, "what": "resolve_adapter", "subject": subject}
-            await asyncio.to_thread(parts.audit.write, status=status, who=caller.name, **line)
+            await asyncio.to_thread(self._audit.write, status=status, who=caller.name, **line)
 
 
 def _may_be_a_name(name: str) -> bool:

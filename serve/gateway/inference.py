@@ -84,8 +84,6 @@ class Inference:
     `unknown(model, caller)` may have a model registered that nobody knows yet; whether it is there then.
     """
 
-    unknown: Callable[[str, Caller], Awaitable[bool]] | None = None
-
     def __init__(
         self,
         auth: Auth,
@@ -101,7 +99,9 @@ class Inference:
         doubted: Callable[[LoradockError], LoradockError] = lambda error: error,
         guards: Guards | None = None,
         traced: Callable[[Scope], RequestTrace] | None = None,
+        unknown: Callable[[str, Caller], Awaitable[bool]] | None = None,
     ) -> None:
+        self.unknown = unknown
         self._guards = guards
         self._traced = traced
         self._bounds = bounds or RequestBounds()

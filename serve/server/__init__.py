@@ -1,4 +1,4 @@
-"""A process that listens: on one machine (`launch`), or replicas on Ray (`ray_serve`); and what it needs (`doctor`).
+"""A server out of its parts (`assembly`), and a process that listens: alone (`launch`), or on Ray (`ray_serve`).
 
-It starts and ends the app of `serve.api`; it knows no route.
+It starts and ends the parts, over the app of `serve.api`; it knows no route. `doctor` says what it needs.
 """

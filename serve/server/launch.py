@@ -154,7 +154,7 @@ def _run(config: Config, sock: socket, output: Log) -> int:
         if forkserver.wanted():
             hardware.leave_core()
     output.watch()
-    from serve.api.app import build_app
+    from serve.server.assembly import build_app
     from serve.vllm_backend.backend import VLLMBackend
 
     gc.freeze()
@@ -191,7 +191,7 @@ def _run(config: Config, sock: socket, output: Log) -> int:
 
 def _import_server() -> None:
     """What the server needs beside vLLM, and its engines do not."""
-    import serve.api.app  # noqa: F401
+    import serve.server.assembly  # noqa: F401
     from serve.cpu_kernels import pages
     from serve.vllm_backend.backend import prepare
 
@@ -223,7 +223,7 @@ async def _serve(server: Server, app: FastAPI, sock: socket, config: Config) -> 
 
 async def _announce(app: FastAPI, url: str, server: Server) -> None:
     log.info("listening on %s", url)
-    await app.state.parts.ready.wait()
+    await app.state.parts.health.ready.wait()
     log.info("ready: %s/v1 answers as %s", url, app.state.parts.fleet.first.name)
     await collect_in_quiet(lambda: len(server.server_state.connections))
 

@@ -257,7 +257,7 @@ class Replica:
         config = resolved(self._config)
         if hardware.on_cpu():
             forkserver.start()
-        from serve.api.app import build_app
+        from serve.server.assembly import build_app
         from serve.vllm_backend.backend import VLLMBackend
 
         backends = [VLLMBackend(base.model, base.name, base.engine) for base in config.bases]
@@ -287,7 +287,7 @@ class Replica:
     async def _wait(self) -> str:
         """Until the engines answer; why they never will, if so."""
         assert self._app is not None
-        while not self._app.state.parts.ready.is_set():
+        while not self._app.state.parts.health.ready.is_set():
             if self._failure:
                 return str(self._failure)
             await asyncio.sleep(0.1)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import re
+import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -139,3 +143,16 @@ async def test_a_server_tells_of_each_change_of_what_is_live_whichever_door_it_c
     swaps = [line for line in (await client.get("/metrics")).text.splitlines() if "adapter_swaps_total{" in line]
     assert 'loradock_adapter_swaps_total{adapter="tone",result="promoted"} 2.0' in swaps
     assert 'loradock_adapter_swaps_total{adapter="tone",result="rolled_back"} 1.0' in swaps
+
+
+async def test_a_toy_subscriber_is_a_file_and_a_line_as_the_docs_say(client, capsys):
+    """Run as it stands in docs/contributing.md."""
+    page = (Path(__file__).parents[2] / "docs" / "contributing.md").read_text()
+    section = page.partition("### a subscriber to events")[2].partition("###")[0]
+    (file,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    (line,) = re.findall(r"`(events\.subscribe\(.*?\))`", section)
+    names = {"events": client._transport.app.state.parts.events}
+    exec(f"{textwrap.dedent(file)}\n{line}", names)
+    names["events"].publish(ALARM)
+    await asyncio.to_thread(names["events"].settle)
+    assert "acme/tone@v2: German" in capsys.readouterr().out

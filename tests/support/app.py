@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 
-from serve.api.app import build_app
 from serve.config import Config
+from serve.server.assembly import build_app
 from tests.support.backend import FakeBackend
 
 CHAT = "/v1/chat/completions"
@@ -27,7 +27,7 @@ class Started:
     async def __aenter__(self) -> httpx.AsyncClient:
         self._lifespan = self.app.router.lifespan_context(self.app)
         await self._lifespan.__aenter__()
-        await asyncio.wait_for(self.app.state.parts.ready.wait(), 30)
+        await asyncio.wait_for(self.app.state.parts.health.ready.wait(), 30)
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=True)
         self._client = httpx.AsyncClient(transport=transport, base_url="http://localhost")
         return self._client

@@ -14,8 +14,8 @@ from pathlib import Path
 import httpx
 import uvicorn
 
-from serve.api.app import build_app
 from serve.config import keys_hashed, load
+from serve.server.assembly import build_app
 from tests.support import tiny
 from tests.support.app import upload
 from tests.support.backend import FakeBackend
@@ -34,7 +34,7 @@ async def main(port: int) -> None:
         serving = asyncio.create_task(server.serve())
         headers = {"authorization": f"Bearer {KEY}"}
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers) as client:
-            while not app.state.parts.ready.is_set():
+            while not app.state.parts.health.ready.is_set():
                 await asyncio.sleep(0.1)
             for seed in (0, 1):
                 adapter = tiny.adapter(folder / f"adapter-{seed}", seed)

@@ -26,7 +26,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 @asynccontextmanager
 async def in_process(config: Config, port: int) -> AsyncIterator[Any]:
     """The parts of a server that is ready, on a port of this machine. config: resolved."""
-    from serve.api.app import build_app
+    from serve.server.assembly import build_app
     from serve.vllm_backend.backend import VLLMBackend
 
     app = build_app(config, [VLLMBackend(base.model, base.name, base.engine) for base in config.bases])
@@ -36,7 +36,7 @@ async def in_process(config: Config, port: int) -> AsyncIterator[Any]:
     while not server.started:
         await asyncio.sleep(0.1)
     parts = app.state.parts
-    await parts.ready.wait()
+    await parts.health.ready.wait()
     collecting = asyncio.create_task(collect_in_quiet(lambda: len(server.server_state.connections)))
     try:
         yield parts

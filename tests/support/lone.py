@@ -7,8 +7,8 @@ import sys
 
 import uvicorn
 
-from serve.api.app import build_app
 from serve.config import load
+from serve.server.assembly import build_app
 from serve.server.connection import guarded
 from tests.support.backend import FakeBackend
 

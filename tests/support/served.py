@@ -9,8 +9,8 @@ import threading
 import httpx
 import uvicorn
 
-from serve.api.app import build_app
 from serve.config import Config
+from serve.server.assembly import build_app
 from tests.support.backend import FakeBackend
 
 

@@ -56,10 +56,10 @@ def slowed(processor: type) -> type:
 
 
 def main() -> None:
-    import serve.api.app
+    import serve.server.assembly
     from serve.cli.main import app
 
-    build = serve.api.app.build_app
+    build = serve.server.assembly.build_app
 
     def build_app(*args: Any) -> Any:
         import serve.vllm_backend.backend
@@ -67,7 +67,7 @@ def main() -> None:
         serve.vllm_backend.backend.Outputs = slowed(serve.vllm_backend.backend.Outputs)  # type: ignore[misc]
         return build(*args)
 
-    serve.api.app.build_app = build_app
+    serve.server.assembly.build_app = build_app
     app(sys.argv[1:])
 
 

@@ -20,9 +20,9 @@ from pathlib import Path
 import httpx
 import uvicorn
 
-from serve.api.app import build_app
 from serve.config import load
 from serve.models.lora_modules import lora_modules
+from serve.server.assembly import build_app
 from tests.support.backend import FakeBackend
 from tests.support.server import ROOT, free_port
 from tests.support.trainer import COMMAND

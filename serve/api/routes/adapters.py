@@ -8,15 +8,29 @@ import msgspec
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from serve.adapters.registry.registry import Registry
+from serve.api.incoming import received, stated_bytes
 from serve.api.json_body import JsonBody
-from serve.api.routes.callers import Expected, Manager, TheParts, agreed, described, owned, summary
-from serve.api.routes.incoming import admit, quarantined, received, stated_bytes, tried
-from serve.api.routes.removal import forget
+from serve.api.parts import (
+    TheAdmission,
+    TheConfig,
+    TheFleet,
+    TheGolden,
+    TheHealth,
+    TheIncoming,
+    TheLifecycle,
+    ThePolicies,
+    TheRecent,
+    TheRegistry,
+    TheRemoval,
+)
+from serve.api.routes.callers import Expected, Manager, agreed, described, owned, summary
 from serve.api.schemas import Pin, Promote, Rename, Rollback, Visibility, Weight
-from serve.api.services import Services
 from serve.auth.auth import Caller
+from serve.engine.fleet import Fleet
 from serve.gateway.router import manages
 from serve.names import check_name, full_name, short_name, spelled, tenant_of
+from serve.rollout.lifecycle import Lifecycle
 from serve.rollout.rename import rename as give_name
 
 router = APIRouter()
@@ -29,7 +43,16 @@ LISTED_AT_ONCE = 50  # a few milliseconds
     status_code=201,
     responses={200: {"description": "These bytes are a version already, or it was a dry run"}},
 )
-async def push(request: Request, caller: Manager, expected: Expected, parts: TheParts) -> Response:
+async def push(
+    request: Request,
+    caller: Manager,
+    expected: Expected,
+    registry: TheRegistry,
+    fleet: TheFleet,
+    config: TheConfig,
+    health: TheHealth,
+    incoming: TheIncoming,
+) -> Response:
     """Push a version of an adapter, as multipart, JSON or tensors.
 
     Multipart: `name`, `promote`, `visibility`, `engine`, `why`, `probe_min_effect` (what the probe asks of this
@@ -44,20 +67,21 @@ async def push(request: Request, caller: Manager, expected: Expected, parts: The
     or wait for its score on the golden set. With `dry_run` every check runs and nothing is kept: 200 says what the push
     would do.
     """
-    parts.check_started()
-    async with quarantined(parts, caller, stated_bytes(request)) as (folder, room):
-        asked, came = await received(request, folder, room, parts.config, caller)
+    health.check_started()
+    async with incoming.quarantined(caller, stated_bytes(request)) as (folder, room):
+        asked, came = await received(request, folder, room, config, caller)
         if asked.dry_run:
-            return JSONResponse(await tried(parts, request, caller, asked, folder, expected=expected))
-        adapter, created = await admit(parts, caller, asked, folder, expected=expected, came=came)
+            return JSONResponse(await incoming.tried(request, caller, asked, folder, expected=expected))
+        adapter, created = await incoming.admit(caller, asked, folder, expected=expected, came=came)
     request.state.subject = adapter.tag
-    return JSONResponse(described(parts, adapter, caller), status_code=201 if created else 200)
+    return JSONResponse(described(registry, fleet, adapter, caller), status_code=201 if created else 200)
 
 
 @router.get("/v1/adapters")
 async def adapters(
     caller: Manager,
-    parts: TheParts,
+    registry: TheRegistry,
+    fleet: TheFleet,
     after: str = "",
     limit: Annotated[int | None, Query(ge=1, le=MOST_LISTED)] = None,
 ) -> Response:
@@ -66,19 +90,23 @@ async def adapters(
     With `limit` a page of them: the next one begins `after` the `last_id` of this one, while `has_more` says so.
     """
     begin = spelled(after, caller.tenant) if after else ""
-    names = [full for full in parts.registry.names() if manages(caller, full) and full > begin]
+    names = [full for full in registry.names() if manages(caller, full) and full > begin]
     page = names[:limit]
     end = {"has_more": len(page) < len(names), "last_id": short_name(page[-1], caller.tenant) if page else None}
-    return StreamingResponse(_listed(parts, caller, page, end), media_type="application/json")
+    return StreamingResponse(_listed(registry, fleet, caller, page, end), media_type="application/json")
 
 
-async def _listed(parts: Services, caller: Caller, page: Sequence[str], end: Mapping[str, Any]) -> AsyncIterator[bytes]:
+async def _listed(
+    registry: Registry, fleet: Fleet, caller: Caller, page: Sequence[str], end: Mapping[str, Any]
+) -> AsyncIterator[bytes]:
     """The list in pieces, between which others have their turn: ten thousand adapters are some megabytes."""
     yield b'{"object":"list","data":['
     separator = b""
     for begin in range(0, len(page), LISTED_AT_ONCE):
         # What was deleted meanwhile is not there any more.
-        rows = [summary(parts, full, caller) for full in page[begin : begin + LISTED_AT_ONCE] if full in parts.registry]
+        rows = [
+            summary(registry, fleet, full, caller) for full in page[begin : begin + LISTED_AT_ONCE] if full in registry
+        ]
         if rows:
             yield separator + msgspec.json.encode(rows)[1:-1]
             separator = b","
@@ -87,15 +115,17 @@ async def _listed(parts: Services, caller: Caller, page: Sequence[str], end: Map
 
 
 @router.get("/v1/adapters/{name:path}")
-async def adapter(name: str, caller: Manager, response: Response, parts: TheParts) -> dict[str, Any]:
+async def adapter(
+    name: str, caller: Manager, response: Response, registry: TheRegistry, fleet: TheFleet, recent: TheRecent
+) -> dict[str, Any]:
     """One adapter: its versions, which is live, its recent latency, its history. The ETag is the live version."""
-    full = owned(parts, name, caller)
-    described = summary(parts, full, caller)
+    full = owned(registry, name, caller)
+    described = summary(registry, fleet, full, caller)
     # For a change's If-Match; of no use to a cache, since more changes here than what is live.
     response.headers.update({"etag": f'"{described["live"] or 0}"', "cache-control": "no-store"})
     for version in described["versions"]:
-        version["recent"] = parts.recent.described(full, f"v{version['version']}")
-    return {**described, "history": await asyncio.to_thread(parts.registry.history, full)}
+        version["recent"] = recent.described(full, f"v{version['version']}")
+    return {**described, "history": await asyncio.to_thread(registry.history, full)}
 
 
 @router.post("/v1/adapters/{name:path}/promote")
@@ -104,17 +134,20 @@ async def promote(
     request: Request,
     caller: Manager,
     matching: Expected,
-    parts: TheParts,
+    registry: TheRegistry,
+    fleet: TheFleet,
+    admission: TheAdmission,
+    policies: ThePolicies,
     body: Annotated[Promote, JsonBody(Promote)],
 ) -> dict[str, Any]:
     """Make a version live. With `expected_version` (or `If-Match`), 409 when another version is live by then."""
     request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
-    full, expected = owned(parts, name, caller), agreed(body.expected_version, matching)
-    version, policy = parts.registry.get(full, body.version), parts.policies[full]
-    await parts.admission.admit(
+    full, expected = owned(registry, name, caller), agreed(body.expected_version, matching)
+    version, policy = registry.get(full, body.version), policies[full]
+    await admission.admit(
         version, policy.at_once if body.at_once else policy, caller.name, why=body.why, expected=expected
     )
-    return described(parts, version, caller)
+    return described(registry, fleet, version, caller)
 
 
 @router.post("/v1/adapters/{name:path}/rollback")
@@ -123,16 +156,18 @@ async def rollback(
     request: Request,
     caller: Manager,
     matching: Expected,
-    parts: TheParts,
+    registry: TheRegistry,
+    fleet: TheFleet,
+    lifecycle: TheLifecycle,
     body: Annotated[Rollback, JsonBody(Rollback, required=False)],
 ) -> dict[str, Any]:
     """Make the version live that was live before this one. The body may be left out."""
     expected = agreed(body.expected_version, matching)
     request.state.subject = spelled(name, caller.tenant)
-    full = owned(parts, name, caller)
-    done = await parts.lifecycle.rollback(full, by=caller.name, expected=expected, why=body.why)
+    full = owned(registry, name, caller)
+    done = await lifecycle.rollback(full, by=caller.name, expected=expected, why=body.why)
     request.state.subject = done.tag
-    return described(parts, done, caller)
+    return described(registry, fleet, done, caller)
 
 
 @router.post("/v1/adapters/{name:path}/canary")
@@ -141,11 +176,13 @@ async def canary(
     request: Request,
     caller: Manager,
     expected: Expected,
-    parts: TheParts,
+    registry: TheRegistry,
+    fleet: TheFleet,
+    lifecycle: TheLifecycle,
     body: Annotated[Weight, JsonBody(Weight)],
 ) -> dict[str, Any]:
     """Give a version a share of the name's traffic, for the same askers each time; a weight of 0 ends it."""
-    return await _dealt("canary", name, body, request, caller, expected, parts)
+    return await _dealt("canary", name, body, request, caller, expected, registry, fleet, lifecycle)
 
 
 @router.post("/v1/adapters/{name:path}/shadow")
@@ -154,11 +191,13 @@ async def shadow(
     request: Request,
     caller: Manager,
     expected: Expected,
-    parts: TheParts,
+    registry: TheRegistry,
+    fleet: TheFleet,
+    lifecycle: TheLifecycle,
     body: Annotated[Weight, JsonBody(Weight)],
 ) -> dict[str, Any]:
     """Let a version answer a share of the requests without showing its answers; a weight of 0 ends it."""
-    return await _dealt("shadow", name, body, request, caller, expected, parts)
+    return await _dealt("shadow", name, body, request, caller, expected, registry, fleet, lifecycle)
 
 
 @router.post("/v1/adapters/{name:path}/visibility")
@@ -167,15 +206,17 @@ async def visibility(
     request: Request,
     caller: Manager,
     expected: Expected,
-    parts: TheParts,
+    registry: TheRegistry,
+    fleet: TheFleet,
+    lifecycle: TheLifecycle,
     body: Annotated[Visibility, JsonBody(Visibility)],
 ) -> dict[str, Any]:
     """Let every tenant ask this adapter (`shared`), or its own tenant alone (`private`)."""
     request.state.subject = spelled(name, caller.tenant)
-    full = owned(parts, name, caller)
+    full = owned(registry, name, caller)
     shared = body.visibility == "shared"
-    await parts.lifecycle.publish(full, shared, by=caller.name, why=body.why, expected=expected)
-    return summary(parts, full, caller)
+    await lifecycle.publish(full, shared, by=caller.name, why=body.why, expected=expected)
+    return summary(registry, fleet, full, caller)
 
 
 @router.post("/v1/adapters/{name:path}/rename")
@@ -184,7 +225,11 @@ async def rename(
     request: Request,
     caller: Manager,
     expected: Expected,
-    parts: TheParts,
+    registry: TheRegistry,
+    fleet: TheFleet,
+    lifecycle: TheLifecycle,
+    golden: TheGolden,
+    removal: TheRemoval,
     body: Annotated[Rename, JsonBody(Rename)],
 ) -> dict[str, Any]:
     """Give an adapter another name. The old one leads to it until it is removed (`DELETE /v1/adapters/OLD`).
@@ -193,12 +238,12 @@ async def rename(
     a shadow.
     """
     request.state.subject = f"{spelled(name, caller.tenant)} -> {body.to}"
-    full = owned(parts, name, caller)
+    full = owned(registry, name, caller)
     new = full_name(tenant_of(full), check_name(body.to))
-    before = await give_name(parts.lifecycle, full, new, by=caller.name, why=body.why, expected=expected)
-    await asyncio.to_thread(parts.golden.results.refresh)
-    await forget(parts, before)
-    return summary(parts, new, caller)
+    before = await give_name(lifecycle, full, new, by=caller.name, why=body.why, expected=expected)
+    await asyncio.to_thread(golden.results.refresh)
+    await removal.forget(before)
+    return summary(registry, fleet, new, caller)
 
 
 @router.post("/v1/adapters/{name:path}/pin")
@@ -207,23 +252,33 @@ async def pin(
     request: Request,
     caller: Manager,
     expected: Expected,
-    parts: TheParts,
+    registry: TheRegistry,
+    fleet: TheFleet,
+    lifecycle: TheLifecycle,
     body: Annotated[Pin, JsonBody(Pin, required=False)],
 ) -> dict[str, Any]:
     """Keep a version in the engine's memory. The body may be left out: the live version is pinned then."""
     request.state.subject = spelled(name, caller.tenant) + (f"@v{body.version}" if body.version else "")
-    full = owned(parts, name, caller)
-    await parts.lifecycle.pin(full, body.version, by=caller.name, why=body.why, expected=expected)
-    return summary(parts, full, caller)
+    full = owned(registry, name, caller)
+    await lifecycle.pin(full, body.version, by=caller.name, why=body.why, expected=expected)
+    return summary(registry, fleet, full, caller)
 
 
 @router.delete("/v1/adapters/{name:path}/pin")
-async def unpin(name: str, request: Request, caller: Manager, expected: Expected, parts: TheParts) -> dict[str, Any]:
+async def unpin(
+    name: str,
+    request: Request,
+    caller: Manager,
+    expected: Expected,
+    registry: TheRegistry,
+    fleet: TheFleet,
+    lifecycle: TheLifecycle,
+) -> dict[str, Any]:
     """End the pin."""
     request.state.subject = spelled(name, caller.tenant)
-    full = owned(parts, name, caller)
-    await parts.lifecycle.unpin(full, by=caller.name, expected=expected)
-    return summary(parts, full, caller)
+    full = owned(registry, name, caller)
+    await lifecycle.unpin(full, by=caller.name, expected=expected)
+    return summary(registry, fleet, full, caller)
 
 
 @router.delete("/v1/adapters/{name:path}/versions/{number}")
@@ -233,38 +288,55 @@ async def remove_version(
     request: Request,
     caller: Manager,
     expected: Expected,
-    parts: TheParts,
+    registry: TheRegistry,
+    lifecycle: TheLifecycle,
+    removal: TheRemoval,
     force: bool = False,
     why: str = "",
 ) -> dict[str, Any]:
     """Remove a version; its last answers end first. A live version goes only with `force=true`."""
     request.state.subject = f"{spelled(name, caller.tenant)}@v{number}"
-    gone = await parts.lifecycle.remove(
-        owned(parts, name, caller), number, by=caller.name, force=force, expected=expected, why=why
+    gone = await lifecycle.remove(
+        owned(registry, name, caller), number, by=caller.name, force=force, expected=expected, why=why
     )
-    await forget(parts, gone)
+    await removal.forget(gone)
     return {"name": name, "deleted": [version.version for version in gone]}
 
 
 @router.delete("/v1/adapters/{name:path}")
 async def remove(
-    name: str, request: Request, caller: Manager, expected: Expected, parts: TheParts, why: str = ""
+    name: str,
+    request: Request,
+    caller: Manager,
+    expected: Expected,
+    registry: TheRegistry,
+    lifecycle: TheLifecycle,
+    removal: TheRemoval,
+    why: str = "",
 ) -> dict[str, Any]:
     """Remove an adapter with all its versions; of one that was renamed, the old name alone."""
     request.state.subject = old = spelled(name, caller.tenant)
-    if parts.registry.moved_to(old) and manages(caller, old):
-        await asyncio.to_thread(parts.registry.end_move, old, by=caller.name)
+    if registry.moved_to(old) and manages(caller, old):
+        await asyncio.to_thread(registry.end_move, old, by=caller.name)
         return {"name": name, "deleted": []}
-    gone = await parts.lifecycle.remove(owned(parts, name, caller), by=caller.name, expected=expected, why=why)
-    await forget(parts, gone)
+    gone = await lifecycle.remove(owned(registry, name, caller), by=caller.name, expected=expected, why=why)
+    await removal.forget(gone)
     return {"name": name, "deleted": [version.version for version in gone]}
 
 
 async def _dealt(
-    kind: str, name: str, body: Weight, request: Request, caller: Caller, expected: int | None, parts: Services
+    kind: str,
+    name: str,
+    body: Weight,
+    request: Request,
+    caller: Caller,
+    expected: int | None,
+    registry: Registry,
+    fleet: Fleet,
+    lifecycle: Lifecycle,
 ) -> dict[str, Any]:
     """A share of the name's traffic for a version."""
     request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
-    full = owned(parts, name, caller)
-    await parts.lifecycle.share(full, kind, body.version, body.weight, by=caller.name, why=body.why, expected=expected)
-    return summary(parts, full, caller)
+    full = owned(registry, name, caller)
+    await lifecycle.share(full, kind, body.version, body.weight, by=caller.name, why=body.why, expected=expected)
+    return summary(registry, fleet, full, caller)

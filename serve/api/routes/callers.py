@@ -8,43 +8,33 @@ from fastapi import Depends, Request
 
 from serve.adapters.adapter import Adapter
 from serve.adapters.provenance import measured, provenance_of
+from serve.adapters.registry.registry import Registry
 from serve.adapters.registry.snapshot import Share
-from serve.api.services import Services
+from serve.api.parts import TheAuth, TheConfig, TheFollower
 from serve.auth.auth import Caller, Scope, allowed
+from serve.auth.rate_limits import Meters
+from serve.engine.fleet import Fleet
 from serve.engine.payer import Cause, Payer
 from serve.errors import BadRequest, NotFound
 from serve.gateway.router import manages
 from serve.names import short_name, shown, spelled, tenant_of
 
 
-async def _parts(request: Request) -> Services:
-    parts: Services = request.app.state.parts
-    return parts
-
-
-TheParts = Annotated[Services, Depends(_parts)]
-
-
 class ScopeCheck:
-    """The dependency that gives a route its caller, who must hold `scope`."""
+    """The dependency that gives a route its caller, who must hold `scope`; `open_to_gateways`: or anybody, where the
+    configuration says so."""
 
-    def __init__(self, scope: Scope) -> None:
+    def __init__(self, scope: Scope, *, open_to_gateways: bool = False) -> None:
         self.scope = scope
+        self._open_to_gateways = open_to_gateways
 
-    async def __call__(self, request: Request, parts: TheParts) -> Caller:
-        if parts.follower:
-            await parts.follower.fresh()
-        request.state.caller = known = parts.auth.known(request.headers)
-        return allowed(known, self.scope)
-
-
-class GatewayCheck(ScopeCheck):
-    """As its parent; or anybody, where the configuration says so."""
-
-    async def __call__(self, request: Request, parts: TheParts) -> Caller:
-        if parts.config.open_gateway_metrics:
+    async def __call__(self, request: Request, auth: TheAuth, follower: TheFollower, config: TheConfig) -> Caller:
+        if self._open_to_gateways and config.open_gateway_metrics:
             return Caller("gateway", frozenset({self.scope}))
-        return await super().__call__(request, parts)
+        if follower:
+            await follower.fresh()
+        request.state.caller = known = auth.known(request.headers)
+        return allowed(known, self.scope)
 
 
 async def matched(request: Request) -> int | None:
@@ -56,26 +46,25 @@ Manager = Annotated[Caller, Depends(ScopeCheck(Scope.ADAPTERS))]
 Scraper = Annotated[Caller, Depends(ScopeCheck(Scope.METRICS))]
 Operator = Annotated[Caller, Depends(ScopeCheck(Scope.ADMIN))]
 Worker = Annotated[Caller, Depends(ScopeCheck(Scope.WORK))]
-Gateway = Annotated[Caller, Depends(GatewayCheck(Scope.METRICS))]
+Gateway = Annotated[Caller, Depends(ScopeCheck(Scope.METRICS, open_to_gateways=True))]
 # The version that must be live for a change to be made; every change to an adapter takes it.
 Expected = Annotated[int | None, Depends(matched)]
 
 
-def owned(parts: Services, name: str, caller: Caller) -> str:
+def owned(registry: Registry, name: str, caller: Caller) -> str:
     """The full name of an adapter that the caller may change; of any other, whatever it is, the same 404."""
     full = spelled(name, caller.tenant)
-    if (now := parts.registry.moved_to(full)) and manages(caller, full):
+    if (now := registry.moved_to(full)) and manages(caller, full):
         short = short_name(now, caller.tenant)
         raise NotFound(f"The adapter `{shown(name)}` is called `{short}` now.", code="renamed", param="name")
-    if full not in parts.registry or not manages(caller, full):
+    if full not in registry or not manages(caller, full):
         raise NotFound(f"The adapter `{shown(name)}` does not exist.", code="model_not_found", param="name")
     return full
 
 
-def described(parts: Services, adapter: Adapter, caller: Caller) -> dict[str, Any]:
+def described(registry: Registry, fleet: Fleet, adapter: Adapter, caller: Caller) -> dict[str, Any]:
     """An adapter version as the caller may see it: where a base model's files are is the operators' to know."""
-    registry = parts.registry
-    engine = registry.base(adapter.name) or parts.fleet.first.name
+    engine = registry.base(adapter.name) or fleet.first.name
     checks = measured(adapter.checks)
     if "base_model" in checks and not caller.operator:
         checks["base_model"] = engine
@@ -90,7 +79,7 @@ def described(parts: Services, adapter: Adapter, caller: Caller) -> dict[str, An
         "engine": engine,
         "live": registry.live(adapter.name) == adapter,
         "pinned": registry.pinned(adapter.name) == adapter,
-        "resident": any(base.holds(adapter.id) for base in parts.fleet),
+        "resident": any(base.holds(adapter.id) for base in fleet),
         "base": adapter.base,
         "rank": adapter.rank,
         "target_modules": list(adapter.target_modules),
@@ -103,19 +92,19 @@ def described(parts: Services, adapter: Adapter, caller: Caller) -> dict[str, An
     }
 
 
-def summary(parts: Services, full: str, caller: Caller) -> dict[str, Any]:
-    live = parts.registry.live(full)
+def summary(registry: Registry, fleet: Fleet, full: str, caller: Caller) -> dict[str, Any]:
+    live = registry.live(full)
     return {
         "object": "adapter",
         "name": short_name(full, caller.tenant),
         "tenant": tenant_of(full),
-        "visibility": "shared" if parts.registry.shared(full) else "private",
+        "visibility": "shared" if registry.shared(full) else "private",
         "live": live.version if live else None,
-        "canary": _share(parts.registry.canary(full)),
-        "shadow": _share(parts.registry.shadow(full)),
-        "former_names": [short_name(old, caller.tenant) for old in parts.registry.former_names(full)],
-        "aliases": {alias: version.version for alias, version in parts.registry.aliases(full).items()},
-        "versions": [described(parts, version, caller) for version in parts.registry.versions(full)],
+        "canary": _share(registry.canary(full)),
+        "shadow": _share(registry.shadow(full)),
+        "former_names": [short_name(old, caller.tenant) for old in registry.former_names(full)],
+        "aliases": {alias: version.version for alias, version in registry.aliases(full).items()},
+        "versions": [described(registry, fleet, version, caller) for version in registry.versions(full)],
     }
 
 
@@ -144,8 +133,8 @@ def agreed(asked: int | None, matching: int | None) -> int | None:
 
 
 @contextmanager
-def paying(parts: Services, caller: Caller, cause: Cause) -> Iterator[Payer]:
+def paying(meters: Meters, caller: Caller, cause: Cause) -> Iterator[Payer]:
     """Work in the background on the caller's key: it counts as one request, and its tokens are charged as they come."""
-    payer = Payer.of(caller, cause, parts.meters)
+    payer = Payer.of(caller, cause, meters)
     with payer.meter.request() if payer.meter else nullcontext():
         yield payer

@@ -10,16 +10,21 @@ import msgspec
 from fastapi import APIRouter, Query, Request
 
 from serve.adapters.adapter import Adapter
+from serve.adapters.registry.registry import Registry
+from serve.api.captures import Captures
 from serve.api.json_body import JsonBody
-from serve.api.routes.callers import Manager, TheParts, owned, paying
+from serve.api.parts import TheBatches, TheCaptures, TheGolden, TheLoops, TheMeters, ThePolicies, TheRegistry
+from serve.api.routes.callers import Manager, owned, paying
 from serve.api.schemas import DataBuild, Replay
-from serve.api.services import Services
 from serve.auth.auth import Caller
+from serve.auth.rate_limits import Meters
 from serve.dataset.build import Built, Options
 from serve.dataset.replay import Replayed, chosen, replay, report
 from serve.engine.payer import Cause
 from serve.errors import Conflict, Forbidden, NotFound
+from serve.jobs.batches.batches import Batches
 from serve.names import short_name, shown, spelled, tenant_of
+from serve.rollout.golden.golden import Golden
 
 router = APIRouter()
 # Captured requests of which those to replay are taken, the latest.
@@ -31,7 +36,9 @@ async def build_data(
     name: str,
     request: Request,
     caller: Manager,
-    parts: TheParts,
+    registry: TheRegistry,
+    captures: TheCaptures,
+    batches: TheBatches,
     body: Annotated[DataBuild, JsonBody(DataBuild, required=False)],
 ) -> dict[str, Any]:
     """Make files of examples out of what was asked of an adapter that learns from its traffic.
@@ -40,43 +47,49 @@ async def build_data(
     null where there is no such example; `card` says how much came from where, and what was dropped.
     """
     request.state.subject = spelled(name, caller.tenant)
-    full = _own(parts, name, caller)
+    full = _own(registry, name, caller)
     wanted = {field: value for field, value in msgspec.structs.asdict(body).items() if field != "bases"}
     options = Options(full, caller.tenant, **wanted)
-    datasets = parts.captures.datasets
+    datasets = captures.datasets
     with datasets.alone("build", caller.tenant):
         async with datasets.folder(caller.tenant) as (folder, room):
             built = await datasets.build(options, folder, room, bases=body.bases)
-            files = await asyncio.to_thread(_adopted, parts, caller, built)
+            files = await asyncio.to_thread(_adopted, batches, caller, built)
     return {"object": "data.build", "name": name, **files, "card": built.described}
 
 
 @router.get("/v1/adapters/{name:path}/data/conversations")
 async def conversations(
-    name: str, caller: Manager, parts: TheParts, limit: Annotated[int, Query(ge=1, le=1000)] = 100
+    name: str,
+    caller: Manager,
+    registry: TheRegistry,
+    captures: TheCaptures,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
 ) -> dict[str, Any]:
     """The latest captured conversations with an adapter: ids, numbers and times, without what was said."""
-    full = _own(parts, name, caller)
-    datasets = parts.captures.datasets
+    full = _own(registry, name, caller)
+    datasets = captures.datasets
     rows = await asyncio.to_thread(datasets.listed, full, limit)
     return {"object": "list", "learns": datasets.learns(full), "data": rows}
 
 
 @router.get("/v1/adapters/{name:path}/data/progress")
-async def progress(name: str, caller: Manager, parts: TheParts) -> dict[str, Any]:
+async def progress(name: str, caller: Manager, registry: TheRegistry, captures: TheCaptures) -> dict[str, Any]:
     """How far the build of an adapter's data is; `doing` is null while there is none."""
-    doing, done, of = parts.captures.datasets.progress(_own(parts, name, caller)) or (None, 0, 0)
+    doing, done, of = captures.datasets.progress(_own(registry, name, caller)) or (None, 0, 0)
     return {"object": "data.progress", "doing": doing, "done": done, "of": of}
 
 
 @router.delete("/v1/adapters/{name:path}/data/conversations/{id}")
-async def delete_conversation(name: str, id: str, request: Request, caller: Manager, parts: TheParts) -> dict[str, Any]:
+async def delete_conversation(
+    name: str, id: str, request: Request, caller: Manager, registry: TheRegistry, captures: TheCaptures, loops: TheLoops
+) -> dict[str, Any]:
     """Delete a captured conversation, by its id or that of one of its answers; no later build has any of it, and no
     reference of a loop."""
     request.state.subject = f"{spelled(name, caller.tenant)} {shown(id)}"
-    full, forget = _own(parts, name, caller), parts.loops.forget_conversation
+    full, forget = _own(registry, name, caller), loops.forget_conversation
     try:
-        gone = await parts.captures.datasets.forget(full, caller.key, id)
+        gone = await captures.datasets.forget(full, caller.key, id)
     except NotFound:
         # A reference may hold it longer than it is kept.
         if not await asyncio.to_thread(forget, caller.tenant, id):
@@ -92,7 +105,11 @@ async def replay_version(
     number: int,
     request: Request,
     caller: Manager,
-    parts: TheParts,
+    registry: TheRegistry,
+    policies: ThePolicies,
+    golden: TheGolden,
+    captures: TheCaptures,
+    meters: TheMeters,
     body: Annotated[Replay, JsonBody(Replay, required=False)],
 ) -> dict[str, Any]:
     """Have a version answer captured requests of its adapter, in the gaps of traffic, and compare what it says.
@@ -101,36 +118,43 @@ async def replay_version(
     bounds the version's mean rating lies; `judge` grades both, if the golden set has one for shadows; `examples` are
     those that differ most. Takes as long as the answers do; nothing of it is kept.
     """
-    full = _own(parts, name, caller)
-    version = parts.registry.get(full, number)
+    full = _own(registry, name, caller)
+    version = registry.get(full, number)
     request.state.subject = version.tag
-    live = parts.registry.live(full) if body.against == "live" else None
+    live = registry.live(full) if body.against == "live" else None
     if body.against == "live" and (live is None or live == version):
         raise Conflict("there is no other version that is live: compare with the kept answers", param="against")
-    with parts.captures.datasets.alone("replay", caller.tenant):
-        replayed, refused = await _replayed(parts, request, caller, version, live, body)
+    with captures.datasets.alone("replay", caller.tenant):
+        replayed, refused = await _replayed(golden, captures, meters, request, caller, version, live, body)
     return {"object": "replay", "name": name, "version": number, "against": body.against} | await asyncio.to_thread(
-        report, replayed, refused, 0 if parts.withholds(version.name) else body.examples
+        report, replayed, refused, 0 if policies[version.name].guard.withholds else body.examples
     )
 
 
 async def _replayed(
-    parts: Services, request: Request, caller: Caller, version: Adapter, live: Adapter | None, body: Replay
+    golden_sets: Golden,
+    captures: Captures,
+    meters: Meters,
+    request: Request,
+    caller: Caller,
+    version: Adapter,
+    live: Adapter | None,
+    body: Replay,
 ) -> tuple[list[Replayed], Counter[str]]:
     full = version.name
-    rows = await asyncio.to_thread(lambda: chosen(islice(parts.captures.datasets.rows(full), LOOKED_AT), body.requests))
+    rows = await asyncio.to_thread(lambda: chosen(islice(captures.datasets.rows(full), LOOKED_AT), body.requests))
     if not rows:
         name = short_name(full, caller.tenant)
         raise Conflict(f"no request to {name} is kept: its policy has to say `train_on_traffic: true` for that")
-    golden = await asyncio.to_thread(parts.golden.results.golden, full)
+    golden = await asyncio.to_thread(golden_sets.results.golden, full)
     judge = golden.shadow.judge if golden and golden.shadow else None
 
     async def goes_on() -> bool:
         return not await request.is_disconnected()
 
-    with paying(parts, caller, Cause.REPLAY) as payer:
+    with paying(meters, caller, Cause.REPLAY) as payer:
         return await replay(
-            parts.golden.runner,
+            golden_sets.runner,
             version,
             rows,
             against=live,
@@ -141,8 +165,8 @@ async def _replayed(
         )
 
 
-def _own(parts: Services, name: str, caller: Caller) -> str:
-    full = owned(parts, name, caller)
+def _own(registry: Registry, name: str, caller: Caller) -> str:
+    full = owned(registry, name, caller)
     if tenant_of(full) != caller.tenant:
         raise Forbidden(
             f"what {shown(name)} was asked is seen by keys of its own tenant alone: take a key of {tenant_of(full)}"
@@ -150,14 +174,14 @@ def _own(parts: Services, name: str, caller: Caller) -> str:
     return full
 
 
-def _adopted(parts: Services, caller: Caller, built: Built) -> dict[str, str | None]:
+def _adopted(batches: Batches, caller: Caller, built: Built) -> dict[str, str | None]:
     """The ids of the tenant's files."""
 
     def adopted(path: Path | None) -> str | None:
         if path is None:
             return None
         filename = f"{built.described['adapter'].rpartition('/')[2]}-{path.name}"
-        return parts.batches.adopt(caller, path, filename).id
+        return batches.adopt(caller, path, filename).id
 
     files = {"training": built.train, "validation": built.held_out, "preferences": built.preferences}
     return {f"{kind}_file": adopted(path) for kind, path in files.items()}

@@ -13,17 +13,41 @@ from pydantic import PositiveInt
 
 from serve.adapters.adapter import Adapter
 from serve.adapters.byte_ledger import Kind
+from serve.adapters.registry.registry import Registry
+from serve.adapters.registry.snapshot import live_version
 from serve.api.json_body import JsonBody
-from serve.api.routes.callers import Asker, Manager, TheParts, owned, paying
+from serve.api.parts import (
+    TheBaselineBuild,
+    TheCanaryMonitor,
+    TheCaptures,
+    TheConfig,
+    TheDriftMonitor,
+    TheExchangeWorker,
+    TheFeedback,
+    TheFleet,
+    TheGolden,
+    TheLoops,
+    TheMeters,
+    TheMetrics,
+    ThePolicies,
+    TheRegistry,
+    TheShadowAgreement,
+    TheStore,
+    TheTracing,
+)
+from serve.api.routes.callers import Asker, Manager, owned, paying
 from serve.api.schemas import Accepted, Acknowledged, BaselinePrompts, Rating
-from serve.api.services import Services
+from serve.asgi.exchange_worker import ExchangeWorker
 from serve.auth.auth import Caller
 from serve.dataset.feedback import GOOD
 from serve.drift.change_description import for_tenant
+from serve.drift.monitor import DriftMonitor
+from serve.engine.fleet import Fleet
 from serve.engine.payer import Cause
 from serve.errors import BadRequest, ConfigError, Conflict, NotFound
 from serve.gateway.router import manages
 from serve.names import short_name, spelled, tenant_of
+from serve.rollout.canary.canary_monitor import CanaryMonitor
 
 # What stands for a base where an adapter has its version.
 BASE_LABEL = "base"
@@ -32,32 +56,48 @@ router = APIRouter()
 
 
 @router.get("/v1/drift")
-async def drift(caller: Manager, parts: TheParts) -> dict[str, Any]:
+async def drift(
+    caller: Manager,
+    registry: TheRegistry,
+    fleet: TheFleet,
+    drift_monitor: TheDriftMonitor,
+    exchange_worker: TheExchangeWorker,
+) -> dict[str, Any]:
     """What has moved, of everything that the caller may change; the base is the operator's."""
-    by_adapter = await asyncio.to_thread(parts.drift_monitor.summary)
+    by_adapter = await asyncio.to_thread(drift_monitor.summary)
     rows = [
         {"name": short_name(full, caller.tenant), "versions": by_adapter[full]}
         for full in sorted(by_adapter)
-        if (caller.operator if full in parts.fleet else full in parts.registry and manages(caller, full))
+        if (caller.operator if full in fleet else full in registry and manages(caller, full))
     ]
-    false_alarms = parts.drift_monitor.false_alarms()
+    false_alarms = drift_monitor.false_alarms()
     if not caller.operator:  # how much all tenants ask is the operators' to know
         false_alarms = {name: false_alarms[name] for name in ("requests_each_at_least", "text")}
     return {
         "object": "list",
-        "watching": parts.exchange_worker.running,
+        "watching": exchange_worker.running,
         "false_alarms": false_alarms,
         "data": rows,
     }
 
 
 @router.get("/v1/adapters/{name:path}/drift")
-async def adapter_drift(name: str, caller: Manager, parts: TheParts) -> dict[str, Any]:
+async def adapter_drift(
+    name: str,
+    caller: Manager,
+    registry: TheRegistry,
+    fleet: TheFleet,
+    golden: TheGolden,
+    drift_monitor: TheDriftMonitor,
+    canary_monitor: TheCanaryMonitor,
+    shadow_agreement: TheShadowAgreement,
+    exchange_worker: TheExchangeWorker,
+) -> dict[str, Any]:
     """What moved, since when, how strongly; and how its canary does."""
-    full = name if name in parts.fleet and caller.operator else owned(parts, name, caller)
-    report = await asyncio.to_thread(_report, parts, full, caller)
-    more = {"golden": parts.golden.verdicts.report(full), "shadow": parts.shadow_agreement.report(full)}
-    return {"object": "adapter.drift", "name": name, "watching": parts.exchange_worker.running, **report, **more}
+    full = name if name in fleet and caller.operator else owned(registry, name, caller)
+    report = await asyncio.to_thread(_report, drift_monitor, canary_monitor, full, caller)
+    more = {"golden": golden.verdicts.report(full), "shadow": shadow_agreement.report(full)}
+    return {"object": "adapter.drift", "name": name, "watching": exchange_worker.running, **report, **more}
 
 
 @router.post("/v1/adapters/{name:path}/drift/acknowledge")
@@ -65,31 +105,49 @@ async def acknowledge(
     name: str,
     request: Request,
     caller: Manager,
-    parts: TheParts,
+    registry: TheRegistry,
+    fleet: TheFleet,
+    drift_monitor: TheDriftMonitor,
+    canary_monitor: TheCanaryMonitor,
     body: Annotated[Acknowledged, JsonBody(Acknowledged)],
 ) -> dict[str, Any]:
     """Its alarms have been dealt with: evidence begins again at nothing."""
     request.state.subject = _subject(name, caller, body.version)
-    which = watched(parts, name, caller, body.version)
-    await asyncio.to_thread(_asked, parts.drift_monitor.acknowledge, *which.key)
-    return {"object": "adapter.drift", "name": name, **await asyncio.to_thread(_report, parts, which.name, caller)}
+    which = watched(registry, fleet, name, caller, body.version)
+    await asyncio.to_thread(_asked, drift_monitor.acknowledge, *which.key)
+    return {
+        "object": "adapter.drift",
+        "name": name,
+        **await asyncio.to_thread(_report, drift_monitor, canary_monitor, which.name, caller),
+    }
 
 
 @router.post("/v1/adapters/{name:path}/drift/accept")
 async def accept(
-    name: str, request: Request, caller: Manager, parts: TheParts, body: Annotated[Accepted, JsonBody(Accepted)]
+    name: str,
+    request: Request,
+    caller: Manager,
+    registry: TheRegistry,
+    fleet: TheFleet,
+    drift_monitor: TheDriftMonitor,
+    canary_monitor: TheCanaryMonitor,
+    body: Annotated[Accepted, JsonBody(Accepted)],
 ) -> dict[str, Any]:
     """What moved is here to stay: recent traffic becomes the reference, and what is missing of it is gathered."""
     request.state.subject = _subject(name, caller, body.version)
-    which = watched(parts, name, caller, body.version)
+    which = watched(registry, fleet, name, caller, body.version)
     request.state.reason = f"{body.signals}: {body.note}" if body.note else body.signals
     prompts, answers = body.signals != "output", body.signals != "prompt"
-    accept = partial(parts.drift_monitor.accept, prompts=prompts, answers=answers)
+    accept = partial(drift_monitor.accept, prompts=prompts, answers=answers)
     await asyncio.to_thread(_asked, accept, *which.key)
     if which.version:  # a base has no history but the audit log
-        note = partial(parts.registry.note, by=caller.name, why=request.state.reason)
+        note = partial(registry.note, by=caller.name, why=request.state.reason)
         await asyncio.to_thread(note, which.name, "drift_accepted", which.version)
-    return {"object": "adapter.drift", "name": name, **await asyncio.to_thread(_report, parts, which.name, caller)}
+    return {
+        "object": "adapter.drift",
+        "name": name,
+        **await asyncio.to_thread(_report, drift_monitor, canary_monitor, which.name, caller),
+    }
 
 
 @router.get(
@@ -100,15 +158,18 @@ async def accept(
 async def moved_requests(
     name: str,
     caller: Manager,
-    parts: TheParts,
+    registry: TheRegistry,
+    fleet: TheFleet,
+    drift_monitor: TheDriftMonitor,
+    config: TheConfig,
     version: PositiveInt | None = None,
     format: Literal["jsonl", "parquet"] = "jsonl",
 ) -> Response:
     """The requests since the change, the most moved first, as JSON lines or parquet; only with `capture`."""
-    which = watched(parts, name, caller, version)
-    if not parts.config.capture:
+    which = watched(registry, fleet, name, caller, version)
+    if not config.capture:
         raise Conflict("this server keeps no requests: start it with `capture: true` to export those that moved")
-    rows = await asyncio.to_thread(parts.drift_monitor.moved_requests, which.name, which.id)
+    rows = await asyncio.to_thread(drift_monitor.moved_requests, which.name, which.id)
     if format == "parquet":
         return Response(await asyncio.to_thread(_parquet, rows), media_type="application/vnd.apache.parquet")
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -120,16 +181,20 @@ async def baseline(
     name: str,
     request: Request,
     caller: Manager,
-    parts: TheParts,
+    registry: TheRegistry,
+    drift_monitor: TheDriftMonitor,
+    exchange_worker: TheExchangeWorker,
+    meters: TheMeters,
+    baseline_build: TheBaselineBuild,
     body: Annotated[BaselinePrompts, JsonBody(BaselinePrompts)],
 ) -> dict[str, Any]:
     """A version's baseline, of what it answers to these prompts; it takes as long as the answers do."""
     request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version or '(live)'}"
-    which = baselined(parts, owned(parts, name, caller), body.version)
-    with paying(parts, caller, Cause.BASELINE) as payer:
-        exchanges = await parts.baseline_build.run(which, body.prompts, payer, max_tokens=body.max_tokens)
+    which = baselined(registry, exchange_worker, owned(registry, name, caller), body.version)
+    with paying(meters, caller, Cause.BASELINE) as payer:
+        exchanges = await baseline_build.run(which, body.prompts, payer, max_tokens=body.max_tokens)
     label = f"v{which.version}"
-    rows = await asyncio.to_thread(_asked, parts.drift_monitor.build_baseline, which.name, label, which.id, exchanges)
+    rows = await asyncio.to_thread(_asked, drift_monitor.build_baseline, which.name, label, which.id, exchanges)
     return {"object": "baseline", "name": name, "version": which.version, "requests": rows}
 
 
@@ -138,12 +203,17 @@ async def baseline(
     response_class=Response,
     responses={200: {"content": {"application/zip": {}}}},
 )
-async def saved_baseline(name: str, caller: Manager, parts: TheParts, version: PositiveInt | None = None) -> Response:
+async def saved_baseline(
+    name: str,
+    caller: Manager,
+    registry: TheRegistry,
+    drift_monitor: TheDriftMonitor,
+    exchange_worker: TheExchangeWorker,
+    version: PositiveInt | None = None,
+) -> Response:
     """A version's baseline, to ship with the adapter."""
-    which = baselined(parts, owned(parts, name, caller), version)
-    data = await asyncio.to_thread(
-        _asked, parts.drift_monitor.export_baseline, which.name, f"v{which.version}", which.id
-    )
+    which = baselined(registry, exchange_worker, owned(registry, name, caller), version)
+    data = await asyncio.to_thread(_asked, drift_monitor.export_baseline, which.name, f"v{which.version}", which.id)
     return Response(data, media_type="application/zip")
 
 
@@ -152,45 +222,62 @@ async def saved_baseline(name: str, caller: Manager, parts: TheParts, version: P
     openapi_extra={"requestBody": {"required": True, "content": {"application/zip": {"schema": {"type": "string"}}}}},
 )
 async def shipped_baseline(
-    name: str, request: Request, caller: Manager, parts: TheParts, version: PositiveInt | None = None
+    name: str,
+    request: Request,
+    caller: Manager,
+    registry: TheRegistry,
+    drift_monitor: TheDriftMonitor,
+    store: TheStore,
+    exchange_worker: TheExchangeWorker,
+    version: PositiveInt | None = None,
 ) -> dict[str, Any]:
     """The baseline that came with the adapter."""
     request.state.subject = f"{spelled(name, caller.tenant)}@v{version or '(live)'}"
-    which = baselined(parts, owned(parts, name, caller), version)
+    which = baselined(registry, exchange_worker, owned(registry, name, caller), version)
     data = await request.body()
-    await asyncio.to_thread(parts.store.ledger.check, tenant_of(which.name), Kind.BASELINES, len(data))
+    await asyncio.to_thread(store.ledger.check, tenant_of(which.name), Kind.BASELINES, len(data))
     label = f"v{which.version}"
-    rows = await asyncio.to_thread(_asked, parts.drift_monitor.import_baseline, which.name, label, which.id, data)
+    rows = await asyncio.to_thread(_asked, drift_monitor.import_baseline, which.name, label, which.id, data)
     return {"object": "baseline", "name": name, "version": which.version, "requests": rows}
 
 
 @router.post("/v1/feedback")
 async def rate(
-    request: Request, caller: Asker, parts: TheParts, body: Annotated[Rating, JsonBody(Rating)]
+    request: Request,
+    caller: Asker,
+    policies: ThePolicies,
+    canary_monitor: TheCanaryMonitor,
+    exchange_worker: TheExchangeWorker,
+    captures: TheCaptures,
+    loops: TheLoops,
+    metrics: TheMetrics,
+    feedback: TheFeedback,
+    tracing: TheTracing,
+    body: Annotated[Rating, JsonBody(Rating)],
 ) -> dict[str, Any]:
     """A rating of an answer, by its id. Those of the adapter's own tenant, and of tenants that its policy names, decide
     what becomes of its versions."""
     request.state.audited = False
     try:
-        answered, rating = parts.feedback.join(caller.tenant, caller.key, body.request_id, body.rating, body.answer)
+        answered, rating = feedback.join(caller.tenant, caller.key, body.request_id, body.rating, body.answer)
     except NotFound:
         # Captured requests are kept for longer than those that a rating is counted for.
         if not await asyncio.to_thread(
-            parts.captures.conversations.rate, caller.tenant, caller.key, body.request_id, body.rating, body.answer
+            captures.conversations.rate, caller.tenant, caller.key, body.request_id, body.rating, body.answer
         ):
             raise
         return {"object": "feedback", "request_id": body.request_id, "rating": body.rating}
-    parts.captures.rated(answered, caller.tenant, body.rating, body.answer)
+    captures.rated(answered, caller.tenant, body.rating, body.answer)
     label = "good" if rating >= GOOD else "bad"
-    parts.metrics.rated(answered.adapter, answered.version, label)
-    has_say = parts.policies[answered.adapter].verdicts.has(answered.adapter, caller.tenant)
+    metrics.rated(answered.adapter, answered.version, label)
+    has_say = policies[answered.adapter].verdicts.has(answered.adapter, caller.tenant)
     if has_say:
-        parts.loops.ratings.take(answered.adapter, answered.version, rating, caller.key)
-    if parts.tracing:
-        parts.tracing.rated(answered.adapter, answered.version, rating, label, answered.trace)
+        loops.ratings.take(answered.adapter, answered.version, rating, caller.key)
+    if tracing:
+        tracing.rated(answered.adapter, answered.version, rating, label, answered.trace)
     if answered.dealt and has_say:
         rated = answered.adapter, answered.version, rating, answered.asker, caller.key
-        parts.exchange_worker.submit(partial(parts.canary_monitor.rate, *rated))
+        exchange_worker.submit(partial(canary_monitor.rate, *rated))
     return {"object": "feedback", "request_id": body.request_id, "rating": rating}
 
 
@@ -207,28 +294,28 @@ class Watched:
         return self.name, f"v{self.version}" if self.version else BASE_LABEL, self.id
 
 
-def watched(parts: Services, name: str, caller: Caller, version: int | None) -> Watched:
+def watched(registry: Registry, fleet: Fleet, name: str, caller: Caller, version: int | None) -> Watched:
     """Whose drift is meant: of an adapter that the caller may change, without a number the live version; of a base,
     which is the operator's."""
-    if name in parts.fleet and caller.operator:
+    if name in fleet and caller.operator:
         if version is not None:
             raise BadRequest(f"{name} is a base model and has no versions: leave the version out", param="version")
         return Watched(name)
-    full = owned(parts, name, caller)
-    number = version or parts.live_version(full)
+    full = owned(registry, name, caller)
+    number = version or live_version(registry, full)
     if number is None:
         raise Conflict("no version of this adapter is live: say which one is meant", param="version")
-    return Watched(full, number, parts.registry.get(full, number).id)
+    return Watched(full, number, registry.get(full, number).id)
 
 
-def baselined(parts: Services, full: str, version: int | None) -> Adapter:
+def baselined(registry: Registry, exchange_worker: ExchangeWorker, full: str, version: int | None) -> Adapter:
     """The version that a baseline is about; without a number, the live one."""
-    number = version or parts.live_version(full)
+    number = version or live_version(registry, full)
     if number is None:
         raise Conflict("no version of this adapter is live: say which one the baseline is for", param="version")
-    if not parts.exchange_worker.running:
+    if not exchange_worker.running:
         raise Conflict("drift is not watched on this server, so there is nothing to build a baseline for")
-    return parts.registry.get(full, number)
+    return registry.get(full, number)
 
 
 def _subject(name: str, caller: Caller, version: int | None) -> str:
@@ -236,15 +323,15 @@ def _subject(name: str, caller: Caller, version: int | None) -> str:
     return spelled(name, caller.tenant) + (f"@v{version}" if version else "")
 
 
-def _report(parts: Services, full: str, caller: Caller) -> dict[str, Any]:
+def _report(drift_monitor: DriftMonitor, canary_monitor: CanaryMonitor, full: str, caller: Caller) -> dict[str, Any]:
     """Which tenants ask an adapter is the operators' to know; others see themselves."""
-    versions = parts.drift_monitor.report(full)
+    versions = drift_monitor.report(full)
     if not caller.operator:
         versions = [
             {**each, "alarms": {kind: for_tenant(moved, caller.tenant) for kind, moved in each["alarms"].items()}}
             for each in versions
         ]
-    return {"versions": versions, "canary": parts.canary_monitor.report(full)}
+    return {"versions": versions, "canary": canary_monitor.report(full)}
 
 
 def _parquet(rows: list[dict[str, Any]]) -> bytes:

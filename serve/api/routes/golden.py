@@ -7,25 +7,28 @@ from fastapi import APIRouter, Request
 from pydantic import PositiveInt
 
 from serve.adapters.adapter import Adapter
+from serve.adapters.registry.registry import Registry
+from serve.adapters.registry.snapshot import live_version
 from serve.api.json_body import JsonBody
-from serve.api.routes.callers import Manager, TheParts, owned, paying
+from serve.api.parts import TheGolden, TheMeters, ThePolicies, TheRegistry
+from serve.api.routes.callers import Manager, owned, paying
 from serve.api.schemas import GoldenRun
-from serve.api.services import Services
 from serve.engine.payer import Cause
 from serve.errors import BadRequest, Conflict, NotFound
 from serve.gateway.router import manages
 from serve.names import short_name, spelled, tenant_of
+from serve.rollout.golden.golden import Golden
 from serve.rollout.golden.golden_set import GoldenSet, check
 
 router = APIRouter()
 
 
 @router.get("/v1/golden")
-async def golden_sets(caller: Manager, parts: TheParts) -> dict[str, Any]:
+async def golden_sets(caller: Manager, registry: TheRegistry, golden: TheGolden) -> dict[str, Any]:
     """The golden sets of the adapters that the caller may change, without their cases."""
-    await asyncio.to_thread(parts.golden.results.refresh)
-    names = [full for full in sorted(parts.golden.results.sets) if manages(caller, full) and full in parts.registry]
-    rows = [await _described(parts, short_name(full, caller.tenant), full) for full in names]
+    await asyncio.to_thread(golden.results.refresh)
+    names = [full for full in sorted(golden.results.sets) if manages(caller, full) and full in registry]
+    rows = [await _described(golden, short_name(full, caller.tenant), full) for full in names]
     return {"object": "list", "data": rows}
 
 
@@ -34,7 +37,9 @@ async def put_golden(
     name: str,
     request: Request,
     caller: Manager,
-    parts: TheParts,
+    registry: TheRegistry,
+    golden: TheGolden,
+    meters: TheMeters,
     body: Annotated[GoldenSet, JsonBody(GoldenSet, lines="cases")],
 ) -> dict[str, Any]:
     """Keep a golden set for an adapter, and run it on the live version: prompts with what a good answer is.
@@ -44,38 +49,40 @@ async def put_golden(
     `shadow` has a judge grade a `share` of a shadow's answers, beside those that clients got.
     """
     request.state.subject = spelled(name, caller.tenant)
-    full = owned(parts, name, caller)
+    full = owned(registry, name, caller)
     await asyncio.to_thread(check, body)
     for model, where in body.judges.items():
         try:
-            parts.golden.runner.resolve(model, tenant_of(full))
+            golden.runner.resolve(model, tenant_of(full))
         except NotFound as missing:
             raise BadRequest(f"{where} has a judge that is not there: {missing.message}") from missing
-    live = parts.registry.live(full)
-    with paying(parts, caller, Cause.GOLDEN) as payer:
-        unanswered = await asyncio.to_thread(parts.golden.put, full, body, caller, live)
+    live = registry.live(full)
+    with paying(meters, caller, Cause.GOLDEN) as payer:
+        unanswered = await asyncio.to_thread(golden.put, full, body, caller, live)
         if live is not None:
-            parts.golden.runs.request(live, unanswered, "put", payer)
-    return await _described(parts, name, full)
+            golden.runs.request(live, unanswered, "put", payer)
+    return await _described(golden, name, full)
 
 
 @router.get("/v1/adapters/{name:path}/golden")
-async def golden(name: str, caller: Manager, parts: TheParts) -> dict[str, Any]:
+async def golden(name: str, caller: Manager, registry: TheRegistry, golden: TheGolden) -> dict[str, Any]:
     """The golden set of an adapter, with its cases."""
-    full = owned(parts, name, caller)
-    described = await _described(parts, name, full)
-    document = await asyncio.to_thread(parts.golden.results.golden, full)
+    full = owned(registry, name, caller)
+    described = await _described(golden, name, full)
+    document = await asyncio.to_thread(golden.results.golden, full)
     return {**described, **(document.described() if document else {})}
 
 
 @router.delete("/v1/adapters/{name:path}/golden")
-async def remove_golden(name: str, request: Request, caller: Manager, parts: TheParts) -> dict[str, Any]:
+async def remove_golden(
+    name: str, request: Request, caller: Manager, registry: TheRegistry, golden: TheGolden
+) -> dict[str, Any]:
     """Remove the golden set of an adapter, with all outcomes."""
     request.state.subject = spelled(name, caller.tenant)
-    full = owned(parts, name, caller)
-    if not await asyncio.to_thread(parts.golden.remove, full):
+    full = owned(registry, name, caller)
+    if not await asyncio.to_thread(golden.remove, full):
         raise _missing(name)
-    parts.golden.runs.wake()
+    golden.runs.wake()
     return {"object": "golden.set", "name": name, "deleted": True}
 
 
@@ -84,48 +91,55 @@ async def run_golden(
     name: str,
     request: Request,
     caller: Manager,
-    parts: TheParts,
+    registry: TheRegistry,
+    golden: TheGolden,
+    meters: TheMeters,
     body: Annotated[GoldenRun, JsonBody(GoldenRun, required=False)],
 ) -> dict[str, Any]:
     """Have a version answer its golden set again, in the gaps of traffic. The body may be left out."""
-    full = owned(parts, name, caller)
-    version = _version(parts, full, body.version)
+    full = owned(registry, name, caller)
+    version = _version(registry, full, body.version)
     request.state.subject = version.tag
-    await asyncio.to_thread(parts.golden.results.refresh)
-    document = await asyncio.to_thread(parts.golden.results.golden, full)
+    await asyncio.to_thread(golden.results.refresh)
+    document = await asyncio.to_thread(golden.results.golden, full)
     if document is None:
         raise _missing(name)
-    with paying(parts, caller, Cause.GOLDEN) as payer:
-        parts.golden.runs.request(version, document.by_key, "asked", payer)
+    with paying(meters, caller, Cause.GOLDEN) as payer:
+        golden.runs.request(version, document.by_key, "asked", payer)
     return {"object": "golden.run", "name": name, "version": version.version, "cases": len(document.cases)}
 
 
 @router.get("/v1/adapters/{name:path}/golden/results")
 async def golden_results(
-    name: str, caller: Manager, parts: TheParts, version: PositiveInt | None = None
+    name: str,
+    caller: Manager,
+    registry: TheRegistry,
+    policies: ThePolicies,
+    golden: TheGolden,
+    version: PositiveInt | None = None,
 ) -> dict[str, Any]:
     """Scores by version, how a canary does, and each case of one `version` (default: the live one).
 
     What was answered is shown to the adapter's own tenant alone; of an adapter whose guard refuses answers, to nobody.
     """
-    full = owned(parts, name, caller)
-    described = await _described(parts, name, full)
-    number = version or parts.live_version(full)
-    asked = parts.registry.get(full, number) if number else None
-    running = asked is not None and parts.golden.runs.waiting(asked)  # before the report: what it lacks, runs
-    report = await asyncio.to_thread(parts.golden.results.report, full)
+    full = owned(registry, name, caller)
+    described = await _described(golden, name, full)
+    number = version or live_version(registry, full)
+    asked = registry.get(full, number) if number else None
+    running = asked is not None and golden.runs.waiting(asked)  # before the report: what it lacks, runs
+    report = await asyncio.to_thread(golden.results.report, full)
     answer = {"object": "golden.results", "name": name, "set": described["digest"], **report}
-    answer["canary"] = parts.golden.verdicts.report(full)
+    answer["canary"] = golden.verdicts.report(full)
     if asked is None:
         return answer
-    own = caller.tenant == tenant_of(full) and not parts.withholds(full)
-    cases = await asyncio.to_thread(parts.golden.results.cases, asked, answers=own)
+    own = caller.tenant == tenant_of(full) and not policies[full].guard.withholds
+    cases = await asyncio.to_thread(golden.results.cases, asked, answers=own)
     return {**answer, "version": asked.version, "running": running, "cases": cases}
 
 
-async def _described(parts: Services, name: str, full: str) -> dict[str, Any]:
-    await asyncio.to_thread(parts.golden.results.refresh)
-    described = await asyncio.to_thread(parts.golden.results.described, full)
+async def _described(golden: Golden, name: str, full: str) -> dict[str, Any]:
+    await asyncio.to_thread(golden.results.refresh)
+    described = await asyncio.to_thread(golden.results.described, full)
     if described is None:
         raise _missing(name)
     return {"object": "golden.set", "name": name, **described}
@@ -138,8 +152,8 @@ def _missing(name: str) -> NotFound:
     )
 
 
-def _version(parts: Services, full: str, number: int | None) -> Adapter:
-    number = number or parts.live_version(full)
+def _version(registry: Registry, full: str, number: int | None) -> Adapter:
+    number = number or live_version(registry, full)
     if number is None:
         raise Conflict("no version of this adapter is live: say which one you mean", param="version")
-    return parts.registry.get(full, number)
+    return registry.get(full, number)

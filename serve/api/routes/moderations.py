@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 
 from serve.api.json_body import JsonBody
-from serve.api.routes.callers import Asker, TheParts
+from serve.api.parts import TheMeters, TheModerator
+from serve.api.routes.callers import Asker
 from serve.api.schemas import Moderations, TextPart
 from serve.engine.payer import Cause, Payer
 from serve.gateway.moderation import Verdict
@@ -17,15 +18,19 @@ router = APIRouter()
 
 @router.post("/v1/moderations")
 async def moderate(
-    request: Request, caller: Asker, parts: TheParts, body: Annotated[Moderations, JsonBody(Moderations, strict=True)]
+    request: Request,
+    caller: Asker,
+    meters: TheMeters,
+    guard_model: TheModerator,
+    body: Annotated[Moderations, JsonBody(Moderations, strict=True)],
 ) -> dict[str, Any]:
     """Which categories a text falls into, or each of several texts; parts of one input are one text.
 
     `model` names the guard; without one, or with a name of OpenAI's, `moderation_model` does. A score is 1 or 0.
     """
     request.state.audited = False
-    moderator = parts.moderator
-    payer = Payer.of(caller, Cause.MODERATION, parts.meters)
+    moderator = guard_model
+    payer = Payer.of(caller, Cause.MODERATION, meters)
     asking = [asyncio.create_task(moderator.judge(caller, payer, text, body.model)) for text in _texts(body)]
     try:
         verdicts = await asyncio.gather(*asking)

@@ -12,17 +12,22 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from serve.adapters.adapter import ABSENT, Adapter
+from serve.adapters.registry.registry import Registry
 from serve.adapters.sources.address import address_of
+from serve.api.health import Health
+from serve.api.incoming import Incoming, fetched
 from serve.api.json_body import JsonBody, decoded
-from serve.api.routes.callers import Expected, Manager, TheParts, owned
-from serve.api.routes.incoming import admit, fetched, quarantined
-from serve.api.routes.removal import remove_unloaded
+from serve.api.parts import TheConfig, TheFleet, TheHealth, TheIncoming, TheLifecycle, TheRegistry, TheRemoval
+from serve.api.removal import Removal
+from serve.api.routes.callers import Expected, Manager, owned
 from serve.api.schemas import Fetch, LoadLora, RegisterAdapter, UnloadLora
-from serve.api.services import Services
 from serve.asgi.answer_headers import VERSION, version_tag
 from serve.auth.auth import Caller
+from serve.config import Config
+from serve.engine.fleet import Fleet
 from serve.errors import AdapterRejected, BadRequest, NotFound
 from serve.names import shown, spelled, tenant_of
+from serve.rollout.lifecycle import Lifecycle
 from serve.rollout.retention import LOADED_FROM
 
 ALIAS_HEADER = "x-amzn-sagemaker-adapter-alias"
@@ -35,7 +40,10 @@ async def load_lora_adapter(
     request: Request,
     caller: Manager,
     expected: Expected,
-    parts: TheParts,
+    fleet: TheFleet,
+    config: TheConfig,
+    health: TheHealth,
+    incoming: TheIncoming,
     body: Annotated[LoadLora, JsonBody(LoadLora)],
 ) -> Response:
     """vLLM's: `lora_path` becomes a version of `lora_name`, and live; an address as in `POST /v1/adapters`, or a path.
@@ -43,7 +51,7 @@ async def load_lora_adapter(
     A path lies below one of the server's `source_roots`; `org/repo` is the hub's. The adapter may change nothing, as a
     LoRA does before its training. With or without `load_inplace`, a name that is loaded gets another version.
     """
-    answer = await _loaded(request, parts, caller, body, expected)
+    answer = await _loaded(request, fleet, config, health, incoming, caller, body, expected)
     if isinstance(answer, Response):
         return answer
     done = f"Success: LoRA adapter '{body.lora_name}' added successfully."
@@ -55,7 +63,9 @@ async def unload_lora_adapter(
     request: Request,
     caller: Manager,
     expected: Expected,
-    parts: TheParts,
+    registry: TheRegistry,
+    lifecycle: TheLifecycle,
+    removal: TheRemoval,
     body: Annotated[UnloadLora, JsonBody(UnloadLora)],
 ) -> Response:
     """vLLM's: the name answers 404 from now on. Its versions stay; a load, a promote or a rollback brings it back.
@@ -64,43 +74,65 @@ async def unload_lora_adapter(
     """
     if not body.lora_name:
         return _error(400, "InvalidUserInput", "'lora_name' needs to be provided to unload a LoRA adapter.")
-    return await _unloaded(request, parts, caller, body.lora_name, expected) or PlainTextResponse(
-        f"Success: LoRA adapter '{body.lora_name}' removed successfully."
-    )
+    return await _unloaded(
+        request, registry, lifecycle, removal, caller, body.lora_name, expected
+    ) or PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
 @router.post("/adapters", response_class=PlainTextResponse)
-async def register_adapter(request: Request, caller: Manager, expected: Expected, parts: TheParts) -> Response:
+async def register_adapter(
+    request: Request,
+    caller: Manager,
+    expected: Expected,
+    fleet: TheFleet,
+    lifecycle: TheLifecycle,
+    config: TheConfig,
+    health: TheHealth,
+    incoming: TheIncoming,
+) -> Response:
     """SageMaker's: load `src` as `name`, and pin it if `pin` says so; as JSON, or in the query."""
     asked = decoded(await request.body(), RegisterAdapter) if await request.body() else _from_query(request)
     load = LoadLora(asked.name, asked.src)
-    answer = await _loaded(request, parts, caller, load, expected)
+    answer = await _loaded(request, fleet, config, health, incoming, caller, load, expected)
     if isinstance(answer, Response):
         return answer
     if asked.pin:
-        await parts.lifecycle.pin(answer.name, by=caller.name)
+        await lifecycle.pin(answer.name, by=caller.name)
     headers = {VERSION: version_tag(answer.name, answer.version, caller.tenant)}
     return PlainTextResponse(f"Adapter {_alias(request, asked.name)} registered", headers=headers)
 
 
 @router.delete("/adapters/{name:path}", response_class=PlainTextResponse)
 async def unregister_adapter(
-    name: str, request: Request, caller: Manager, expected: Expected, parts: TheParts
+    name: str,
+    request: Request,
+    caller: Manager,
+    expected: Expected,
+    registry: TheRegistry,
+    lifecycle: TheLifecycle,
+    removal: TheRemoval,
 ) -> Response:
     """SageMaker's: as `/v1/unload_lora_adapter`."""
-    return await _unloaded(request, parts, caller, name, expected) or PlainTextResponse(
+    return await _unloaded(request, registry, lifecycle, removal, caller, name, expected) or PlainTextResponse(
         f"Adapter {_alias(request, name)} unregistered"
     )
 
 
 async def _loaded(
-    request: Request, parts: Services, caller: Caller, body: LoadLora, expected: int | None
+    request: Request,
+    fleet: Fleet,
+    config: Config,
+    health: Health,
+    incoming: Incoming,
+    caller: Caller,
+    body: LoadLora,
+    expected: int | None,
 ) -> Adapter | Response:
     """The version that a load made, or vLLM's answer to one that it refuses."""
     request.state.subject = shown(body.lora_name)
     if not body.lora_name or not body.lora_path:
         return _error(400, "InvalidUserInput", "Both 'lora_name' and 'lora_path' must be provided.")
-    if body.lora_name in parts.fleet:
+    if body.lora_name in fleet:
         conflict = f"The lora adapter '{body.lora_name}' conflicts with a served base model."
         return _error(400, "InvalidUserInput", conflict)
     if body.is_3d_lora_weight:
@@ -108,35 +140,41 @@ async def _loaded(
             "is_3d_lora_weight is not taken: adapters of fused experts cannot be served beside others",
             param="is_3d_lora_weight",
         )
-    parts.check_started()
+    health.check_started()
     address = address_of(body.lora_path)
     asked = Fetch(body.lora_name, address, why=f"from {address}", probe=False)
-    async with quarantined(parts, caller) as (folder, room):
+    async with incoming.quarantined(caller) as (folder, room):
         try:
-            came = await fetched(address, folder, room, parts.config, caller)
+            came = await fetched(address, folder, room, config, caller)
         except AdapterRejected as error:
             if error.code != ABSENT:
                 raise
             missing = f"Loading lora {shown(body.lora_name)} failed: No adapter found for {shown(body.lora_path)}"
             return _error(404, "NotFoundError", missing)
         notes = {LOADED_FROM: shown(address, 500)}
-        adapter, _ = await admit(parts, caller, asked, folder, expected=expected, came=came, notes=notes)
+        adapter, _ = await incoming.admit(caller, asked, folder, expected=expected, came=came, notes=notes)
     request.state.subject = adapter.tag
     return adapter
 
 
 async def _unloaded(
-    request: Request, parts: Services, caller: Caller, name: str, expected: int | None
+    request: Request,
+    registry: Registry,
+    lifecycle: Lifecycle,
+    removal: Removal,
+    caller: Caller,
+    name: str,
+    expected: int | None,
 ) -> Response | None:
     """vLLM's answer for a name that is not loaded; None once it is unloaded."""
     request.state.subject = shown(spelled(name, caller.tenant))
     try:
-        full = owned(parts, name, caller)
-        adapter = await parts.lifecycle.unload(full, by=caller.name, expected=expected)
+        full = owned(registry, name, caller)
+        adapter = await lifecycle.unload(full, by=caller.name, expected=expected)
     except NotFound:
         return _error(404, "NotFoundError", f"The lora adapter '{shown(name)}' cannot be found.")
     request.state.subject = adapter.tag
-    await remove_unloaded(parts, caller, tenant_of(full))
+    await removal.unloaded(caller, tenant_of(full))
     return None
 
 

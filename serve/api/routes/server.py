@@ -10,7 +10,8 @@ from fastapi.responses import JSONResponse
 from serve import __version__
 from serve.adapters.registry.registry import Registry
 from serve.api.json_body import JsonBody
-from serve.api.routes.callers import Asker, Gateway, Manager, Operator, Scraper, TheParts
+from serve.api.parts import TheAlerts, TheConfig, TheFleet, TheFollower, TheHealth, TheMetrics, TheRegistry
+from serve.api.routes.callers import Asker, Gateway, Manager, Operator, Scraper
 from serve.api.schemas import Swap
 from serve.auth.auth import Caller
 from serve.engine import base_swap
@@ -35,26 +36,26 @@ async def health() -> Response:
 
 
 @router.get("/ping", response_class=Response)
-async def ping(parts: TheParts) -> Response:
+async def ping(fleet: TheFleet, health: TheHealth) -> Response:
     """SageMaker's: every engine answers."""
-    await is_ready(parts)
+    await is_ready(fleet, health)
     return Response()
 
 
 @router.get("/ready")
-async def is_ready(parts: TheParts) -> Response:
+async def is_ready(fleet: TheFleet, health: TheHealth) -> Response:
     """Every engine answers. `degraded` names what else does not work, if anything."""
-    for base in parts.fleet:
+    for base in fleet:
         if not base.is_ready:
             raise base.unavailable()
-    body: dict[str, Any] = {"status": "ready", "model": parts.fleet.first.name}
-    return JSONResponse(body | {"degraded": degraded} if (degraded := parts.degraded) else body)
+    body: dict[str, Any] = {"status": "ready", "model": fleet.first.name}
+    return JSONResponse(body | {"degraded": degraded} if (degraded := health.degraded) else body)
 
 
 @router.get("/version")
-async def version(parts: TheParts) -> dict[str, Any]:
+async def version(fleet: TheFleet) -> dict[str, Any]:
     """Versions of loradock and vLLM, which patches of vLLM are on, the first base, the manifest of its export."""
-    backend = parts.fleet.first.backend
+    backend = fleet.first.backend
     patches = {
         "on": sorted(name for name, reason in backend.patches.items() if not reason),
         "off": {name: reason for name, reason in sorted(backend.patches.items()) if reason},
@@ -63,54 +64,54 @@ async def version(parts: TheParts) -> dict[str, Any]:
         "version": __version__,
         "vllm": backend.version,
         "vllm_patches": patches,
-        "model": parts.fleet.first.name,
+        "model": fleet.first.name,
     }
-    manifest = await asyncio.to_thread(summary_of, parts.fleet.first.model)
+    manifest = await asyncio.to_thread(summary_of, fleet.first.model)
     return {**versions, "manifest": manifest} if manifest else versions
 
 
 @router.get("/metrics", response_class=Response, responses={200: PROMETHEUS})
-async def metrics(request: Request, caller: Scraper, parts: TheParts) -> Response:
+async def metrics(request: Request, caller: Scraper, metrics: TheMetrics) -> Response:
     """Ours, and the engine's."""
-    parts.metrics.tidy()
-    text, kind = await asyncio.to_thread(parts.metrics.render, request.headers.get("accept", ""))
+    metrics.tidy()
+    text, kind = await asyncio.to_thread(metrics.render, request.headers.get("accept", ""))
     return Response(text, headers={"content-type": kind})
 
 
 @router.get("/metrics/engine", response_class=Response, responses={200: PROMETHEUS})
-async def engine_metrics(request: Request, caller: Scraper, parts: TheParts) -> Response:
+async def engine_metrics(request: Request, caller: Scraper, metrics: TheMetrics) -> Response:
     """The engine's alone, as it has them, with the series that grows."""
-    text, kind = await asyncio.to_thread(parts.metrics.render_engine, request.headers.get("accept", ""))
+    text, kind = await asyncio.to_thread(metrics.render_engine, request.headers.get("accept", ""))
     return Response(text, headers={"content-type": kind})
 
 
 @router.get("/metrics/gateway", response_class=Response, responses={200: PROMETHEUS})
-async def gateway_metrics(request: Request, caller: Gateway, parts: TheParts) -> Response:
+async def gateway_metrics(request: Request, caller: Gateway, metrics: TheMetrics) -> Response:
     """What a gateway's endpoint picker reads of `/metrics`, and no more; without a key if `open_gateway_metrics` is."""
-    text, kind = await asyncio.to_thread(parts.metrics.render_gateway, request.headers.get("accept", ""))
+    text, kind = await asyncio.to_thread(metrics.render_gateway, request.headers.get("accept", ""))
     return Response(text, headers={"content-type": kind})
 
 
 @router.get("/v1/models")
-async def models(caller: Asker, parts: TheParts) -> dict[str, Any]:
+async def models(caller: Asker, registry: TheRegistry, fleet: TheFleet) -> dict[str, Any]:
     """OpenAI's list of models: the bases, and each adapter by name and by version with its parent."""
-    return {"object": "list", "data": await asyncio.to_thread(_cards, parts.fleet, parts.registry, caller)}
+    return {"object": "list", "data": await asyncio.to_thread(_cards, fleet, registry, caller)}
 
 
 @router.get("/v1/models/{name:path}")
-async def model(name: str, caller: Asker, parts: TheParts) -> dict[str, Any]:
+async def model(name: str, caller: Asker, registry: TheRegistry, fleet: TheFleet) -> dict[str, Any]:
     """One model of that list."""
-    for card in await asyncio.to_thread(_cards, parts.fleet, parts.registry, caller):
+    for card in await asyncio.to_thread(_cards, fleet, registry, caller):
         if name == card["id"]:
             return card
     raise NotFound(f"The model `{name}` does not exist", code="model_not_found", param="model")
 
 
 @router.get("/v1/engines")
-async def engines(caller: Operator, parts: TheParts) -> dict[str, Any]:
+async def engines(caller: Operator, fleet: TheFleet) -> dict[str, Any]:
     """Each base's engine: phase and why, model, memory, slots, queue, restarts, uptime, adapters in memory."""
     rows = []
-    for base in parts.fleet:
+    for base in fleet:
         # The backend answers behind what it computes, so the other numbers are read afterwards.
         resident = sorted(await base.resident_ids()) if base.is_ready else []
         rows.append({**base.described(), "resident": resident})
@@ -118,20 +119,25 @@ async def engines(caller: Operator, parts: TheParts) -> dict[str, Any]:
 
 
 @router.get("/v1/replicas")
-async def replicas(caller: Operator, parts: TheParts) -> dict[str, Any]:
+async def replicas(caller: Operator, follower: TheFollower) -> dict[str, Any]:
     """The servers that share this one's registry, and how far each has read it."""
-    return {"object": "list", "data": await asyncio.to_thread(parts.follower.replicas) if parts.follower else []}
+    return {"object": "list", "data": await asyncio.to_thread(follower.replicas) if follower else []}
 
 
 @router.post("/v1/engines/{engine:path}/swap")
 async def swap(
-    engine: str, request: Request, caller: Operator, parts: TheParts, body: Annotated[Swap, JsonBody(Swap)]
+    engine: str,
+    request: Request,
+    caller: Operator,
+    fleet: TheFleet,
+    config: TheConfig,
+    body: Annotated[Swap, JsonBody(Swap)],
 ) -> dict[str, Any]:
     """Replace the model under a base while requests go on; `drain_first` when both do not fit in memory."""
     request.state.subject = f"{engine} -> {body.model}"
-    base = parts.fleet.get(engine)
+    base = fleet.get(engine)
     try:
-        model = await asyncio.to_thread(find, body.model, parts.config.cache_dir)
+        model = await asyncio.to_thread(find, body.model, config.cache_dir)
     except ConfigError as error:
         raise BadRequest(str(error), param="model") from error
     approval = Approval.FORCED if body.force else Approval.MEASURED
@@ -140,21 +146,25 @@ async def swap(
 
 
 @router.post("/v1/engines/{engine:path}/restart")
-async def restart(engine: str, request: Request, caller: Operator, parts: TheParts) -> dict[str, Any]:
+async def restart(engine: str, request: Request, caller: Operator, fleet: TheFleet) -> dict[str, Any]:
     """Start an engine again that is down."""
     request.state.subject = engine
-    await parts.fleet.get(engine).restart()
-    return parts.fleet.get(engine).described()
+    await fleet.get(engine).restart()
+    return fleet.get(engine).described()
 
 
 @router.post("/v1/alerts")
 async def alerts(
-    request: Request, caller: Manager, parts: TheParts, body: Annotated[Notification, JsonBody(Notification)]
+    request: Request,
+    caller: Manager,
+    alerting: TheAlerts,
+    health: TheHealth,
+    body: Annotated[Notification, JsonBody(Notification)],
 ) -> dict[str, Any]:
     """Alertmanager's webhook."""
-    parts.check_started()
+    health.check_started()
     rows = [
-        await parts.alerting.take(alert, may=manages(caller, alert.labels.get("adapter", "")), by=caller.name)
+        await alerting.take(alert, may=manages(caller, alert.labels.get("adapter", "")), by=caller.name)
         for alert in body.alerts
     ]
     request.state.subject = ", ".join(f"{row['alert']}: {row['outcome']}" for row in rows)

@@ -4,26 +4,27 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from serve.api.routes.callers import Asker, Manager, TheParts
+from serve.api.parts import TheFleet
+from serve.api.routes.callers import Asker, Manager
 from serve.errors import BadRequest
 
 router = APIRouter()
 
 
 @router.get("/server_info")
-async def server_info(caller: Asker, parts: TheParts) -> dict[str, Any]:
+async def server_info(caller: Asker, fleet: TheFleet) -> dict[str, Any]:
     """vLLM's, as far as a trainer of adapters needs it: what the first engine takes of adapters.
 
     `data_parallel_size` is 1 with any number of ranks: in vLLM a load reaches one rank, here all of them.
     """
-    backend = parts.fleet.first.backend
+    backend = fleet.first.backend
     lora = {
         "max_lora_rank": backend.max_lora_rank,
         "max_loras": backend.slots,
         "max_cpu_loras": backend.max_resident,
     }
-    model: dict[str, Any] = {"model": parts.fleet.first.name}
-    if parts.fleet.first.is_ready:
+    model: dict[str, Any] = {"model": fleet.first.name}
+    if fleet.first.is_ready:
         model["max_model_len"] = backend.max_model_len
     return {"vllm_config": {"model_config": model, "lora_config": lora, "parallel_config": {"data_parallel_size": 1}}}
 

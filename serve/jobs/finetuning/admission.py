@@ -32,7 +32,7 @@ class Admission:
         self._versions = versions
         self._lifecycle = lifecycle
         self._registry = lifecycle.registry
-        self._store = store
+        self.store = store
         self._auth = auth
 
     def caller(self, job: Job) -> Caller:
@@ -91,9 +91,9 @@ class Admission:
     @asynccontextmanager
     async def _copied(self, job: Job, adapter: Path, manifest: Mapping[str, Any]) -> AsyncIterator[Path]:
         """The files of an upload, on the tenant's account as long as they are there."""
-        with self._store.ledger.room(job.tenant, Kind.UPLOADS) as room:
+        with self.store.ledger.room(job.tenant, Kind.UPLOADS) as room:
             room.count(await asyncio.to_thread(size_of, adapter))
-            async with contextmanager_in_threadpool(self._store.quarantine(room)) as folder:
+            async with contextmanager_in_threadpool(self.store.quarantine(room)) as folder:
                 await asyncio.to_thread(_copy, adapter, folder, manifest)
                 yield folder
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from serve.adapters.adapter import Adapter
@@ -14,6 +14,7 @@ from serve.auth.auth import Caller
 from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor
 from serve.errors import BadRequest, Conflict, NotFound, QuotaExceeded
+from serve.events import Events
 from serve.gateway.router import Router
 from serve.jobs.batches.batches import Batches, check_metadata
 from serve.jobs.batches.objects import EXAMPLES
@@ -24,7 +25,7 @@ from serve.jobs.finetuning.metrics import FineTuningMetrics
 from serve.jobs.finetuning.notes import Notes
 from serve.jobs.finetuning.objects import METHODS, Asked, Job, Limits, Status, Where
 from serve.jobs.finetuning.schedule import JobSchedule, Turns
-from serve.jobs.finetuning.training_process import COMMAND, TrainingProcess
+from serve.jobs.finetuning.training_process import TrainingProcess
 from serve.jobs.finetuning.workers import Workers
 from serve.names import check_adapter_name, check_name, full_name, shown, tenant_of
 
@@ -46,6 +47,7 @@ class FineTuning:
         router: Router,
         files: Batches,
         admission: Admission,
+        events: Events,
         *,
         limits: Limits,
         me: str,
@@ -55,7 +57,6 @@ class FineTuning:
         max_bytes: int = 1 << 30,
         is_busy: Callable[[], bool] = lambda: False,
         file_seconds: float = 30 * 86_400.0,
-        command: Sequence[str] = COMMAND,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._registry = registry
@@ -65,18 +66,17 @@ class FineTuning:
         self._limits = limits
         self._max_rank = max_rank
         self._clock = clock
-        self.metrics = FineTuningMetrics()
-        self.process = TrainingProcess(is_busy, command=command)
-        self.metrics.suspended = lambda: self.process.suspended
+        self.process = TrainingProcess(is_busy)
+        self.metrics = FineTuningMetrics(self.process)
         self.rows, self.notes = JobRows(registry, limits, me=me, clock=clock), Notes(registry)
         self.runner = JobRunner(
             self.rows,
             files.contents,
-            store,
             self.process,
             admission,
             limits,
             self.metrics,
+            events,
             base_model=lambda name: fleet.get(name).model,
             file_seconds=file_seconds,
             clock=clock,
@@ -164,7 +164,7 @@ class FineTuning:
     def cancel(self, tenant: str, id: str) -> Job:
         """Blocks."""
         job = self.rows.cancel(tenant, id)
-        self.metrics.ended(Status.CANCELLED)
+        self.runner.ended(job, Status.CANCELLED)
         return job
 
     def _check_trainable(self) -> None:

@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 
 from serve.adapters.byte_ledger import Kind as Bytes
 from serve.adapters.byte_ledger import Room, size_of
-from serve.adapters.store import Store
 from serve.adapters.untrusted import write
 from serve.errors import (
     AdapterRejected,
@@ -33,6 +32,7 @@ from serve.errors import (
     OutOfSpace,
     QuotaExceeded,
 )
+from serve.events import Events, JobEnded
 from serve.jobs.batches.file_bytes import FileBytes
 from serve.jobs.batches.objects import StoredFile
 from serve.jobs.finetuning.admission import Admission
@@ -86,11 +86,11 @@ class JobRunner:
         self,
         rows: JobRows,
         contents: FileBytes,
-        store: Store,
         process: TrainingProcess,
         admission: Admission,
         limits: Limits,
         metrics: FineTuningMetrics,
+        events: Events,
         *,
         base_model: Callable[[str], str],
         file_seconds: float,
@@ -98,19 +98,19 @@ class JobRunner:
     ) -> None:
         self._rows = rows
         self._contents = contents
-        self._store = store
+        self._store = admission.store
         self._process = process
         self._admission = admission
         self._limits = limits
-        self._metrics = metrics
+        self._events = events
         self._base_model = base_model
         self._file_seconds = file_seconds
         self._clock = clock
         self._trainer = Trainer(rows, process, limits.hours, metrics.trained, self._measure)
         # A process ends with the thread that starts it, so these last.
         self._threads = ThreadPoolExecutor(len(Kind), "training")
-        self.root = store.root / "finetuning"
-        self._ledger, self._rooms = store.ledger, dict[str, Room]()
+        self.root = self._store.root / "finetuning"
+        self._ledger, self._rooms = self._store.ledger, dict[str, Room]()
         for job in rows.open():  # what a server before this one left here
             self.count(job)
 
@@ -157,12 +157,12 @@ class JobRunner:
             ):
                 await self._admit(admitting)
         except Failed as failed:
-            await self._fail(work.job.id, failed)
+            await self._fail(work.job, failed)
         except OutOfSpace as full:
-            await self._fail(work.job.id, Failed("insufficient_storage", full.message))
+            await self._fail(work.job, Failed("insufficient_storage", full.message))
         except OSError as error:
             why = f"the files of the job cannot be written or read: {error.strerror or error}"
-            await self._fail(work.job.id, Failed("storage_error", why))
+            await self._fail(work.job, Failed("storage_error", why))
 
     async def _stoppable(self, work: Work, run: Callable[..., Result], *arguments: Any) -> Result:
         """What this answers on the thread of the processes; a server that ends stops its process first."""
@@ -174,11 +174,15 @@ class JobRunner:
             await asyncio.gather(running, return_exceptions=True)
             raise
 
-    async def _fail(self, id: str, failed: Failed) -> None:
+    def ended(self, job: Job, status: Status) -> None:
+        """A job is at its end: whoever waits for it is told."""
+        self._events.publish(JobEnded(job.id, job.tenant, status.value))
+
+    async def _fail(self, job: Job, failed: Failed) -> None:
         fail = self._rows.fail
-        if await asyncio.to_thread(fail, id, failed.code, failed.message, failed.param, also=failed.also):
-            self._metrics.ended(Status.FAILED)
-            await asyncio.to_thread(self.remove, id)
+        if await asyncio.to_thread(fail, job.id, failed.code, failed.message, failed.param, also=failed.also):
+            self.ended(job, Status.FAILED)
+            await asyncio.to_thread(self.remove, job.id)
 
     # Before the training
 
@@ -286,7 +290,7 @@ class JobRunner:
         rows = await asyncio.to_thread(self._checkpoint_rows, job, folder, checkpoints, model)
         result = await asyncio.to_thread(self._results, job, folder)
         if await asyncio.to_thread(self._rows.succeed, job.id, model, result, rows, settled):
-            self._metrics.ended(Status.SUCCEEDED)
+            self.ended(job, Status.SUCCEEDED)
             await asyncio.to_thread(self.remove, job.id)
 
     async def _checkpoints(self, job: Job, folder: JobFolder, settled: dict[str, object]) -> dict[int, str]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from serve.jobs.finetuning.objects import ENDS, OPEN, Job, Status
+from serve.events import JobEnded
+from serve.jobs.finetuning.objects import ENDS, OPEN, Job
+from serve.jobs.finetuning.training_process import TrainingProcess
 
 # A worker that has said nothing for so long is not counted.
 WORKER_SECONDS = 60.0
@@ -20,23 +22,23 @@ WORKER_SECONDS = 60.0
 class FineTuningMetrics(Collector):
     """`see` hears what the database holds now, the other methods what this server did."""
 
-    def __init__(self) -> None:
+    def __init__(self, process: TrainingProcess) -> None:
+        self._process = process
         self._lock = threading.Lock()
         self._open: Counter[str] = Counter()
         self._ended: Counter[str] = Counter()
         self._tokens = self._seconds = 0.0
         self._workers: dict[str, float] = {}
-        self.suspended: Callable[[], bool] = lambda: False
 
     def see(self, jobs: Sequence[Job]) -> None:
         """Every job that is not at its end."""
         with self._lock:
             self._open = Counter(job.status.value for job in jobs)
 
-    def ended(self, status: Status) -> None:
+    def count(self, event: JobEnded) -> None:
         """A job came to its end."""
         with self._lock:
-            self._ended[status.value] += 1
+            self._ended[event.status] += 1
 
     def trained(self, tokens: int, seconds: float) -> None:
         """So many tokens more, in so many seconds of running."""
@@ -85,7 +87,7 @@ class FineTuningMetrics(Collector):
         yield GaugeMetricFamily(
             "loradock_finetune_suspended",
             "1 while a fine-tuning job is suspended because clients are answered, when it is scraped; else 0.",
-            float(self.suspended()),
+            float(self._process.suspended),
         )
         yield GaugeMetricFamily(
             "loradock_finetune_workers",

@@ -155,9 +155,9 @@ class Workers:
     ) -> None:
         """It ends with this error. Blocks."""
         rows = self._as(caller, worker)
-        self._held(rows.held(id), id)
+        job = self._held(rows.held(id), id)
         if rows.fail(id, code, message, param, also=also):
-            self._metrics.ended(Status.FAILED)
+            self._runner.ended(job, Status.FAILED)
 
     def release(self, caller: Caller, worker: str, id: str) -> None:
         """It works on the job no more; another one may. Blocks."""

@@ -92,7 +92,7 @@ async def test_a_task_that_fails_shows_in_ready_and_in_the_metrics(client, monke
         raise RuntimeError("the disk is gone")
 
     parts.background.start("toy", run)
-    assert await settled(lambda: parts.degraded)
+    assert await settled(lambda: parts.health.degraded)
     ready = await client.get("/ready")
     assert ready.status_code == 200
     assert ready.json()["degraded"] == {"toy": "RuntimeError: the disk is gone"}

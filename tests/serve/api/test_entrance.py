@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 
 from serve.adapters.fair_threads import TENANT
-from serve.api.app import build_app
 from serve.api.entrance import BASELINE_BYTES, BODY_BYTES
 from serve.config import keys_hashed
+from serve.server.assembly import build_app
 from tests.support.app import http
 from tests.support.backend import FakeBackend
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from serve.api.app import build_app
 from serve.asgi.origin import origins
 from serve.config import keys_hashed
+from serve.server.assembly import build_app
 from tests.support.backend import FakeBackend
 
 EVIL = "https://evil.example"

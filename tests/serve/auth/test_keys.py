@@ -13,12 +13,12 @@ import uvicorn
 from typer.testing import CliRunner
 
 from serve.adapters.registry.registry import Registry
-from serve.api.app import build_app
 from serve.auth.keys import Keys
 from serve.auth.rate_limits import Limits
 from serve.cli.main import app as commands
 from serve.config import keys_hashed
 from serve.errors import BadRequest
+from serve.server.assembly import build_app
 from tests.support.app import ask, issued
 from tests.support.backend import FakeBackend
 

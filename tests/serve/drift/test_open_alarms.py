@@ -155,7 +155,7 @@ async def test_a_version_that_is_unloaded_keeps_its_open_alarm(connect, spoken, 
         (version,) = (await drift(client))["versions"]
         assert version["in_memory"] is True and "German" in version["alarms"]["prompt"]["text"]
         assert (await client.delete("/v1/adapters/tone")).status_code == 200
-        client._transport.app.state.parts.monitor._rendered.clear()
+        client._transport.app.state.parts.metrics._rendered.clear()
         assert series((await client.get("/metrics")).text, "loradock_drift_alarmed", adapter="tone") == []
 
 

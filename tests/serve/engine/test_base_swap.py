@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import pytest
 
-from serve.api.app import build_app
 from serve.engine.engine import Phase
 from serve.engine.restarts import StartTurn
+from serve.server.assembly import build_app
 from tests.support import tiny
 from tests.support.app import ask, push_two, settled, upload
 from tests.support.backend import FakeBackend

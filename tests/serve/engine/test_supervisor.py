@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from serve.api.app import build_app
 from serve.engine.engine import Phase
 from serve.errors import ConfigError, LoradockError
+from serve.server.assembly import build_app
 from tests.support.app import ask, http, settled, upload
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from serve.api.app import build_app
 from serve.engine.engine import Phase
 from serve.gateway.request import MAX_MODELS
+from serve.server.assembly import build_app
 from tests.support.app import CHAT, Started, push_two, upload
 from tests.support.backend import FakeBackend
 

@@ -13,7 +13,9 @@ import pytest
 from serve.config import keys_hashed
 from serve.drift.watched_version import iso
 from serve.errors import Conflict, EngineUnavailable
-from serve.events import CanaryVerdict, DriftAlarm
+from serve.events import CanaryVerdict, DriftAlarm, GoldenScored, JobEnded
+from serve.loop.loops import _waits_for
+from serve.loop.objects import Loop, Phase, State
 from serve.sequential.sequential_test import Verdict
 from tests.serve.loop.conftest import LONG, asked, example, loop_of, parts_of, pushed, tried, until
 from tests.support.app import issued, settled, upload
@@ -634,3 +636,13 @@ async def test_a_drift_alarm_is_no_news_that_a_loop_has_to_look_for(looping, mak
         parts.events.publish(DriftAlarm("tone", "v1", "prompt", {}, 12.0))
         loop = await until(client, lambda loop: loop["tries"])
         assert loop["tries"][0]["cause"]["kind"] == "drift" and looked
+
+
+def test_a_loop_looks_when_what_it_waits_for_has_ended():
+    training = Loop("loop-1", "acme/tone", Phase.TRAINING, State(job="ftjob-1"))
+    gate = Loop("loop-1", "acme/tone", Phase.GATE, State(job="ftjob-1"))
+    ended, scored = JobEnded("ftjob-1", "acme", "failed"), GoldenScored("acme/tone", 2, 0.5, 8, True)
+    assert _waits_for(training, ended) and not _waits_for(training, scored)
+    assert _waits_for(gate, scored) and not _waits_for(gate, ended)
+    assert not _waits_for(training, JobEnded("ftjob-2", "acme", "failed"))
+    assert not _waits_for(gate, GoldenScored("tone", 2, 0.5, 8, True))

@@ -47,7 +47,7 @@ LONG = "node" * 20
 @pytest.fixture
 async def long_named(connect, config, tiny_model, tmp_path, places, monkeypatch):
     """A client of a server whose node has a long name."""
-    monkeypatch.setattr("serve.api.services.node", lambda: LONG)
+    monkeypatch.setattr("serve.server.assembly.node", lambda: LONG)
     own = replace(config, registry=places[0], blobs=places[1], data_dir=tmp_path / "data")
     async with connect(own, FakeBackend(str(tiny_model))) as client:
         follower = client._transport.app.state.parts.follower
@@ -190,7 +190,7 @@ async def test_an_outage_of_the_registry_is_seen_and_gets_over_without_a_restart
     assert (await ask(other, "tone")).json() == {"model": first}
     outage.begin()
     parts = other._transport.app.state.parts
-    assert await settled(lambda: "registry" in parts.degraded)
+    assert await settled(lambda: "registry" in parts.health.degraded)
     await asyncio.sleep(1.5)  # heartbeats and looks at swaps fail meanwhile too
     assert (await ask(other, "tone")).json() == {"model": first}
     ready = await other.get("/ready")
@@ -198,7 +198,7 @@ async def test_an_outage_of_the_registry_is_seen_and_gets_over_without_a_restart
     outage.end()
     second = (await one.post("/v1/adapters", **upload(make_adapter(1)))).json()["id"]
     assert (await ask(other, "tone")).json() == {"model": second}
-    assert "registry" not in parts.degraded
+    assert "registry" not in parts.health.degraded
     assert len((await other.get("/v1/replicas")).json()["data"]) == 2
 
 
@@ -208,7 +208,7 @@ async def test_a_name_that_only_others_can_know_is_no_404_while_the_registry_can
     one, other, *_ = pair
     assert (await ask(other, "tone")).status_code == 404
     outage.begin()
-    assert await settled(lambda: "registry" in other._transport.app.state.parts.degraded)
+    assert await settled(lambda: "registry" in other._transport.app.state.parts.health.degraded)
     for answer in (
         await ask(other, "tone"),
         await other.get("/v1/adapters/tone"),
@@ -233,7 +233,7 @@ async def test_an_error_that_nobody_foresaw_in_a_look_is_no_requests_error(pair,
     with monkeypatch.context() as patch:
         patch.setattr(parts.registry, "stamp", wrong)
         assert (await ask(other, "base")).status_code == 200
-        assert "RuntimeError" in parts.degraded["registry"]
+        assert "RuntimeError" in parts.health.degraded["registry"]
     assert (await ask(other, "tone")).status_code == 200
 
 

@@ -47,7 +47,7 @@ looked.clear()
 plugin.install()
 titles.install()
 current_platform.register_triton_kernel_overrides()
-from serve.api.app import build_app
+from serve.server.assembly import build_app
 from serve.vllm_backend.backend import VLLMBackend, prepare
 prepare()
 forked = {

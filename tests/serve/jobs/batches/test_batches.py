@@ -12,12 +12,12 @@ import pytest
 from sqlalchemy import update
 
 from serve.adapters.registry.tables import batches as table
-from serve.api import on_behalf
 from serve.asgi.exchange import Generation
 from serve.config import keys_hashed
 from serve.engine.engine import LOW_PRIORITY
 from serve.engine.payer import OPERATOR
 from serve.errors import EngineUnavailable
+from serve.jobs.batches import build
 from serve.models import hardware
 from tests.serve.jobs.batches.conftest import lines_of, request
 from tests.support.app import CHAT, issued, settled, upload
@@ -547,4 +547,4 @@ async def test_unfinished_uploads_take_no_more_than_the_tenant_may_keep(connect,
 @pytest.mark.parametrize(("on_cpu", "given", "lines"), [(True, 0, 4), (False, 0, 64), (False, 6, 6), (True, 9, 9)])
 def test_how_many_lines_an_idle_engine_gets_is_for_its_device(config, monkeypatch, on_cpu, given, lines):
     monkeypatch.setattr(hardware, "on_cpu", lambda: on_cpu)
-    assert on_behalf._limits(replace(config, batch_concurrency=given)).concurrency == lines
+    assert build._limits(replace(config, batch_concurrency=given)).concurrency == lines

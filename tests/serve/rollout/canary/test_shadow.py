@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from serve.api.app import build_app
+from serve.server.assembly import build_app
 from tests.support.app import push_two, said
 
 

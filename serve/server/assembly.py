@@ -1,4 +1,4 @@
-"""`Services`: all parts of a server, each constructed with those that it works with, in one place."""
+"""A server: all of its parts, each constructed with those that it works with, in one place."""
 
 from __future__ import annotations
 
@@ -6,31 +6,32 @@ import asyncio
 import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
+from fastapi import FastAPI
+from prometheus_client.registry import Collector
+
+from serve.adapters.adapter import Adapter
 from serve.adapters.byte_ledger import Kind
 from serve.adapters.registry.registry import Registry
 from serve.adapters.shared_store import SharedStore
+from serve.adapters.sources.kind import offered
 from serve.adapters.store import Store
+from serve.api.app import app_of
 from serve.api.background_tasks import BackgroundTasks
 from serve.api.captures import Captures
-from serve.api.on_behalf import fine_tuning, loops, meter_of, on_behalf
-from serve.api.part_settings import (
-    bound_tenants,
-    drift_settings,
-    rotate_history,
-    supervisors,
-    tokens_of,
-    tracing,
-    upload_limits,
-)
+from serve.api.health import Health
+from serve.api.incoming import Incoming
+from serve.api.overview import Overview
+from serve.api.removal import Removal
+from serve.api.resolver import FolderResolver
 from serve.asgi.exchange import Exchange
 from serve.asgi.exchange_worker import DroppedExchanges, ExchangeWorker
 from serve.auth.audit import Audit
 from serve.auth.auth import Auth, Caller
 from serve.auth.keys import Keys
-from serve.auth.rate_limits import Meters
+from serve.auth.rate_limits import Meter, Meters
 from serve.config import Config
 from serve.dataset.feedback import Feedback
 from serve.drift.baseline_build import BaselineBuild
@@ -43,7 +44,7 @@ from serve.engine.backend import Backend
 from serve.engine.fleet import Fleet
 from serve.engine.payer import Work
 from serve.engine.supervisor import Supervisor
-from serve.errors import ConfigError, EngineUnavailable, LoradockError
+from serve.errors import ConfigError, EngineUnavailable, LoradockError, Unauthorized
 from serve.events import (
     BaseSwapped,
     CanaryVerdict,
@@ -61,9 +62,19 @@ from serve.events import (
     VersionAdded,
 )
 from serve.gateway.fan_out import RequestBounds
+from serve.gateway.guard import Guards
 from serve.gateway.inference import Inference
+from serve.gateway.internal_request import InternalRequests
+from serve.gateway.moderation import Moderator
 from serve.gateway.router import Router
+from serve.jobs.batches import build as batches
+from serve.jobs.finetuning.admission import Admission
+from serve.jobs.finetuning.finetuning import FineTuning
+from serve.jobs.finetuning.objects import Limits as JobLimits
+from serve.jobs.finetuning.objects import Where
+from serve.loop import build as loop
 from serve.loop.loop_rows import LoopRows
+from serve.loop.metrics import LoopMetrics
 from serve.loop.tries import LoopTries
 from serve.models.checkpoint import takes_media
 from serve.models.hardware import node, on_cpu
@@ -89,6 +100,16 @@ from serve.rollout.registry_sync import RegistrySync, Replica
 from serve.rollout.rollback import AutomaticRollback
 from serve.rollout.swap_follower import SwapFollower
 from serve.rollout.webhook import Webhooks
+from serve.server.lifetime import Lifetime, started
+from serve.server.part_settings import (
+    bound_tenants,
+    drift_settings,
+    rotate_history,
+    supervisors,
+    tokens_of,
+    tracing,
+    upload_limits,
+)
 from serve.telemetry.live_state import Objectives
 from serve.telemetry.metrics import Metrics
 from serve.telemetry.observers import ExchangeObservers
@@ -102,13 +123,12 @@ log = logging.getLogger(__name__)
 LOG_STATS_SECONDS = 10.0
 
 
-class Services:
-    """What `build_app` says of its arguments; each part is built once those are there that it needs.
+class Server:
+    """What `build_app` says of its arguments. Each part is built once those are there that it needs, room by room; what
+    is told of what happens is in `_subscribe`, what starts and stops in `_lifetimes` and `_tasks`, and what has series
+    in `_collectors`."""
 
-    `running` is the server's lifetime.
-    """
-
-    def __init__(  # long: one list, in the order in which the parts need one another
+    def __init__(
         self,
         config: Config,
         backends: Sequence[Backend],
@@ -118,11 +138,27 @@ class Services:
         observers: Sequence[Callable[[Exchange], None]] = (),
     ) -> None:
         self.config = config
-        self.ready = asyncio.Event()
+        self.events = Events()
+        self.policies = Policies(config.policies)
         self.background = BackgroundTasks()
+        self._me = Replica(replica or f"{node()}-{secrets.token_hex(4)}", node())
         self._on_failure = on_failure or log.error
+        self._keep()
+        self._answer(backends)
+        self._tell()
+        self._roll_out()
+        self._watch()
+        self._work()
+        self._serve(on_shadow, observers)
+        self._subscribe()
+        for collector in self._collectors():
+            self.metrics.watch(collector)
 
-        # What is kept on disk, and who may ask for it
+    # Rooms, in the order in which they need one another
+
+    def _keep(self) -> None:
+        """What is kept on disk, and who may ask for it."""
+        config = self.config
         self.store = Store(config.data_dir, shared=SharedStore(config.blobs) if config.blobs else None)
         self.registry = Registry(config.registry_url, standing=config.data_dir / "rollbacks.json")
         bound_tenants(self.store.ledger, self.registry, config)
@@ -132,15 +168,16 @@ class Services:
         self.auth = Auth(
             config.api_keys, config.admin_keys, issued, locked, config.metrics_keys, self.keys.holder, self.tokens
         )
+        self.meters = Meters()
         self.audit = Audit(config.data_dir / "audit.jsonl", max_bytes=config.audit_bytes, days=config.audit_days)
 
-        # What answers
-        self.events, self.policies = Events(), Policies(config.policies)
-        loads, popularity = AdapterLoads(), Popularity()
-        self.meters = Meters()
+    def _answer(self, backends: Sequence[Backend]) -> None:
+        """Engines, what is in them, and how a name becomes a version. A registry with a URL may have other servers."""
+        config = self.config
+        self._loads, popularity = AdapterLoads(), Popularity()
         self.usage_ledger = UsageLedger(self.registry, keep_days=config.usage_days)
         self._usage_metrics = UsageMetrics(config.currency, self._exists, limit=config.max_labelled_versions)
-        self.fleet = Fleet(supervisors(config, backends, loads, self._count_usage), self.registry.base)
+        self.fleet = Fleet(supervisors(config, backends, self._loads, self._count_usage), self.registry.base)
         self.lifecycle = Lifecycle(
             self.fleet,
             self.registry,
@@ -150,77 +187,77 @@ class Services:
             self.events,
         )
         self._prefetcher = Prefetcher(self.fleet, self.lifecycle, popularity, config.data_dir / "popular.json")
-
-        # A registry that has a URL of its own may have other servers too
-        me = Replica(replica or f"{node()}-{secrets.token_hex(4)}", node())
-        sync = RegistrySync(self.registry, self.keys, self.lifecycle, self.fleet, me)
+        self._router = Router(self.fleet, self.registry, self.store, popularity.used)
+        sync = RegistrySync(self.registry, self.keys, self.lifecycle, self.fleet, self._me)
         self.follower = sync if config.registry else None
         self._swap_follower = SwapFollower(self.registry, self.fleet)
+        self.health = Health(self.fleet, self.registry, self.background, self.follower, self._swap_follower)
 
-        # What looks at answers, and what follows from it
-        self.recent, self.feedback = Recent(), Feedback()
+    def _tell(self) -> None:
+        """Metrics, traces, webhooks."""
+        config = self.config
+        self.recent = Recent()
+        self.feedback = Feedback()
         self.metrics = Metrics(
             self.fleet,
             self.registry,
             self.audit,
-            loads,
+            self._loads,
             limit=config.max_labelled_versions,
             more=self._usage_metrics.families,
         )
+        self.tracing = tracing(config, self._me.id, self.metrics.label)
         self._webhooks = Webhooks(
             config.data_dir / "webhooks", config.webhooks, config.webhook_secret, private=config.webhook_private
         )
-        self.tracing = tracing(config, me.id, self.metrics.label)
-        self.automatic_rollback = AutomaticRollback(self.lifecycle, self.registry, self.events)
-        self.alerting = Alerts(self.automatic_rollback, self.registry, self.policies)
-        self._router = Router(self.fleet, self.registry, self.store, popularity.used)
-        golden_store = GoldenStore(self.registry, me=me.id)
-        results = GoldenResults(golden_store, self.registry, self.metrics.label)
-        verdicts = GoldenVerdicts(golden_store, results, self.registry, self.policies, self.events)
-        loop_rows = LoopRows(self.registry, me=me.id)
-        self.tries = LoopTries(loop_rows, self.follower)
-        self.canary_monitor = CanaryMonitor(
-            config.data_dir / "drift",
-            self.registry,
-            self.policies,
-            verdicts,
-            self.tries,
-            self.events,
-            label=self.metrics.label,
-        )
-        self.admission = VersionAdmission(self.lifecycle, self.registry, verdicts, self.canary_monitor, self.policies)
-        runner = GoldenRunner(
-            self.fleet,
-            self.store,
-            lambda model, tenant: self._router.resolve(model, Caller("golden", frozenset(), tenant)),
-        )
+
+    def _roll_out(self) -> None:
+        """What becomes of versions: golden sets, canaries, admission, rollback."""
+        config, registry = self.config, self.registry
+        events, policies = self.events, self.policies
+        store = GoldenStore(registry, me=self._me.id)
+        results = GoldenResults(store, registry, self.metrics.label)
+        verdicts = GoldenVerdicts(store, results, registry, policies, events)
+        self._loop_rows = LoopRows(registry, me=self._me.id)
+        self.tries = LoopTries(self._loop_rows, self.follower)
+        folder, label = config.data_dir / "drift", self.metrics.label
+        self.canary_monitor = CanaryMonitor(folder, registry, policies, verdicts, self.tries, events, label=label)
+        self.admission = VersionAdmission(self.lifecycle, registry, verdicts, self.canary_monitor, policies)
+        runner = GoldenRunner(self.fleet, self.store, self._judge)
         runs = GoldenRuns(
             results,
             runner,
             verdicts,
-            GoldenFalls(golden_store, results, self.registry, self.events),
-            HeldPromotions(golden_store, results, self.registry, self.policies, self.admission),
-            self.events,
+            GoldenFalls(store, results, registry, events),
+            HeldPromotions(store, results, registry, policies, self.admission),
+            events,
             interval=config.golden_interval,
-            meter_of=partial(meter_of, self.auth, self.meters),
+            meter_of=self._meter_of,
         )
-        self.golden = Golden(golden_store, results, verdicts, runner, runs)
+        self.golden = Golden(store, results, verdicts, runner, runs)
+        self.automatic_rollback = AutomaticRollback(self.lifecycle, registry, events)
+        self.alerting = Alerts(self.automatic_rollback, registry, policies)
         self.rollout_controller = RolloutController(
             self.automatic_rollback,
             self.lifecycle,
-            self.registry,
+            registry,
             self.canary_monitor,
             verdicts,
             self.tries,
-            self.policies,
-            self.events,
+            policies,
+            events,
         )
+
+    def _watch(self) -> None:
+        """What looks at answers, and what is kept of them. Data quality has a worker of its own: it looks at every
+        request, of models too that are not watched for drift."""
+        config, label = self.config, self.metrics.label
         self.drift_monitor = DriftMonitor(
             config.data_dir / "drift",
             drift_settings(config),
             base_of=lambda adapter: _base_of(self.fleet, adapter).name,
             events=self.events,
-            label=self.metrics.label,
+            label=label,
             exists=lambda adapter, id: _exists(self.fleet, self.registry, adapter, id),
             policies=self.policies,
         )
@@ -232,15 +269,15 @@ class Services:
             kinds=config.personal_data,
             limit=config.max_labelled_versions,
         )
-        # Beside the watcher: it looks at every request, of models too that are not watched for drift.
         self.quality_worker = ExchangeWorker([self._data_quality], name="data-quality")
         self.exchange_worker = ExchangeWorker([self.canary_monitor, self.drift_monitor])
+        self.shadow_agreement = ShadowAgreement(label)
+        self.baseline_build = BaselineBuild(self.fleet, self.store)
         kept = config.cache_dir / "embeddings"
         self._watched_bases = WatchedBases(self.fleet, self.drift_monitor, self.exchange_worker, kept)
         self._logprob_sampling = LogprobSampling(config.drift_logprobs, by_request=not on_cpu())
-        self.prober = Prober(
-            self.fleet, self.registry, self.store, self.drift_monitor, self.events, interval=config.drift_probe_interval
-        )
+        interval = config.drift_probe_interval
+        self.prober = Prober(self.fleet, self.registry, self.store, self.drift_monitor, self.events, interval=interval)
         self.captures = Captures(
             config,
             self.fleet,
@@ -250,36 +287,85 @@ class Services:
             self.policies,
             lambda adapter: _base_of(self.fleet, adapter).model,
         )
-        self.baseline_build = BaselineBuild(self.fleet, self.store)
-        self.shadow_agreement = ShadowAgreement(self.metrics.label)
-        for collector in (
-            Objectives(config.slos),
+
+    def _work(self) -> None:
+        """What the server does for clients by itself. Without a policy that has a guard there are no guards."""
+        config = self.config
+        requests = InternalRequests(self._router, self.meters, self._bounds)
+        self.moderator = Moderator(
+            requests,
+            model=config.moderation_model,
+            prompt=config.moderation_prompt,
+            categories=config.moderation_categories,
+        )
+        self._every_guard = Guards(self.moderator, lambda adapter: self.policies[adapter].guard)
+        self._guards = self._every_guard if any(policy.guard for policy in self.policies) else None
+        self.batches = batches.build(
+            config,
+            self.registry,
+            self.store,
+            self.auth,
+            self._router,
+            requests,
+            self._guards,
+            self.follower,
+            self._me.id,
+        )
+        self.fine_tuning = FineTuning(
+            self.registry,
+            self.store,
+            self.fleet,
+            self._router,
+            self.batches,
+            Admission(self.admission, self.lifecycle, self.store, self.auth),
             self.events,
+            limits=JobLimits(config.finetune_open, config.finetune_hours),
+            me=self._me.id,
+            alone=not config.registry,
+            max_rank=lambda base: upload_limits(config, base.backend).max_rank,
+            is_busy=lambda: sum(base.leases - base.background for base in self.fleet) > config.finetune_load,
+            where=Where(config.finetune_on),
+            max_bytes=config.max_upload_bytes,
+            file_seconds=config.batch_file_days * 86_400.0,
+        )
+        self._loop_metrics = LoopMetrics(self.metrics.labelled)
+        self.loops = loop.build(
+            config,
+            self._loop_rows,
+            self.lifecycle,
+            self.admission,
+            self.golden,
+            self.fine_tuning,
+            self.batches,
+            self.captures.datasets,
+            self.drift_monitor,
+            self.fleet,
+            self.store,
+            self.auth,
+            self._loop_metrics,
+            self.events,
+        )
+
+    def _serve(
+        self,
+        on_shadow: Callable[[ShadowExchange], None] | None,
+        observers: Sequence[Callable[[Exchange], None]],
+    ) -> None:
+        """What routes use beside all that."""
+        config, tracing = self.config, self.tracing
+        follower = self.follower
+        self.removal = Removal(self.lifecycle, self.drift_monitor, self.golden, config.keep_unloaded)
+        self.incoming = Incoming(config, self.store, self.lifecycle, self.admission, self.removal)
+        self.overview = Overview(
+            self.lifecycle,
+            self.recent,
+            self.golden,
             self.drift_monitor,
             self.canary_monitor,
-            self.rollout_controller,
-            self.golden.results,
             self.shadow_agreement,
             self.exchange_worker,
-            self.background,
-            self._webhooks,
-            self._data_quality,
-            EngineBusy(self.fleet),
-            DroppedExchanges(capture=self.captures.worker, data_quality=self.quality_worker),
-            *([self.tracing] if self.tracing else []),
-        ):
-            self.metrics.watch(collector)
-
-        # What clients ask
-        looks: list[Callable[[Exchange], None]] = [
-            self.metrics.take,
-            self.feedback.remember,
-            self.exchange_worker.offer,
-        ]
-        looks += [self.quality_worker.offer] if config.data_quality else []
-        looks += self.captures.takes
-        looks += [self.recent.take, *([self.tracing.take] if self.tracing else [])]
-        exchanges = ExchangeObservers([*looks, *observers], self.metrics.tap_took)
+            config.grafana_url,
+        )
         self._shadows = Shadows(
             self.fleet,
             self.store,
@@ -288,33 +374,41 @@ class Services:
             limit=config.max_shadows,
             agreement=self.shadow_agreement,
             grade=self.golden.grade_shadow,
-            tracer=self.tracing,
+            tracer=tracing,
         )
-        self.batches, self.moderator, self._guards = on_behalf(self, self._router, me.id)
-        self.fine_tuning = fine_tuning(self, self._router, self.batches, me.id)
-        self.loops = loops(self, self.fine_tuning, self.batches, self.captures.datasets, loop_rows)
-        self._subscribe()
+        looks: list[Callable[[Exchange], None]] = [
+            self.metrics.take,
+            self.feedback.remember,
+            self.exchange_worker.offer,
+        ]
+        looks += [self.quality_worker.offer] if config.data_quality else []
+        looks += [*self.captures.takes, self.recent.take, *([tracing.take] if tracing else []), *observers]
+        resolver = FolderResolver(config, self.registry, self.incoming, self.health, self.audit)
         self.inference = Inference(
             self.auth,
             self._router,
             self.meters,
-            exchanges.take,
+            ExchangeObservers(looks, self.metrics.tap_took).take,
             self._shadows,
             self.wants_logprobs,
             config.client_timeout,
-            self.follower.fresh if self.follower else None,
+            follower.fresh if follower else None,
             media=any(takes_media(base.model) for base in config.bases),
-            bounds=RequestBounds(config.max_sequences, config.max_prompt_logprobs, config.max_batch),
+            bounds=self._bounds,
             doubted=self.doubted,
             guards=self._guards,
-            traced=self.tracing.begin if self.tracing else None,
+            traced=tracing.begin if tracing else None,
+            unknown=resolver.bring if config.resolver_folder else None,
         )
+
+    # What they have in common
 
     def _subscribe(self) -> None:
         """Who is told of what happens: a line each."""
         events, runs = self.events, self.golden.runs
         events.at_once("metrics", self.metrics.count, Promoted, RolledBack, Unloaded, RollbackAttempted)
         events.at_once("golden", lambda event: runs.wake(), VersionAdded, PromotionHeld, BaseSwapped)
+        events.at_once("fine_tuning", self.fine_tuning.metrics.count, JobEnded)
         events.at_once("canaries", self.rollout_controller.hear, CanaryVerdict)
         events.subscribe("audit", self.audit.record, Recorded)
         events.subscribe("history", self.rollout_controller.note_alarm, DriftAlarm)
@@ -325,45 +419,64 @@ class Services:
         if self.config.loop:
             events.subscribe("loops", self.loops.hear, DriftAlarm, JobEnded, GoldenScored)
 
-    def doubted(self, error: LoradockError) -> LoradockError:
-        """What to answer instead of this error, while what other servers did cannot be seen."""
-        return self.follower.doubted(error) if self.follower else error
+    def _collectors(self) -> list[Collector]:
+        """Whose series are in `/metrics`."""
+        return [
+            Objectives(self.config.slos),
+            EngineBusy(self.fleet),
+            DroppedExchanges(capture=self.captures.worker, data_quality=self.quality_worker),
+            self.events,
+            self.background,
+            self.drift_monitor,
+            self.canary_monitor,
+            self.rollout_controller,
+            self.golden.results,
+            self.shadow_agreement,
+            self.exchange_worker,
+            self._data_quality,
+            self._webhooks,
+            self._every_guard,  # the series is there, and empty, where no policy has a guard
+            self.batches.metrics,
+            self.fine_tuning.metrics,
+            self._loop_metrics,
+            *([self.tracing] if self.tracing else []),
+        ]
+
+    def _lifetimes(self) -> list[Lifetime]:
+        """What is started in this order, and stopped in reverse."""
+        none = Lifetime()
+        return [
+            Lifetime(stop=self.registry.close),
+            Lifetime(stop=self.store.close),
+            Lifetime(stop=self.tokens.close) if self.tokens else none,
+            Lifetime(stop=partial(self.audit.flush, everything=True)),
+            Lifetime(stop=self.usage_ledger.close),
+            Lifetime(self.tracing.start, self.tracing.stop) if self.tracing else none,
+            Lifetime(self.events.start, self.events.stop),
+            Lifetime(stop=self.fleet.stop),
+            Lifetime(stop=self.lifecycle.settle),
+            Lifetime(stop=self._prefetcher.save),
+            Lifetime(stop=self._shadows.close),
+            Lifetime(self.captures.start, self.captures.stop),
+            Lifetime(stop=self.rollout_controller.close),
+            Lifetime(stop=self.exchange_worker.stop),
+            Lifetime(stop=self.follower.close) if self.follower else none,
+            Lifetime(stop=self._guards.close) if self._guards else none,
+            Lifetime(self.quality_worker.start, self.quality_worker.stop) if self.config.data_quality else none,
+            Lifetime(stop=self.background.stop),
+        ]
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """What opens is closed in reverse; what fails to close keeps nothing else from it."""
-        async with AsyncExitStack() as closing:
-            closing.push_async_callback(asyncio.to_thread, self.registry.close)
-            closing.callback(self.store.close)
-            if self.tokens:
-                closing.callback(self.tokens.close)
-            closing.push_async_callback(asyncio.to_thread, partial(self.audit.flush, everything=True))
-            closing.push_async_callback(asyncio.to_thread, self.usage_ledger.close)
-            if self.tracing:
-                closing.push_async_callback(asyncio.to_thread, self.tracing.stop)
-                self.tracing.start()
-            closing.push_async_callback(asyncio.to_thread, self.events.stop)
-            self.events.start()
-            closing.push_async_callback(self.fleet.stop)
-            closing.push_async_callback(self.lifecycle.settle)
-            closing.push_async_callback(self._prefetcher.save)
-            closing.push_async_callback(self._shadows.close)
-            closing.push_async_callback(asyncio.to_thread, self.captures.stop)
-            closing.push_async_callback(self.rollout_controller.close)
-            closing.push_async_callback(asyncio.to_thread, self.exchange_worker.stop)
-            if self.follower:
-                closing.push_async_callback(self.follower.close)
-            if self._guards:
-                closing.push_async_callback(self._guards.close)
-            await asyncio.to_thread(self.captures.start)
-            if self.config.data_quality:
-                closing.push_async_callback(asyncio.to_thread, self.quality_worker.stop)
-                await asyncio.to_thread(self.quality_worker.start)
-            closing.push_async_callback(self.background.stop)
+        """The server's lifetime."""
+        async with started(self._lifetimes()):
             self._start_background_tasks()
             starting = asyncio.create_task(self._bring_up())
-            closing.push_async_callback(_cancelled, starting)
-            yield
+            try:
+                yield
+            finally:
+                starting.cancel()
+                await asyncio.gather(starting, return_exceptions=True)
 
     def _start_background_tasks(self) -> None:
         self.background.start("log_stats", self._log_stats)
@@ -399,7 +512,7 @@ class Services:
             log.exception("the server cannot start")
             self._on_failure(ConfigError(f"the server cannot start ({type(error).__name__}: {error}): see the log"))
             return
-        self.ready.set()
+        self.health.ready.set()
         self.background.start("prober", self.prober.run)
         self.background.start("golden", self.golden.runs.run)
         self.background.start("batches", self.batches.schedule.run)
@@ -409,28 +522,9 @@ class Services:
         if self.config.drift:
             self.background.start("watched_bases", self._watched_bases.run)
 
-    @property
-    def degraded(self) -> dict[str, str]:
-        """What does not work, though requests are answered, by name."""
-        problems = self.background.problems
-        if self.registry.standing:
-            problems["rollback"] = "a rollback holds on this server and waits for the registry"
-        if self.follower and self.follower.problem:
-            problems["registry"] = self.follower.problem
-        if self._swap_follower.problem:
-            problems["base_swap"] = self._swap_follower.problem
-        return problems
-
-    def check_started(self) -> None:
-        """EngineUnavailable while the server starts, and as long as /ready says so."""
-        if not self.ready.is_set():
-            for base in self.fleet:
-                if not base.is_ready:
-                    raise base.unavailable()
-
-    def live_version(self, full: str) -> int | None:
-        """The number of the version of this adapter that is live, if there is such an adapter and version."""
-        return _live_version(self.registry, full)
+    def doubted(self, error: LoradockError) -> LoradockError:
+        """What to answer instead of this error, while what other servers did cannot be seen."""
+        return self.follower.doubted(error) if self.follower else error
 
     def wants_logprobs(self, adapter: str) -> bool:
         """Whether a request to this adapter is answered with log-probabilities, unseen by the client.
@@ -442,9 +536,21 @@ class Services:
         sampled = self._logprob_sampling.sampled(gathering=self.drift_monitor.lacks_logprobs(adapter))
         return sampled or self.canary_monitor.wants_logprobs(adapter)
 
-    def withholds(self, adapter: str) -> bool:
-        """What it answers is shown to clients past its guard alone."""
-        return self.policies[adapter].guard.withholds
+    @property
+    def _bounds(self) -> RequestBounds:
+        return RequestBounds(self.config.max_sequences, self.config.max_prompt_logprobs, self.config.max_batch)
+
+    def _judge(self, model: str, tenant: str) -> Adapter | None:
+        """The version that a judge's name means to a tenant now; None for a base."""
+        return self._router.resolve(model, Caller("golden", frozenset(), tenant))
+
+    def _meter_of(self, key: str) -> Meter | None:
+        """The meter of the key with this id; None if it has no limits, or is not taken any more."""
+        try:
+            caller = self.auth.holder(key)
+        except Unauthorized:
+            return None
+        return self.meters.of(caller.key, caller.limits)
 
     def _exists(self, name: str) -> bool:
         """It is an adapter's full name, or a base's."""
@@ -460,11 +566,6 @@ class Services:
             for base in self.fleet:
                 with suppress(EngineUnavailable):
                     await base.backend.log_stats()
-
-
-async def _cancelled(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
 
 
 def _context_of(base: Supervisor) -> int:
@@ -487,6 +588,24 @@ def _exists(fleet: Fleet, registry: Registry, name: str, id: str) -> bool:
     return name in registry and any(adapter.id == id for adapter in registry.versions(name))
 
 
-def _live_version(registry: Registry, name: str) -> int | None:
-    live = registry.live(name) if name in registry else None
-    return live.version if live else None
+def build_app(
+    config: Config,
+    backend: Backend | Sequence[Backend],
+    on_failure: Callable[[LoradockError], None] | None = None,
+    on_shadow: Callable[[ShadowExchange], None] | None = None,
+    replica: str = "",
+    observers: Sequence[Callable[[Exchange], None]] = (),
+) -> FastAPI:
+    """The whole server over `backend`, or several, one for each base model; the first answers who names none.
+
+    `on_failure` hears of an engine that cannot start.
+
+    `on_shadow` gets every request that a shadow answered too, with both answers.
+
+    `replica` is this server's name among those that share its registry.
+
+    `observers` get each exchange when it has ended, on the event loop.
+    """
+    offered()  # a package whose source cannot be loaded is told now, and none is looked for while requests wait
+    backends = backend if isinstance(backend, Sequence) else [backend]
+    return app_of(Server(config, backends, on_failure, on_shadow, replica, observers))

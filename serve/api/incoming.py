@@ -15,17 +15,19 @@ from serve.adapters.byte_ledger import Kind, Room
 from serve.adapters.fetch import fetch
 from serve.adapters.provenance import fetched_from, measured, provenance_of
 from serve.adapters.sources.address import Source, parse
+from serve.adapters.store import Store
 from serve.adapters.tensor_upload import CONFIG_HEADER, KINDS, receive_tensors
 from serve.adapters.upload import receive
 from serve.api.json_body import converted, decoded
-from serve.api.routes.removal import remove_surplus
+from serve.api.removal import Removal
 from serve.api.schemas import Fetch
-from serve.api.services import Services
 from serve.auth.auth import Caller
 from serve.config import Config
 from serve.engine.effect_probe import ANY_EFFECT
 from serve.errors import BadRequest
 from serve.names import DEFAULT, check_name, full_name, shown
+from serve.rollout.admit import VersionAdmission
+from serve.rollout.lifecycle import Lifecycle
 
 # What an upload may have beside the weights that a key's `adapter_bytes` is about: its configuration, and framing.
 NOTES_BYTES = 1 << 20
@@ -33,21 +35,97 @@ _FIELDS = ("name", "visibility", "engine", "why", "probe_min_effect", "keep")
 _SWITCHES = {"promote": "true", "probe": "true", "dry_run": "false"}  # with what they are by default
 
 
+class Incoming:
+    """Takes versions in."""
+
+    def __init__(
+        self, config: Config, store: Store, lifecycle: Lifecycle, admission: VersionAdmission, removal: Removal
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._lifecycle = lifecycle
+        self._admission = admission
+        self._removal = removal
+
+    @asynccontextmanager
+    async def quarantined(self, caller: Caller, stated: int = 0) -> AsyncIterator[tuple[Path, Room]]:
+        """A private folder for an adapter on its way in, gone at the end; and room in it, `stated` bytes at once."""
+        quota = caller.limits.adapter_bytes
+        quota = None if quota is None else quota + NOTES_BYTES
+        with self._store.ledger.room(caller.tenant, Kind.UPLOADS, quota=quota) as room:
+            await asyncio.to_thread(room.expect, min(stated, self._config.max_upload_bytes))
+            async with contextmanager_in_threadpool(self._store.quarantine(room)) as folder:
+                yield folder, room
+
+    async def admit(
+        self,
+        caller: Caller,
+        asked: Fetch,
+        folder: Path,
+        *,
+        expected: int | None = None,
+        came: Source | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> tuple[Adapter, bool]:
+        """The version that the adapter in `folder` becomes, with traffic by its policy; and whether it is new."""
+        full = full_name(caller.tenant, check_name(asked.name))
+        adapter, created = await self._admission.push(
+            full,
+            folder,
+            by=caller.name,
+            promote=asked.promote,
+            why=asked.why,
+            shared=None if asked.visibility is None else asked.visibility == "shared",
+            quota=caller.limits,
+            engine=asked.engine,
+            expected=expected,
+            min_effect=asked.probe_min_effect if asked.probe else ANY_EFFECT,
+            notes={**(fetched_from(came) if came else {}), **(notes or {})},
+        )
+        if asked.keep is not None:
+            await self._removal.surplus(caller, full, asked.keep)
+        return adapter, created
+
+    async def tried(
+        self, request: Request, caller: Caller, asked: Fetch, folder: Path, *, expected: int | None
+    ) -> dict[str, Any]:
+        """What a push would make of the adapter in `folder`; `version` is the one that has these bytes, if any."""
+        full = full_name(caller.tenant, check_name(asked.name))
+        request.state.subject = f"{full} (dry run)"
+        place = await self._admission.place(full, promote=asked.promote)
+        new, checks = await self._lifecycle.try_push(
+            full,
+            folder,
+            quota=caller.limits,
+            engine=asked.engine,
+            expected=expected,
+            min_effect=asked.probe_min_effect if asked.probe else ANY_EFFECT,
+        )
+        versions = self._lifecycle.registry.versions(full) if full in self._lifecycle.registry else []
+        there = next((version for version in versions if version.digest == new.digest), None)
+        if "base_model" in checks and not caller.operator:
+            checks["base_model"] = new.base.name
+        return {
+            "object": "adapter.check",
+            "dry_run": True,
+            "name": asked.name,
+            "version": there.version if there else None,
+            "becomes": place.value,
+            "digest": new.digest,
+            "engine": new.base.name,
+            "base": new.inspection.base,
+            "rank": new.inspection.rank,
+            "target_modules": list(new.inspection.target_modules),
+            "bytes": new.inspection.nbytes,
+            "provenance": provenance_of(checks),
+            "checks": measured(checks),
+        }
+
+
 def stated_bytes(request: Request) -> int:
     """How many bytes the client says are coming; 0 if it does not."""
     stated = request.headers.get("content-length", "")
     return int(stated) if stated.isascii() and stated.isdigit() and len(stated) < 20 else 0
-
-
-@asynccontextmanager
-async def quarantined(parts: Services, caller: Caller, stated: int = 0) -> AsyncIterator[tuple[Path, Room]]:
-    """A private folder for an adapter on its way in, gone at the end; and room in it, `stated` bytes of it at once."""
-    quota = caller.limits.adapter_bytes
-    quota = None if quota is None else quota + NOTES_BYTES
-    with parts.store.ledger.room(caller.tenant, Kind.UPLOADS, quota=quota) as room:
-        await asyncio.to_thread(room.expect, min(stated, parts.config.max_upload_bytes))
-        async with contextmanager_in_threadpool(parts.store.quarantine(room)) as folder:
-            yield folder, room
 
 
 async def received(
@@ -124,69 +202,3 @@ async def fetched(address: str, folder: Path, room: Room, config: Config, caller
         max_bytes=config.max_upload_bytes,
         anonymous=not trusted,
     )
-
-
-async def admit(
-    parts: Services,
-    caller: Caller,
-    asked: Fetch,
-    folder: Path,
-    *,
-    expected: int | None = None,
-    came: Source | None = None,
-    notes: Mapping[str, Any] | None = None,
-) -> tuple[Adapter, bool]:
-    """The version that the adapter in `folder` becomes, with traffic as its policy has it; and whether it is new."""
-    full = full_name(caller.tenant, check_name(asked.name))
-    adapter, created = await parts.admission.push(
-        full,
-        folder,
-        by=caller.name,
-        promote=asked.promote,
-        why=asked.why,
-        shared=None if asked.visibility is None else asked.visibility == "shared",
-        quota=caller.limits,
-        engine=asked.engine,
-        expected=expected,
-        min_effect=asked.probe_min_effect if asked.probe else ANY_EFFECT,
-        notes={**(fetched_from(came) if came else {}), **(notes or {})},
-    )
-    if asked.keep is not None:
-        await remove_surplus(parts, caller, full, asked.keep)
-    return adapter, created
-
-
-async def tried(
-    parts: Services, request: Request, caller: Caller, asked: Fetch, folder: Path, *, expected: int | None
-) -> dict[str, Any]:
-    """What a push would make of the adapter in `folder`; `version` is the one that has these bytes, if there is one."""
-    full = full_name(caller.tenant, check_name(asked.name))
-    request.state.subject = f"{full} (dry run)"
-    place = await parts.admission.place(full, promote=asked.promote)
-    new, checks = await parts.lifecycle.try_push(
-        full,
-        folder,
-        quota=caller.limits,
-        engine=asked.engine,
-        expected=expected,
-        min_effect=asked.probe_min_effect if asked.probe else ANY_EFFECT,
-    )
-    versions = parts.registry.versions(full) if full in parts.registry else []
-    there = next((version for version in versions if version.digest == new.digest), None)
-    if "base_model" in checks and not caller.operator:
-        checks["base_model"] = new.base.name
-    return {
-        "object": "adapter.check",
-        "dry_run": True,
-        "name": asked.name,
-        "version": there.version if there else None,
-        "becomes": place.value,
-        "digest": new.digest,
-        "engine": new.base.name,
-        "base": new.inspection.base,
-        "rank": new.inspection.rank,
-        "target_modules": list(new.inspection.target_modules),
-        "bytes": new.inspection.nbytes,
-        "provenance": provenance_of(checks),
-        "checks": measured(checks),
-    }

@@ -1,0 +1,49 @@
+"""Whether a server is up, and what does not work though requests are answered."""
+
+from __future__ import annotations
+
+import asyncio
+
+from serve.adapters.registry.registry import Registry
+from serve.api.background_tasks import BackgroundTasks
+from serve.engine.fleet import Fleet
+from serve.rollout.registry_sync import RegistrySync
+from serve.rollout.swap_follower import SwapFollower
+
+
+class Health:
+    """`ready` is set once every engine has answered. Without a `follower` nobody shares the registry."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        registry: Registry,
+        background: BackgroundTasks,
+        follower: RegistrySync | None,
+        swap_follower: SwapFollower,
+    ) -> None:
+        self.ready = asyncio.Event()
+        self._fleet = fleet
+        self._registry = registry
+        self._background = background
+        self._follower = follower
+        self._swap_follower = swap_follower
+
+    @property
+    def degraded(self) -> dict[str, str]:
+        """What does not work, though requests are answered, by name."""
+        problems = self._background.problems
+        if self._registry.standing:
+            problems["rollback"] = "a rollback holds on this server and waits for the registry"
+        if self._follower and self._follower.problem:
+            problems["registry"] = self._follower.problem
+        if self._swap_follower.problem:
+            problems["base_swap"] = self._swap_follower.problem
+        return problems
+
+    def check_started(self) -> None:
+        """EngineUnavailable while the server starts, and as long as /ready says so."""
+        if not self.ready.is_set():
+            for base in self._fleet:
+                if not base.is_ready:
+                    raise base.unavailable()
