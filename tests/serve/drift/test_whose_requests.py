@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from serve.adapters.byte_ledger import size_of
 from serve.config import keys_hashed
+from serve.drift.monitor import DriftMonitor
 from serve.rollout.policy import parse
 from tests.support.app import issued, upload
 from tests.support.watched_traffic import Engine, ask, drift
@@ -35,3 +37,22 @@ async def test_a_stranger_opens_no_loop_by_drift(policy, counts, connect, watche
             await ask(acme, 150)
             (version,) = (await drift(acme))["versions"]
             assert version["signals"]["prompt"]["alarmed"], "its own tenant's requests say so"
+
+
+async def test_baselines_are_on_their_tenants_account_and_counted_again_at_start(
+    connect, watched, backend, make_adapter
+):
+    Engine(backend)
+    config = replace(watched, admin_keys=keys_hashed(["run"]))
+    async with connect(config) as operator:
+        operator.headers["authorization"] = "Bearer run"
+        acme = await issued(operator, "acme", "inference", "adapters:write")
+        assert (await acme.post("/v1/adapters", **upload(make_adapter()))).status_code == 201
+        await ask(acme, 120)
+        await drift(acme)
+    monitor = DriftMonitor(config.data_dir / "drift")
+    assert monitor.kept(None) == {}
+    monitor.start()
+    assert monitor.kept(None).keys() == {"acme"} and monitor.kept("globex") == {}
+    everything = size_of(config.data_dir / "drift")  # what is every tenant's too
+    assert everything - 1000 < monitor.kept("acme")["acme"] <= everything and everything > 10_000

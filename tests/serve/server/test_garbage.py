@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 
-from serve.server.garbage import FEW, collect_in_quiet
+from serve.server.garbage import FEW, SOME, collect_in_quiet
 
 
 class Cycle:
@@ -51,3 +51,26 @@ async def test_old_garbage_goes_in_a_quiet_moment_or_at_the_latest(connections, 
         with suppress(asyncio.CancelledError):
             await collecting
     assert gc.get_threshold() == before
+
+
+async def test_what_the_allocator_has_free_is_given_back_once_memory_has_grown():
+    sizes, given = iter([0, SOME, SOME + 1, 5, 5 + SOME]), []
+    last = [0]
+
+    def resident():
+        last[0] = next(sizes, last[0])
+        return last[0]
+
+    collecting = asyncio.create_task(
+        collect_in_quiet(lambda: FEW, look=0.01, resident=resident, give_back=lambda: given.append(last[0]))
+    )
+    try:
+        async with asyncio.timeout(10):
+            while last[0] != 5 + SOME:
+                await asyncio.sleep(0.01)
+        assert given == [SOME + 1], "once it is more, and no more once it is gone"
+    finally:
+        collecting.cancel()
+        with suppress(asyncio.CancelledError):
+            await collecting
+        gc.unfreeze()
