@@ -383,7 +383,7 @@ async def test_a_candidate_that_a_person_tries_first_may_cost_no_more_than_its_l
         await pushed(client, make_adapter)
         await asked(client, "run")
         await until(client, lambda loop: loop["phase"] == "gate")
-        assert await asyncio.to_thread(parts_of(client).loops.alpha, "tone") == 0.1
+        assert await asyncio.to_thread(parts_of(client).tries.alpha, "tone") == 0.1
         looping.scores.hold.set()
 
 
