@@ -50,7 +50,9 @@ async def ask(client, count, model="tone"):
 
 
 async def drift(client, name="tone"):
-    await asyncio.to_thread(client._transport.app.state.parts.exchange_worker.settle)
+    parts = client._transport.app.state.parts
+    await asyncio.to_thread(parts.exchange_worker.settle)
+    await asyncio.to_thread(parts.events.settle)
     return (await client.get(f"/v1/adapters/{name}/drift")).json()
 
 
