@@ -138,7 +138,7 @@ canary-aa: setup-dev ## canaries that are no different, slower, and much slower,
 	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.canary_aa --finished .campaigns/canary-aa.jsonl $(ARGS)
 	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.canary_aa --others --streams 20
 
-drift-real: setup-dev ## chats, windowed clients, agents, retrieval, batch jobs and hot topics of real texts raise no false alarm; --changes: delays
+drift-real: setup-dev ## chats, windowed clients, agents, retrieval, batch jobs and hot topics of real texts raise no false alarm (ARGS=--changes: delays); an hour
 	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.drift_real --streams $(or $(STREAMS),50) --finished .campaigns/drift-real.jsonl $(ARGS)
 
 drift-streams: setup-dev ## popular prompts, sessions, bursts, new system prompts and parameters raise no false alarm, from where it stopped; some hours

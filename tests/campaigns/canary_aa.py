@@ -147,7 +147,8 @@ class Server:
         else:
             self._work_until(math.inf)
         verdict, waited = self.analysis.current_verdict(), self.waited / max(self.ended, 1)
-        name = "" if verdict is None else ",".join(r.name for r in verdict.results if r.worse)
+        checks = [] if verdict is None else verdict.evidence["checks"]
+        name = ",".join(check["check"] for check in checks if check["worse"])
         return Outcome(
             self.analysis.verdict,
             name,

@@ -54,11 +54,11 @@ async def test_a_model_that_did_not_start_here_is_tried_again(sharing, backend, 
     backend.prepare = lambda heir: setattr(heir, "wont_start", "no" if fails[0] and "export" in heir.model else None)
     model = elsewhere()
     base = parts_of(sharing).fleet.first
-    assert await settled(lambda: "base_swap" in parts_of(sharing).degraded, 8)
+    assert await settled(lambda: "base_swap" in parts_of(sharing).health.degraded, 8)
     assert (await ask(sharing, "base")).status_code == 200
     fails[0] = False
     assert await settled(lambda: base.model == model and base.is_ready, 8)
-    assert await settled(lambda: not parts_of(sharing).degraded)
+    assert await settled(lambda: not parts_of(sharing).health.degraded)
 
 
 async def test_the_wait_between_two_tries_doubles(client, monkeypatch):
