@@ -33,10 +33,10 @@ import numpy as np
 import psutil
 from transformers import AutoTokenizer
 
-from serve.asgi import exchange
 from serve.asgi.exchange import Exchange, Generation
 from serve.config import Config, load
 from serve.drift.personal_data import KINDS
+from serve.engine.engine import Lease
 from serve.server.launch import resolved
 from serve.telemetry.prices import Price
 from tests.support.cpu_clocks import cpu_seconds, since
@@ -111,11 +111,11 @@ class Measured:
     def __init__(self, parts: Any, url: str, times: Path) -> None:
         self._worker, self._inference = parts.exchange_worker, parts.inference
         self._url, self._times = url, times
-        self._kept = self._inference._take, self._inference._wants_logprobs, exchange.Tap.watched
+        self._kept = self._inference._take, self._inference._wants_logprobs, Lease.watched
 
     def watching(self, on: bool) -> None:
         take, wants, watched = self._kept
-        exchange.Tap.watched = watched if on else nothing  # type: ignore[method-assign, assignment]
+        Lease.watched = watched if on else nothing  # type: ignore[method-assign, assignment]
         self._inference._take = take if on else lambda exchange: None
         self._inference._wants_logprobs = wants if on else lambda adapter: False
 
@@ -190,7 +190,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 @contextmanager
-def nothing(self: Any) -> Iterator[None]:
+def nothing(self: Any, watch: Any) -> Iterator[None]:
     """In place of what lets the backend see the request's Watch."""
     yield
 

@@ -294,7 +294,7 @@ async def sent(client: httpx.AsyncClient, bodies: int, most: int, seed: int, onl
 def _reset() -> int:
     """Begin the peak of memory anew; what is taken now."""
     Path("/proc/self/clear_refs").write_text("5")
-    return memory("VmRSS")
+    return memory("VmHWM")  # not VmRSS: a thread may give memory back in between
 
 
 async def replayed(file: Path) -> AsyncIterator[Sent]:

@@ -90,7 +90,7 @@ def ours(size: str, rows: int, name: str) -> Product:
     for outputs, inputs in shapes(size):
         weight, x = (torch.randn(outputs, inputs) * 0.02 + aside).bfloat16(), torch.randn(rows, inputs).bfloat16()
         number = packing.matrix(weight, format_of(name))
-        assert packing.library().loradock_matrix_offsets(number) == (aside > 0)  # type: ignore[union-attr]
+        assert packing.library().loradock_matrix_offsets(number) == (aside > 0)  # type: ignore[union-attr, attr-defined]
         calls.append(lambda x=x, number=number, outputs=outputs: packed_linear(x, number, outputs))
     return Product(f"loradock {name}", calls)
 
@@ -109,7 +109,7 @@ def whole_step(size: str, rows: int, name: str) -> Product:
     ids = torch.randint(kind.vocabulary, (rows,), dtype=torch.int32)
 
     def run() -> None:
-        step.get_forward_context = lambda: engine  # type: ignore[assignment]
+        step.get_forward_context = lambda: engine  # type: ignore[assignment, attr-defined]
         fused.step(ids, positions)
 
     return Product(f"step {name}", [run])

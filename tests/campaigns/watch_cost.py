@@ -37,6 +37,7 @@ from transformers import AutoTokenizer
 from serve.asgi import exchange
 from serve.asgi.exchange import Generation, Parameters
 from serve.config import load
+from serve.engine.engine import Lease
 from serve.server.launch import resolved
 from tests.campaigns.cost import FILLING, STREAMS, TOKENS, Words, everything
 from tests.support.app import Started, http
@@ -158,12 +159,12 @@ class Measured:
         self.parts, self.pace = app.state.parts, 0.0
         self.workers = [self.parts.exchange_worker, self.parts.quality_worker, self.parts.captures.worker]
         self._inference = self.parts.inference
-        self._kept = (self._inference._wants_logprobs, exchange.Tap.watched, exchange.Tap.offer)
+        self._kept = (self._inference._wants_logprobs, Lease.watched, exchange.Tap.offer)
 
     def watching(self, on: bool) -> None:
         wants, watched, offer = self._kept
         self._inference._wants_logprobs = wants if on else lambda adapter: False
-        exchange.Tap.watched = watched if on else nothing  # type: ignore[method-assign, assignment]
+        Lease.watched = watched if on else nothing  # type: ignore[method-assign, assignment]
         exchange.Tap.offer = offer if on else lambda self, take: None  # type: ignore[method-assign]
 
     async def settle(self) -> None:
@@ -195,7 +196,7 @@ class Measured:
 
 
 @contextmanager
-def nothing(self: Any) -> Iterator[None]:
+def nothing(self: Any, watch: Any) -> Iterator[None]:
     yield
 
 
