@@ -305,7 +305,7 @@ async def replayed(file: Path) -> AsyncIterator[Sent]:
 async def campaign(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="loradock-door-") as name:
         async with door(Path(name)) as (_, client):
-            await sent(client, 400, arguments.most, arguments.seed + 1)  # what is made once is made
+            await sent(client, 2000, arguments.most, arguments.seed + 1)  # what is made once is made
             quiet = asyncio.create_task(collect_in_quiet(lambda: 1))  # as in a server
             await asyncio.sleep(QUIET)
             rest = memory("VmRSS")
