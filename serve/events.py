@@ -79,8 +79,8 @@ class Recorded(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class VersionAdded(Event):
-    """The adapter of this full name has a version more."""
+class OfVersion(Event):
+    """Something has become of a version of the adapter of this full name, by whom."""
 
     adapter: str
     version: int
@@ -88,39 +88,28 @@ class VersionAdded(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class PromotionHeld(Event):
+class VersionAdded(OfVersion):
+    """The adapter has this version more."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromotionHeld(OfVersion):
     """This version is to be live once its golden score is good enough."""
 
-    adapter: str
-    version: int
-    by: str
-
 
 @dataclass(frozen=True, slots=True)
-class Promoted(Event):
+class Promoted(OfVersion):
     """This version is live now."""
 
-    adapter: str
-    version: int
-    by: str
-
 
 @dataclass(frozen=True, slots=True)
-class RolledBack(Event):
+class RolledBack(OfVersion):
     """This version is live again, which was live before."""
 
-    adapter: str
-    version: int
-    by: str
-
 
 @dataclass(frozen=True, slots=True)
-class Unloaded(Event):
+class Unloaded(OfVersion):
     """This version was live, and none of the adapter's is any more."""
-
-    adapter: str
-    version: int
-    by: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from serve.errors import ConfigError
@@ -19,16 +20,23 @@ def fetch(model: str, progress: Callable[[str], None]) -> Path:
     if found is None:
         raise ConfigError(f"{model} names no GGUF file of a hub: write hf://org/name:{USUAL}")
     repository, wanted = found[1], found[2] or USUAL
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     try:
         files = chosen(HfApi().list_repo_files(repository), repository, wanted)
-        progress(f"{repository}: fetching {', '.join(files)}")
+        progress(f"{repository}: {', '.join(files)}, fetched unless they are in the hub's cache")
         first, *_ = [Path(hf_hub_download(repository, name)) for name in files]
         return first
     except ConfigError:
         raise
     except Exception as error:  # of that library's and its HTTP client's many kinds
+        with suppress(Exception):  # without the hub, what an earlier start fetched is served
+            kept = Path(snapshot_download(repository, local_files_only=True))
+            names = [str(file.relative_to(kept)) for file in kept.rglob("*.gguf")]
+            files = chosen(names, repository, wanted)
+            if all((kept / name).is_file() for name in files):
+                progress(f"{repository}: the hub cannot be asked ({type(error).__name__}); {files[0]} is in its cache")
+                return kept / files[0]
         raise ConfigError(f"{model} could not be fetched: {type(error).__name__}: {error}") from error
 
 

@@ -2,7 +2,7 @@ import pytest
 
 from serve.errors import ConfigError
 from serve.models.checkpoint import default_name, find
-from serve.models.gguf.hub import chosen
+from serve.models.gguf.hub import chosen, fetch
 
 NAMES = [
     *("README.md", "a-Q4_K_M.gguf", "a-Q8_0.gguf", "mmproj-a-Q8_0.gguf"),
@@ -34,3 +34,19 @@ def test_the_hubs_own_name_is_the_models(tmp_path):
     assert default_name("hf://org/Tiny-Chat-GGUF:Q4_K_M") == "Tiny-Chat-GGUF"
     with pytest.raises(ConfigError, match="write hf://org/name:Q4_K_M"):
         find("hf://nothing", tmp_path)
+
+
+def test_without_the_hub_what_an_earlier_start_fetched_is_served(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def unreachable(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", unreachable)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, local_files_only: str(tmp_path))
+    said: list[str] = []
+    with pytest.raises(ConfigError, match="could not be fetched: ConnectionError: no route"):
+        fetch("hf://org/a:Q8_0", said.append)
+    (tmp_path / "a-Q8_0.gguf").touch()
+    assert fetch("hf://org/a:Q8_0", said.append) == tmp_path / "a-Q8_0.gguf"
+    assert "the hub cannot be asked" in said[-1]
