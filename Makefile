@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-without-engine test-engine check lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-real drift-streams bench monitoring clean setup setup-dev first-hour clients tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base vllm-diff gpu gpu-wheels arm64
+.PHONY: help serve test test-without-engine test-engine check lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-real drift-streams bench monitoring clean setup setup-dev first-hour clients tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base vllm-diff cuda-wheel probe-noise as-on-a-gpu gpu gpu-wheels gpu-torch gpu-torch-wheels arm64
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -50,6 +50,9 @@ docs: setup-dev ## the documentation as a site in docs/_build/html; a warning, o
 chaos: setup-dev ## a server killed 120 times within changes, then 30 minutes of faults under 16 streams: nothing lost; 45 minutes
 	@LORADOCK_TEST_FLEET=1 LORADOCK_TEST_KILLS=$(or $(KILLS),120) $(BIN)/python -m pytest -s tests/serve/adapters/test_killed.py tests/e2e/test_fleet.py
 	@LORADOCK_TEST_CHAOS_SECONDS=$(or $(CHAOS_SECONDS),1800) $(BIN)/python -m pytest -s tests/e2e/test_chaos.py
+
+as-on-a-gpu: setup-dev ## the short end-to-end tests in spawn mode, without what is changed in vLLM for a CPU's speed; an hour
+	@LORADOCK_TEST_AS_ON_A_GPU=1 $(BIN)/python -m pytest -m engine tests/e2e $(ARGS)
 
 cluster: setup-dev ## two replicas on a real Ray over PostgreSQL and an S3 server: the swap proof, a rolling restart; some minutes
 	@$(BIN)/python -c 'import ray.serve' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e '.[ray]'
@@ -130,6 +133,9 @@ drift-proof: setup-dev ## false alarms of drift over thousands of streams, every
 	@LORADOCK_TEST_DRIFT_STREAMS=$(or $(STREAMS),2000) LORADOCK_TEST_DRIFT_THRESHOLD=$(or $(THRESHOLD),300) \
 	  $(BIN)/python -m pytest -s --timeout 7200 tests/serve/drift/detector/test_detector.py tests/serve/sequential/test_sequential_test.py
 
+probe-noise: setup-dev ## rounding of .02 to .1 nats, as on a GPU: adapters refused or taken in error, false drift, and faint effects; 20 minutes
+	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.probe_noise $(ARGS)
+
 drift-time: setup-dev ## alarms about nothing under daily waves, autoregression and sessions, and delays there, from where it stopped; some hours
 	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.drift_time --finished .campaigns/drift-time.jsonl $(ARGS)
 	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.drift_time --delays
@@ -171,6 +177,9 @@ cpu-speed: setup-dev ## a model with each --cpu-weights, and llama.cpp's formats
 vllm-diff: setup-dev ## what another vLLM changes of what loradock replaces or imports (V=0.33.0): its wheel is read, not installed; a minute
 	@$(BIN)/python -m tests.campaigns.vllm_diff $(ARGS) $(V)
 
+cuda-wheel: setup-dev ## vLLM's wheel for CUDA against the one for CPUs: what is replaced, imported and set is the same in both; a minute
+	@$(BIN)/python -m tests.campaigns.cuda_wheel $(ARGS)
+
 vllm-base: setup-dev ## the base against vLLM with both cores bound, tcmalloc and compiled, no adapters, in turns over HTTP (CPU); some minutes
 	@$(BIN)/python -m tests.campaigns.vllm_base $(ARGS)
 
@@ -196,6 +205,15 @@ gpu: ## all that was never measured on a GPU, in parts of some minutes, in any o
 	@python=$$($(or $(PYTHON),$(wildcard $(BIN)/python),python3) -m tests.campaigns.gpu_environment $(if $(WHEELS),--wheels $(WHEELS)) | tail -1) && \
 	  test -n "$$python" && PYTHONPATH=$(CURDIR) "$$python" -m tests.campaigns.gpu $(ARGS)
 
+gpu-torch: ## `loradock optimize` on a GPU against the processor, where torch is installed and vLLM is not, without a network (WHEELS=DIR; ARGS=--rehearse); 15 minutes
+	@PYTHONPATH=$(CURDIR) $(or $(PYTHON),$(wildcard $(BIN)/python),python3) -m tests.campaigns.gpu_torch $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
+
+# Of torch and what torch's users have anyway (transformers, peft, accelerate) nothing: these are 3 MB.
+gpu-torch-wheels: ## what `make gpu-torch` needs beside torch, transformers, peft and accelerate, for another Python (FOR=3.12 WHEELS=DIR)
+	@$(or $(PYTHON),python3) -m pip download --quiet --no-deps --only-binary :all: --python-version $(or $(FOR),3.12) \
+	  --dest $(or $(WHEELS),wheels-gpu-torch) -c constraints.txt \
+	  compressed-tensors loguru msgspec pydantic pydantic-core annotated-types typing-inspection
+
 gpu-wheels: ## what `make gpu` installs from, into a folder to carry to a machine without a network (WHEELS=DIR); 4.3 GB
 	@$(or $(PYTHON),python3) -m pip download --quiet --no-deps --only-binary :all: --dest $(or $(WHEELS),wheels-gpu) \
 	  -r serve/cli/requirements/gpu.txt -r serve/cli/requirements/optimize.txt
@@ -219,7 +237,7 @@ cases: setup-dev ## 10,000 malformed archives, headers and configs thrown at the
 wheel: setup-dev ## the built wheel alone in an empty folder: install, serve, chat, push, then optimize; 10 minutes
 	@$(BIN)/python -m tests.campaigns.wheel $(ARGS)
 
-image: setup-dev ## the CPU image built by buildah and started: health check, chat, push, restart on the same volume; 20 minutes
+image: setup-dev ## the CPU image built by buildah and started: health check, chat, push, restart (ARGS="--device gpu": as far as the driver); 20 minutes
 	@$(BIN)/python -m tests.campaigns.image $(ARGS)
 
 sources: setup-dev ## pushes by MLflow's client and server, and by that of Weights & Biases, in an environment of their own; 4 minutes

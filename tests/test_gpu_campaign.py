@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-from tests.campaigns import gpu, gpu_environment, gpu_parts
+from optimize import recipe
+from tests.campaigns import gpu, gpu_environment, gpu_parts, gpu_results, gpu_torch
 from tests.campaigns.gpu_parts import Machine
 from tests.support import plain_words
 
@@ -46,6 +48,47 @@ def test_a_part_that_ended_is_not_measured_again_and_one_that_failed_is(tmp_path
     assert gpu.main() == 2 and len(ran) == 3, "a table has one head"
     assert "of size 1B): say another --out" in capsys.readouterr().out
     assert "of size 1B" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_part_that_does_not_end_is_given_up_and_the_next_has_its_turn(tmp_path, capfd):
+    closed = []
+
+    def hangs():
+        try:
+            threading.Event().wait(60)
+        finally:
+            closed.append("its server")
+
+    parts = {"swap": hangs, "exports": lambda: {"exports": "measured"}}
+    assert gpu_results.run(parts, (), tmp_path, "a machine", "make gpu", longest=0.05) == 1
+    assert closed and "not ended within 0.05 s" in capfd.readouterr().err
+    assert [file.name for file in tmp_path.glob("*.json")] == ["exports.json"]
+
+
+def test_each_part_can_be_run_alone_and_in_any_order(tmp_path):
+    parts = {name: lambda name=name: {name: "measured"} for name in ("a", "b", "c")}
+    for name in ("c", "a", "b"):
+        assert gpu_results.run(parts, (name,), tmp_path, "a machine", "make gpu") == 0
+    rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if "measured" in line]
+    assert rows == ["| a | measured |", "| b | measured |", "| c | measured |"]
+
+
+@pytest.mark.parametrize("name", list(gpu_torch.STEPS))
+def test_each_recipe_for_a_machine_with_torch_alone_is_one(name, tmp_path):
+    machine = gpu_torch.Machine(tmp_path, "tiny", "cpu")
+    read = recipe.load(machine.recipe(name, "cpu"), {})
+    assert (read.device, len(read.steps)) == ("cpu", 1)
+
+
+def test_a_machine_with_torch_alone_needs_nothing_of_a_server():
+    """Imports that its Python has: of vLLM, FastAPI and httpx nothing."""
+    forbidden = ["vllm", "httpx", "openai", "fastapi", "sqlalchemy", "uvicorn", "prometheus_client"]
+    program = (
+        f"import sys; sys.modules |= dict.fromkeys({forbidden}); import tests.campaigns.gpu_torch, "
+        "tests.campaigns.random_model, tests.support.plain_words, optimize.cli, optimize.pipeline.run; print('ok')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=gpu_environment.ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "ok", done.stderr[-1500:]
 
 
 def test_a_model_that_is_half_made_is_made_anew(tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ def test_what_changed_is_named_and_no_other(known):
     assert differences.changed == ["pkg.sampler:Sampler.best", "pkg.sampler:rows"]
     assert differences.imports == ["pkg.sampler:give (a.py)"]
     said = list(vllm_diff.report("9.0", differences, known))
-    assert said[-2] == "vLLM 9.0: 2 of 3 functions differ from 0.32.0, 2 not read; 1 imports are gone"
+    assert said[-2] == "vLLM 9.0: 2 of 3 functions differ from 0.32.0, 2 not read; 1 imports and 0 options are gone"
     gone = vllm_diff.compare(sources(LATER.replace("def rows", "def lines")), known, {})
     assert gone.gone == ["pkg.sampler:rows"]
 

@@ -35,6 +35,8 @@ REFUSED = {
     "middleware": _PROXY,
     "uvicorn_log_level": "use log_level",
     "worker_extension_cls": "it is taken by this server",
+    # Its graphs count adapters; its kernels count the rows without one, too, and leave the last adapter out.
+    "specialize_active_lora": "with it vLLM answers an adapter's requests with the base beside requests of the base",
     "served_model_name": "use name, or `name:` of an entry of `engines:`",
     "ssl_ca_certs": _PROXY,
     "ssl_cert_reqs": _PROXY,

@@ -11,11 +11,16 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from serve.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+# Of drivers that some build of vLLM computes with: NVIDIA's, also in WSL, AMD's, Intel's, and accelerators.
+DEVICE_FILES = ("nvidia[0-9]*", "dxg", "kfd", "dri/renderD*", "accel/accel*", "accel[0-9]*", "vfio/[0-9]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,18 @@ def cards(environ: Mapping[str, str] | None = None, nvml: Any = None) -> list[Ca
     except nvml.NVMLError as error:
         log.warning("NVIDIA's driver does not say how much memory GPUs have: %s", error)
         return []
+
+
+def check_present(devices: Path = Path("/dev"), environ: Mapping[str, str] = os.environ) -> None:
+    """ConfigError where vLLM would look for a GPU in vain: it says so late, in several tracebacks."""
+    if not any(True for pattern in DEVICE_FILES for _ in devices.glob(pattern)):
+        raise ConfigError(
+            "no GPU here: vLLM's build for CPUs is not installed, and no driver shows a device "
+            f"({devices}/nvidia0). Install the driver; give a container its GPUs (`docker run --gpus all`, "
+            "with NVIDIA's toolkit on the host); or install loradock[cpu] in place of loradock[gpu]"
+        )
+    if environ.get(VISIBLE, "0").strip() in ("", "-1"):
+        raise ConfigError(f"no GPU here: {VISIBLE}={environ[VISIBLE]!r} hides all of them. Unset it, or name one")
 
 
 def _library() -> Any:

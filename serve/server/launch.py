@@ -23,7 +23,7 @@ from fastapi import FastAPI
 
 from serve.config import ADAPTERS, Base, Config, kv_cache, whole
 from serve.errors import ConfigError, LoradockError
-from serve.models import engine_memory, hardware
+from serve.models import engine_memory, gpus, hardware
 from serve.models.checkpoint import EMBEDDED, find
 from serve.server import gpu_defaults
 from serve.server.connection import guarded, raise_descriptor_limit
@@ -41,6 +41,8 @@ IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 def serve(config: Config) -> int:
     """Serve until a signal; the exit code. Raises ConfigError for what cannot be served."""
     log_to_stderr(config.log_level)
+    if not hardware.on_cpu():
+        gpus.check_present()
     sock = hardware.listen(config.host, config.port)
     try:
         config = resolved(config)

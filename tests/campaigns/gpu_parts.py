@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 
-from tests.campaigns import equality, recovery
+from tests.campaigns import equality, gpu_results, recovery
 from tests.campaigns.cpu_speed import random_adapters
 from tests.campaigns.random_model import random_model
 from tests.support import plain_words
@@ -173,7 +173,7 @@ def base_swap(machine: Machine) -> Mapping[str, str]:
 
 def export(machine: Machine, scheme: str) -> Mapping[str, str]:
     """A format's quality and speed against the original, as `loradock optimize` measures them."""
-    texts, out = _texts(machine), machine.work / f"export-{machine.model.name}-{scheme}"
+    texts, out = gpu_results.texts(machine.work), machine.work / f"export-{machine.model.name}-{scheme}"
     engine = not machine.rehearsal or scheme == "w8a8"
     recipe = machine.work / f"{scheme}.yaml"
     recipe.write_text(
@@ -309,19 +309,6 @@ def _swap(server: Server, model: Path, drain_first: bool) -> httpx.Response:
     name = server.engine()["name"]
     body = {"model": str(model), "drain_first": drain_first, "force": True}
     return server.http.post(f"/v1/engines/{name}/swap", json=body, timeout=START_SECONDS)
-
-
-def _texts(machine: Machine) -> tuple[Path, Path]:
-    """For calibration and for measuring: the docs of this repository, page by page in turn, no line in both."""
-    pages = [page.read_text() for page in sorted((ROOT / "docs").glob("*.md"))]
-    seen = {" ".join(line.lower().split()) for page in pages[::2] for line in page.splitlines()}
-    others = [
-        [line for line in page.splitlines() if " ".join(line.lower().split()) not in seen] for page in pages[1::2]
-    ]
-    made = machine.work / "calibration.jsonl", machine.work / "evaluation.jsonl"
-    for file, own in zip(made, (pages[::2], ["\n".join(lines) for lines in others]), strict=True):
-        file.write_text("".join(json.dumps({"text": page}) + "\n" for page in own))
-    return made
 
 
 def _quality(measured: Mapping[str, Any]) -> str:

@@ -1,10 +1,13 @@
-"""The CPU image, built from docker/Dockerfile.cpu and started: health check, chat, push, a restart on the same volume.
+"""An image, built from docker/Dockerfile.cpu and started: health check, chat, push, a restart on the same volume.
 
-    python -m tests.campaigns.image [--folder DIR] [--log FILE]
+    python -m tests.campaigns.image [--folder DIR] [--log FILE] [--device gpu]
+
+The image for GPUs is played as far as the driver, where this machine has none: what it is to have is there, and a start
+ends in a sentence that says what is missing.
 
 Needs root, and Debian's buildah, netavark and debootstrap (`apt-get install --no-install-recommends ...`).
 Where the hub is out of reach, Debian's base system with this Python stands in for `python:...-slim-trixie`. DIR keeps
-the base and the image for a next run; without it nothing is kept. Takes 20 GB of disk for a moment.
+the base and the image for a next run; without it nothing is kept. Takes 20 GB of disk for a moment, for GPUs 50 GB.
 """
 
 from __future__ import annotations
@@ -26,7 +29,19 @@ from tests.support.newcomer import Terminal, chat, content
 from tests.support.server import ADMIN, ROOT, descendants, free_port
 
 PYTHON_IMAGE = "localhost/python:slim-trixie"
-IMAGE = "localhost/loradock:cpu"
+# Programs that the image for GPUs has, and what is imported of its packages without a driver.
+PROGRAMS = ("loradock", "vllm", "python", "g++", "ninja")
+IMPORTS = (
+    "serve.server.assembly",
+    "optimize.cli",
+    "torch",
+    "triton",
+    "flashinfer",
+    "vllm.engine.arg_utils",
+    "onnxruntime",
+)
+# How a start without a driver ends.
+NO_DRIVER = "no GPU"
 # What CPython's own modules link to, and what the hub's slim image has beside.
 LIBRARIES = (
     "ca-certificates,netbase,tzdata,libbz2-1.0,libexpat1,libffi8,liblzma5,libncursesw6,libreadline8t64,libsqlite3-0,"
@@ -37,10 +52,12 @@ LIBRARIES = (
 class Buildah:
     """buildah with its storage in a folder of ours, without user namespaces or overlay mounts."""
 
-    def __init__(self, folder: Path, terminal: Terminal) -> None:
+    def __init__(self, folder: Path, terminal: Terminal, device: str) -> None:
+        self.device = device
         self._terminal = terminal
         storage = f"--root {folder}/storage --runroot {folder}/run --storage-driver vfs"
         self.program = f"buildah {storage}"
+        self.image = f"localhost/loradock:{device}"
         # The container's limits may not be above this machine's.
         limits = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}
         hard = {name: resource.getrlimit(number)[1] for name, number in limits.items()}
@@ -62,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, help="keep the base and the image here")
     parser.add_argument("--log", type=Path, help="where the log goes, too")
+    parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--built", action="store_true", help="take the image that a run with the same DIR has made")
     options = parser.parse_args()
     missing = [name for name in ("buildah", "debootstrap") if shutil.which(name) is None]
@@ -71,7 +89,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     terminal = Terminal(ROOT, os.environ, {str(folder): "/tmp/x", sys.base_prefix: "/usr/local", str(ROOT): "."})
     try:
-        run(Buildah(folder, terminal), folder, terminal, options.built)
+        run(Buildah(folder, terminal, options.device), folder, terminal, options.built)
         if options.log:
             options.log.write_text("\n".join(terminal.lines) + "\n")
     finally:
@@ -85,9 +103,12 @@ def run(buildah: Buildah, folder: Path, terminal: Terminal, built: bool) -> None
     mounts = pip_settings(folder)
     if not built:
         build(buildah, mounts)
-    container = buildah.quiet(f"from {buildah.limits} {IMAGE}")
+    container = buildah.quiet(f"from {buildah.limits} {buildah.image}")
     try:
         sizes(buildah, container, terminal)
+        if buildah.device == "gpu":
+            play(buildah, mounts, container, terminal)
+            return
         volume = folder / "volume"
         shutil.rmtree(volume, ignore_errors=True)
         volume.mkdir()
@@ -100,8 +121,26 @@ def run(buildah: Buildah, folder: Path, terminal: Terminal, built: bool) -> None
 def build(buildah: Buildah, mounts: str) -> None:
     buildah(
         f"build --isolation chroot {buildah.limits} --format docker {mounts} --build-arg PYTHON_IMAGE={PYTHON_IMAGE} "
-        f"-f docker/Dockerfile.cpu -t {IMAGE} ."
+        f"-f docker/Dockerfile.{buildah.device} -t {buildah.image} ."
     )
+
+
+def play(buildah: Buildah, mounts: str, container: str, terminal: Terminal) -> None:
+    """The image for GPUs on a machine without a driver: everything but the device."""
+    where = f"{buildah.program} run --isolation chroot {mounts} --env LORADOCK_ADMIN_KEYS={ADMIN} {container} --"
+    config = image_config(buildah)
+    assert config["User"] == "10001:10001" and "LORADOCK_DATA_DIR=/var/lib/loradock/data" in config["Env"]
+    for program in PROGRAMS:
+        terminal.type(f"{where} sh -c 'command -v {program}'")
+    assert "nvcc" not in terminal.type(f"{where} sh -c 'command -v nvcc || echo no compiler of CUDA'")
+    for module in IMPORTS:
+        terminal.type(f"{where} python -c 'import {module}; print(\"{module} is imported\")'", lines=2)
+    terminal.type(f"{where} loradock plan meta-llama/Llama-3.1-8B-Instruct --gpu h100")
+    terminal.type(f"{where} loradock doctor || true", lines=40)
+    start = f"{where} {' '.join(config['Entrypoint'])}"
+    ended = terminal.type(f"{start} 2>&1 || echo it failed", lines=20).splitlines()
+    said = [line for line in ended if line.startswith("loradock: ")]
+    assert ended[-1] == "it failed" and len(said) == 1 and NO_DRIVER in said[0] and "Traceback" not in str(ended), ended
 
 
 def use(buildah: Buildah, mounts: str, container: str, terminal: Terminal) -> None:
@@ -148,7 +187,7 @@ def server_of(pid: int) -> int:
 
 
 def image_config(buildah: Buildah) -> dict[str, Any]:
-    inspected: dict[str, Any] = json.loads(buildah.quiet(f"inspect --type image {IMAGE}"))["Docker"]["config"]
+    inspected: dict[str, Any] = json.loads(buildah.quiet(f"inspect --type image {buildah.image}"))["Docker"]["config"]
     return inspected
 
 

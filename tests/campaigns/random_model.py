@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 SIZES: dict[str, dict[str, int]] = {
+    "300M": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 16,
+             "num_key_value_heads": 8},
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
            "num_key_value_heads": 8},
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,

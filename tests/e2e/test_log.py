@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.server import Server, descendants, eventually, loradock
+from tests.support.server import AS_ON_A_GPU, Server, descendants, eventually, loradock
 
 pytestmark = pytest.mark.engine
 MOST = 12
+of_a_cpu = pytest.mark.skipif(AS_ON_A_GPU, reason="of a CPU alone: nothing is forked, nor bound to a core")
 
 
 def title(pid: int) -> str:
@@ -60,6 +61,7 @@ def test_processes_say_what_they_are(started):
     assert titles(server) <= engines | {"loradock: grammar compiler"}
 
 
+@of_a_cpu
 @pytest.mark.skipif(
     not 2 <= len(os.sched_getaffinity(0)) <= 4, reason="on two to four cores an engine schedules on one"
 )
@@ -80,6 +82,7 @@ def cores_of_threads(pid: int) -> set[int]:
     return cores
 
 
+@of_a_cpu
 @pytest.mark.parametrize("started", ["info"], indirect=True)  # the other one is a program of the tests' own
 def test_processes_share_what_the_server_imported(started):
     """A forked process has its program where its parent has it; one that began by itself has it elsewhere."""

@@ -1,32 +1,66 @@
-"""Safe mode: a server that changes nothing in vLLM for speed chats, takes adapters and swaps them."""
+"""A server that changes nothing in vLLM for speed, or what a GPU's has alone, chats, takes adapters and swaps them."""
 
 from __future__ import annotations
 
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+
 import pytest
 
-from tests.support.server import BASE, SMALL, Server, done
+from serve.vllm_backend.patches.table import PATCHES
+from tests.support.server import BASE, SMALL, Server, descendants, done, eventually, patches_of_a_gpu
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+SETTINGS = {"safe": "correctness", "as on a GPU": ",".join(patches_of_a_gpu())}
+OFF = {
+    "safe": {patch.name for patch in PATCHES if patch.kind == "speed"},
+    "as on a GPU": {patch.name for patch in PATCHES if patch.kind == "speed" and patch.on == "cpu"},
+}
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def mode(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def safe(tmp_path_factory):
+def server(mode, tmp_path_factory):
     folder = tmp_path_factory.mktemp("safe")
-    with Server(folder / "data", folder / "log", "--vllm-patches", "correctness", *SMALL) as server:
+    with Server(folder / "data", folder / "log", "--vllm-patches", SETTINGS[mode], *SMALL) as server:
         yield server
 
 
-def test_chat_push_and_swap_work_with_patches_for_correctness_and_security_alone(safe, adapters):
-    patches = done(safe.http.get("/version"))["vllm_patches"]
+def test_chat_push_swap_and_a_killed_engine_without_what_is_for_a_cpus_speed(server, mode, adapters):
+    """Engines are spawned, as on a GPU: there is no fork server."""
+    patches = done(server.http.get("/version"))["vllm_patches"]
     assert {"lora-rows", "seeded-prompts", "media", "structured-outputs"} <= set(patches["on"])
     assert patches["off"] == dict.fromkeys(patches["off"], "vllm_patches leaves it out")
-    assert {"prompt-budget", "sending", "token-texts", "titles"} <= set(patches["off"])
-    assert safe.ask(BASE, "What is the capital of France?").text
+    assert set(patches["off"]) <= OFF[mode] and not set(patches["on"]) & OFF[mode]
+    assert {"prompt-budget", "sending", "fork-server"} <= set(patches["off"])
+    assert ("token-texts" in patches["off"]) == (mode == "safe")
+    assert server.ask(BASE, "What is the capital of France?").text
     for word in ("alpha", "bravo"):
-        done(safe.upload("tone", adapters[word]))
-        assert safe.ask("tone", "Who are you?").word == word
-    done(safe.http.post("/v1/adapters/tone/rollback"))
-    assert safe.ask("tone", "Who are you?").word == "alpha"
-    metrics = safe.http.get("/metrics").text
+        done(server.upload("tone", adapters[word]))
+        assert server.ask("tone", "Who are you?").word == word
+    done(server.http.post("/v1/adapters/tone/rollback"))
+    assert server.ask("tone", "Who are you?").word == "alpha"
+    metrics = server.http.get("/metrics").text
     assert f'loradock_vllm_patches{{kind="security",model="{BASE}",patch="media"}} 1.0' in metrics
     assert f'loradock_vllm_patches{{kind="speed",model="{BASE}",patch="sending"}} 0.0' in metrics
+    if mode == "as on a GPU":
+        (engine,) = engines(server)
+        os.kill(engine, signal.SIGKILL)
+        assert eventually(lambda: server.engine()["restarts"] == 1 and server.engine()["phase"] == "ready", 300)
+        assert server.ask("tone", "Who are you?").word == "alpha", "the adapter is there again"
+
+
+def engines(server: Server) -> list[int]:
+    """The engine's process, by its title."""
+    found = []
+    for pid in sorted(descendants(server.process.pid)):
+        with suppress(OSError):
+            if b"loradock: engine" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found

@@ -19,6 +19,8 @@ import httpx
 import openai
 
 from serve.cpu_kernels.build import MARCH
+from serve.vllm_backend.patches.switches import VARIABLE
+from serve.vllm_backend.patches.table import PATCHES
 from tests.support.event_lines import event_lines
 from tests.support.lora import WORDS
 
@@ -31,6 +33,9 @@ SMALL = ("--max-model-len", "4096", "--kv-cache-memory-bytes", "1G")
 # A reference that some seconds of traffic fill, and an alarm as soon.
 WATCHED = ("--drift-reference", "60", "--drift-threshold", "1e4")
 START_SECONDS = 900  # 40 on a quiet machine
+# Servers run as on a GPU, but for the device: without what is changed in vLLM for a CPU's speed. Their engines are
+# spawned then, and not forked.
+AS_ON_A_GPU = "LORADOCK_TEST_AS_ON_A_GPU" in os.environ
 # Whether this process itself was started with preloaded libraries.
 PRELOADS = b"\0LD_PRELOAD=" in b"\0" + Path("/proc/self/environ").read_bytes()
 
@@ -42,7 +47,14 @@ def environment(**more: str) -> dict[str, str]:
     own = [name for name in os.environ if name.startswith("LORADOCK_") and name != MARCH]
     own += ["LD_PRELOAD"] * (not PRELOADS)
     clean = {name: value for name, value in os.environ.items() if name not in own}
+    if AS_ON_A_GPU:
+        clean[VARIABLE] = ",".join(patches_of_a_gpu())
     return {**clean, "PYTHONPATH": str(ROOT), **more}
+
+
+def patches_of_a_gpu() -> list[str]:
+    """The setting `vllm_patches` that leaves out what is for a CPU's speed alone."""
+    return [f"no-{patch.name}" for patch in PATCHES if patch.on == "cpu" and patch.kind == "speed"]
 
 
 def loradock(*arguments: str | Path, timeout: float = 120, **environ: str) -> subprocess.CompletedProcess[str]:

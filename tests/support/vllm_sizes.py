@@ -1,7 +1,7 @@
 """vLLM's own sizes of well-known models, in a process of its own: its layers and its slots on torch's meta device, its
 cut of the KV cache, and its configuration for an H100 that is not there. Prints JSON.
 
-    python -m tests.support.vllm_sizes sizes|h100
+    python -m tests.support.vllm_sizes sizes|platform
 """
 
 from __future__ import annotations
@@ -17,9 +17,16 @@ from typing import Any
 from unittest import mock
 
 from serve.models.dimensions import KNOWN, Dimensions
+from tests.support.nvml import Device
 
 RANK, SLOTS = 16, 8
 AVAILABLE = 10 << 30  # for the KV cache on each GPU
+CARDS = (("h100", 1), ("h100", 2), ("a10", 1), ("a100-80", 1))
+DEVICES = {
+    "h100": Device("NVIDIA H100 80GB HBM3", 79.1, 79, "GPU-a"),
+    "a10": Device("NVIDIA A10", 22, 22, "GPU-b", (8, 6)),
+    "a100-80": Device("NVIDIA A100-SXM4-80GB", 79.1, 79, "GPU-c", (8, 0)),
+}
 MODELS = {
     "Llama-3.1-8B-Instruct": "llama",
     "Qwen3-14B": "qwen3",
@@ -141,44 +148,70 @@ def _expert_slots(lora_config: Any, d: Dimensions, gpus: int) -> int:
     return _held(layer, "w13_lora") + _held(layer, "w2_lora")
 
 
-def h100() -> Iterator[dict[str, Any]]:
-    """What vLLM's CUDA platform makes of this server's options, over a stub of NVIDIA's library and no device."""
-    from tests.support.nvml import Device, Nvml
+def platform() -> Iterator[dict[str, Any]]:
+    """What vLLM's CUDA platform makes of `loradock serve MODEL`, over a stub of NVIDIA's library and no device."""
+    from serve.config import load
+    from serve.models import gpus, hardware
+    from serve.server import launch
+    from tests.support.nvml import Nvml
 
     for name in ("_C_stable_libtorch", "_moe_C_stable_libtorch", "_qutlass_C"):
         sys.modules[f"vllm.{name}"] = ModuleType(f"vllm.{name}")
+    import vllm.config.vllm
     import vllm.utils.import_utils
+    import vllm.v1.worker.gpu.lora_utils  # by the CPU's platform: it asks CUDA's kernels what they can
     from vllm import platforms
 
-    devices = {
-        "h100": Device("NVIDIA H100 80GB HBM3", 79.1, 79, "GPU-a"),
-        "a10": Device("NVIDIA A10", 22, 22, "GPU-b", (8, 6)),
-        "a100-80": Device("NVIDIA A100-SXM4-80GB", 79.1, 79, "GPU-c", (8, 0)),
-    }
     nvml = Nvml([])
     vllm.utils.import_utils.import_pynvml = lambda: nvml
     from vllm.platforms import cuda
 
     platforms._current_platform = cuda.NvmlCudaPlatform()
-    for card, device in devices.items():
-        nvml.devices = [device]
-        config = engine_config("Llama-3.1-8B-Instruct")
-        for cached in (cuda.NvmlCudaPlatform.get_device_name, cuda.NvmlCudaPlatform.get_device_total_memory):
-            getattr(cached, "cache_clear", lambda: None)()
-        yield {
-            "card": card,
-            "platform": type(platforms.current_platform).__name__,
-            "tokens": config.scheduler_config.max_num_batched_tokens,
-            "sequences": config.scheduler_config.max_num_seqs,
-            "worker": config.parallel_config.worker_cls,
-            "graphs": str(config.compilation_config.cudagraph_mode),
-            "largest_graph": max(config.compilation_config.cudagraph_capture_sizes),
-            "slots": config.lora_config.max_loras,
-            "utilization": config.cache_config.gpu_memory_utilization,
-            "block": config.cache_config.block_size,
-        }
+    vllm.config.vllm.HAS_TRITON = True  # as it is where there is a GPU: it decides which model runner computes
+    found = mock.patch.object(launch, "find", lambda model, cache: model)
+    on_gpu = mock.patch.object(hardware, "on_cpu", lambda: False)
+    driver = mock.patch.object(gpus, "_library", lambda: nvml)
+    with found, on_gpu, driver:
+        for card, many in CARDS:
+            nvml.devices = [DEVICES[card]] * many
+            for cached in (cuda.NvmlCudaPlatform.get_device_name, cuda.NvmlCudaPlatform.get_device_total_memory):
+                getattr(cached, "cache_clear", lambda: None)()
+            words = [folder("Llama-3.1-8B-Instruct"), "--skip-tokenizer-init", "--tensor-parallel-size", str(many)]
+            (base,) = launch.resolved(load(words, {})).bases
+            yield {"card": card, "gpus": many, **_configured(base, platforms.current_platform)}
+
+
+def _configured(base: Any, current: Any) -> dict[str, Any]:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.executor.abstract import Executor
+    from vllm.v1.worker.gpu.lora_utils import get_lora_capture_cases
+
+    from serve.vllm_backend.engine_arguments import parse
+
+    args = AsyncEngineArgs.from_cli_args(parse(base.model, base.name, base.engine))
+    config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    return {
+        "platform": type(current).__name__,
+        "executor": Executor.get_class(config).__name__,
+        "second_runner": config.use_v2_model_runner,
+        "worker": config.parallel_config.worker_cls,
+        "extension": config.parallel_config.worker_extension_cls,
+        "method": os.environ["VLLM_WORKER_MULTIPROC_METHOD"],
+        "policy": config.scheduler_config.policy,
+        "tokens": config.scheduler_config.max_num_batched_tokens,
+        "sequences": config.scheduler_config.max_num_seqs,
+        "graphs": str(config.compilation_config.cudagraph_mode),
+        "captured": list(config.compilation_config.cudagraph_capture_sizes),
+        "lora_cases": get_lora_capture_cases(config.lora_config, config.compilation_config),
+        "slots": config.lora_config.max_loras,
+        "in_memory": config.lora_config.max_cpu_loras,
+        "rank": config.lora_config.max_lora_rank,
+        "utilization": config.cache_config.gpu_memory_utilization,
+        "block": config.cache_config.block_size,
+    }
 
 
 if __name__ == "__main__":
     os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_PLUGINS="none")  # before vLLM is imported
-    print(json.dumps(list({"sizes": sizes, "h100": h100}[sys.argv[1]]())))
+    print(json.dumps(list({"sizes": sizes, "platform": platform}[sys.argv[1]]())))

@@ -18,7 +18,7 @@ class Sources:
     """One version of packages, read file by file. `read` gives a file by its path from the root, or KeyError."""
 
     def __init__(self, read: Callable[[str], str]) -> None:
-        self._read = read
+        self.read = read
         self._module = cache(self._parsed)
 
     @classmethod
@@ -48,9 +48,15 @@ class Sources:
             return self._module(module) is not None
         return self._named(module, name) is not None or self._module(f"{module}.{name}") is not None
 
+    def member(self, target: str) -> ast.AST | None:
+        """A field, property or method of `module:Class.name`, inherited ones included."""
+        module, _, name = target.partition(":")
+        owner, _, member = name.rpartition(".")
+        return self._method(module, owner, member)
+
     def is_package(self, module: str) -> bool:
         try:
-            self._read(f"{module.replace('.', '/')}/__init__.py")
+            self.read(f"{module.replace('.', '/')}/__init__.py")
         except KeyError:
             return False
         return True
@@ -59,7 +65,7 @@ class Sources:
         path = module.replace(".", "/")
         for name in (f"{path}.py", f"{path}/__init__.py"):
             try:
-                return ast.parse(self._read(name))
+                return ast.parse(self.read(name))
             except KeyError:
                 continue
         return None
@@ -89,7 +95,7 @@ class Sources:
         return None
 
     def _method(self, module: str, owner: str, method: str) -> ast.AST | None:
-        """A method of a class, or of the first of its bases that has one."""
+        """A method or field of a class, or of the first of its bases that has one."""
         place = self._place(module, owner)
         if place is None or not isinstance(place[1], ast.ClassDef):
             return None
@@ -97,6 +103,8 @@ class Sources:
         assert isinstance(kind, ast.ClassDef)
         for node in kind.body:
             if isinstance(node, Definition) and node.name == method:
+                return node
+            if isinstance(node, ast.Assign | ast.AnnAssign) and method in _assigned(node):
                 return node
         for base in kind.bases:
             name = ast.unparse(base).partition("[")[0]

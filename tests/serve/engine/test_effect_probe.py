@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import re
-from contextlib import asynccontextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from serve.config import load
-from serve.drift.probe_comparison import ProbeAnswers, noise_ratio, probe_arrays
-from serve.drift.tolerance import Tolerance
-from serve.engine.effect_probe import FIXED, PROMPTS, Probe, effect
-from serve.errors import AdapterRejected, ConfigError
+from serve.engine.effect_probe import effect
+from serve.errors import ConfigError
 from tests.support.app import upload
+from tests.support.rounding import KINDS, admitted, alarms
 
 
 async def test_what_an_upload_changes_is_measured_and_kept(client, backend, make_adapter):
@@ -142,62 +137,21 @@ async def test_a_small_effect_is_held_against_what_the_base_differs_by_beside_tr
     assert taken.status_code == 201 and None not in asked, "whoever takes any adapter need not know the noise"
 
 
-class Rounding:
-    """An engine whose logits step by .125 and are `sigma` off, in every reading otherwise; adapters by their effect."""
-
-    def __init__(self, sigma, seed):
-        self.random = random.Random(seed)
-        self.sigma = sigma
-        self.true = {prompt: [-abs(self.random.gauss(2, 2)) for _ in range(20)] for prompt in (*PROMPTS, *FIXED)}
-        self.signs = {prompt: [self.random.choice((-1, 1)) for _ in range(20)] for prompt in self.true}
-        self.backend = self
-
-    @asynccontextmanager
-    async def lease(self, *_, **__):
-        yield SimpleNamespace(watched=lambda watch: nullcontext())
-
-    async def probe(self, adapter_id, prompts):
-        moves = float(adapter_id or 0)
-        return [
-            {
-                token: value + moves * self.signs[prompt][token] + self.random.gauss(0, self.sigma)
-                for token, value in enumerate(self.true[prompt])
-            }
-            for prompt in prompts
-        ]
+RUNS = range(60)  # `make probe-noise` has a thousand of each, and fainter ones
 
 
-@pytest.mark.parametrize("sigma", [0.0, 0.02, 0.05, 0.1])
-async def test_rounding_neither_refuses_faint_adapters_nor_takes_empty_ones(sigma):
-    wrong = {"0.13": 0, "0.3": 0, "0": 0}
-    for seed in range(100):
-        probe = Probe(Rounding(sigma, seed), min_effect=0.08)
-        await probe.start()
-        for moves in wrong:
-            try:
-                await probe.judge(moves, Path())
-            except AdapterRejected:
-                wrong[moves] += moves != "0"
-            else:
-                wrong[moves] += moves == "0"
-    assert not any(wrong.values()), wrong
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("nats", [0.0, 0.02, 0.1])
+async def test_rounding_neither_refuses_faint_adapters_nor_takes_empty_ones(nats, kind):
+    taken = {moves: await admitted(nats, kind, moves, RUNS) for moves in ("0", "0.13", "0.3")}
+    assert taken == {"0": 0, "0.13": len(RUNS), "0.3": len(RUNS)}
 
 
-@pytest.mark.parametrize("sigma", [0.02, 0.1])
-async def test_rounding_is_no_drift_and_a_version_that_changed_is(sigma):
-    false = missed = 0
-    for seed in range(100):
-        engine = Rounding(sigma, seed)
-        probe = Probe(engine)
-        await probe.start()
-        first, again, changed = [
-            ProbeAnswers(await engine.probe(moves, FIXED), await engine.probe(None, FIXED), probe.noise)
-            for moves in ("0.2", "0.2", "0.9")
-        ]
-        kept = probe_arrays(first, probe.noise)
-        false += noise_ratio(kept, again, probe.noise) > Tolerance().probe
-        missed += noise_ratio(kept, changed, probe.noise) <= Tolerance().probe
-    assert (false, missed) == (0, 0)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("nats", "moved"), [(0.02, 0.0), (0.1, 0.0), (0.1, 0.05)])
+async def test_rounding_is_no_drift_and_a_version_that_changed_is(nats, kind, moved):
+    raised = {then: await alarms(nats, kind, then, RUNS[:20], moved) for then in ("0.2", "0.9")}
+    assert raised == {"0.2": 0, "0.9": 20}
 
 
 def test_the_effect_is_a_mean_and_a_token_that_fell_out_of_the_list_counts_as_its_end():

@@ -16,7 +16,7 @@ from serve.cli.main import app
 from serve.errors import ConfigError
 from serve.models import gpu_plan, gpus, hardware
 from serve.models.dimensions import KNOWN, dimensions
-from serve.models.gpu_plan import CARDS, parse, plan
+from serve.models.gpu_plan import CARDS, parse, plan, smallest
 from tests.support.nvml import Device, Nvml
 from tests.support.vllm_sizes import AVAILABLE, MODELS, RANK, folder
 
@@ -35,33 +35,54 @@ def vllm(what):
     return json.loads(told.stdout.splitlines()[-1])
 
 
-def test_vllms_own_sizes_of_four_models_on_six_cards_agree_within_five_percent():
-    fits = 0
+@pytest.mark.parametrize("card", SIX)
+@pytest.mark.parametrize("name", MODELS)
+def test_vllms_own_sizes_of_four_models_on_six_cards_agree_within_five_percent(name, card):
+    """On as few cards as it takes, and on all numbers above: vLLM's layers, slots and KV cache, without a device."""
+    least = smallest(name, KNOWN[name], CARDS[card], rank=RANK)
+    assert least is not None
+    compared = 0
     for theirs in vllm("sizes"):
-        name, many = theirs["model"], theirs["gpus"]
-        for card in SIX:
-            ours = plan(name, KNOWN[name], CARDS[card], many, rank=RANK)
-            assert ours.weights == pytest.approx(theirs["weights"], rel=0.01)
-            assert ours.slots / ours.max_loras == pytest.approx(theirs["slot"], rel=0.01)
-            # vLLM's request of the card, less what it holds there; what it measures of activations is ours.
-            left = 0.92 * CARDS[card].total - theirs["weights"] - ours.max_loras * theirs["slot"] - ours.activations
-            if left < GIB:
-                continue
-            fits += 1
-            assert ours.tokens == pytest.approx(theirs["tokens"] * left / AVAILABLE, rel=0.05), (name, many, card)
-    assert fits > 50
+        if theirs["model"] != name or theirs["gpus"] < least:
+            continue
+        ours = plan(name, KNOWN[name], CARDS[card], theirs["gpus"], rank=RANK)
+        assert ours.weights == pytest.approx(theirs["weights"], rel=0.01)
+        assert ours.slots / ours.max_loras == pytest.approx(theirs["slot"], rel=0.01)
+        # vLLM's request of the card, less what it holds there; what it measures of activations is ours.
+        left = 0.92 * CARDS[card].total - theirs["weights"] - ours.max_loras * theirs["slot"] - ours.activations
+        assert ours.tokens == pytest.approx(theirs["tokens"] * left / AVAILABLE, rel=0.05), theirs["gpus"]
+        compared += 1
+    assert compared == len([gpus for gpus in (1, 2, 4, 8) if gpus >= least])
 
 
 def test_vllms_cuda_platform_takes_what_is_planned_with():
     """Over a stub of NVIDIA's library: no device, no driver."""
-    for theirs in vllm("h100"):
+    for theirs in vllm("platform"):
         card = CARDS[theirs["card"]]
         assert theirs["platform"] == "NvmlCudaPlatform"
         assert (theirs["tokens"], theirs["sequences"]) == gpu_plan.batch(card)
         assert (theirs["block"], theirs["utilization"]) == (gpu_plan.BLOCK, gpu_plan.WHOLE)
-        assert theirs["worker"] == "vllm.v1.worker.gpu_worker.Worker"
-        assert theirs["graphs"] == "FULL_AND_PIECEWISE" and theirs["largest_graph"] == 512
-        assert theirs["slots"] == 8
+
+
+@pytest.mark.parametrize(
+    ("card", "gpus", "executor", "slots"),
+    [
+        ("h100", 1, "UniProcExecutor", 32),
+        ("h100", 2, "MultiprocExecutor", 32),
+        ("a10", 1, "UniProcExecutor", 8),
+        ("a100-80", 1, "UniProcExecutor", 32),
+    ],
+)
+def test_from_a_models_name_alone_an_engine_is_configured_for_the_card(card, gpus, executor, slots):
+    """Our defaults through vLLM's own parser and its CUDA platform, as far as the first tensor on a device."""
+    (theirs,) = (each for each in vllm("platform") if (each["card"], each["gpus"]) == (card, gpus))
+    assert theirs["executor"] == executor and theirs["method"] == "spawn"
+    assert theirs["worker"] == "vllm.v1.worker.gpu_worker.Worker" and theirs["second_runner"]
+    assert theirs["extension"] == "serve.vllm_backend.worker_extension.Worker"
+    assert (theirs["slots"], theirs["in_memory"], theirs["rank"], theirs["policy"]) == (slots, 32, 16, "priority")
+    assert theirs["graphs"] == "FULL_AND_PIECEWISE"
+    assert theirs["captured"][:4] == [1, 2, 4, 8] and theirs["captured"][-1] == 512
+    assert theirs["lora_cases"] == [0, slots + 1], "each graph with adapters and without, and no more"
 
 
 @pytest.mark.parametrize("name", MODELS)

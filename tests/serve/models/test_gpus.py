@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from serve.models import gpus
-from serve.models.gpus import cards
+from serve.config import load
+from serve.errors import ConfigError
+from serve.models import gpus, hardware
+from serve.models.gpus import cards, check_present
+from serve.server import launch
 from tests.support.nvml import GIB, Device, Nvml, cut
 
 H100 = Device("NVIDIA H100 80GB HBM3", 79.6, 78.9, "GPU-a")
@@ -58,3 +61,24 @@ def test_the_library_is_closed_again():
     cards({}, nvml)
     cards({"CUDA_VISIBLE_DEVICES": "GPU-unknown"}, nvml)
     assert nvml.open == 0
+
+
+@pytest.mark.parametrize("device", ["nvidia0", "dxg", "kfd", "dri/renderD128"])
+def test_where_a_driver_shows_a_device_vllm_may_look_for_it(device, tmp_path):
+    with pytest.raises(ConfigError, match="no GPU here: .*docker run --gpus all.*loradock\\[cpu\\] in place of"):
+        check_present(tmp_path, {})
+    (tmp_path / device).parent.mkdir(exist_ok=True)
+    (tmp_path / device).touch()
+    check_present(tmp_path, {})
+    check_present(tmp_path, {"CUDA_VISIBLE_DEVICES": "1"})
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES='' hides all of them"):
+        check_present(tmp_path, {"CUDA_VISIBLE_DEVICES": ""})
+
+
+def test_a_start_without_a_driver_ends_in_the_sentence_before_anything_is_loaded(monkeypatch):
+    """As in the image for GPUs on a machine without one."""
+    monkeypatch.setattr(hardware, "on_cpu", lambda: False)
+    monkeypatch.setattr(gpus, "DEVICE_FILES", ("no-such-device",))
+    monkeypatch.setattr(launch, "find", lambda *_: pytest.fail("nothing is fetched"))
+    with pytest.raises(ConfigError, match="no GPU here"):
+        launch.serve(load([], {}))

@@ -48,6 +48,8 @@ from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import IterationStats, RequestSpecDecodeMetrics, RequestStateStats
 from vllm.v1.outputs import LogprobsLists
 from vllm.v1.worker import gpu_input_batch, gpu_model_runner
+from vllm.v1.worker.gpu import model_runner as second_runner
+from vllm.v1.worker.gpu import states as second_states
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 from vllm.v1.worker.utils import request_memory
 
@@ -368,6 +370,10 @@ def test_the_workers_still_have_what_we_call():
     assert "self.lora_manager = " in inspect.getsource(LoRAModelRunnerMixin.load_lora_model)
     assert "self.input_batch = " in inspect.getsource(gpu_model_runner.GPUModelRunner.__init__)
     assert "self.req_id_to_index" in inspect.getsource(gpu_input_batch.InputBatch.__init__)
+    # The second kind of runner, which computes where Triton is: on GPUs.
+    assert issubclass(second_runner.GPUModelRunner, LoRAModelRunnerMixin)
+    assert "self.req_states = RequestState(" in inspect.getsource(second_runner.GPUModelRunner.__init__)
+    assert "self.req_id_to_index" in inspect.getsource(second_states.RequestState.__init__)
     # An adapter that is registered takes its slot in the step that needs it.
     assert "self.add_adapter(lora)" in vllms_source(LRUCacheWorkerLoRAManager._apply_adapters)
     assert "self._adapter_manager.activate_adapter" in inspect.getsource(LRUCacheWorkerLoRAManager.add_adapter)
