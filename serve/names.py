@@ -33,6 +33,8 @@ _ALIAS = re.compile(r"(?!(?:v[0-9]+|[0-9a-f]{12})\Z)[A-Za-z][A-Za-z0-9._-]{0,31}
 MAX_TAGS, MAX_TAG = 16, 64
 # Of a stored response's id.
 OWNER_DIGITS = 8
+# How metrics and usage call mixtures of adapters, whose names clients make up, and the version of each.
+MIXTURES, MIXED = "(mixtures)", "mixed"
 # DELETE /v1/adapters/TENANT/pin would be both the adapter TENANT's pin and the tenant's adapter `pin`; so with
 # GET /v1/adapters/TENANT/drift, /baseline and /golden.
 RESERVED = ("pin", "drift", "baseline", "golden")
@@ -47,6 +49,24 @@ def tenant_of(full: str) -> str:
     """Whose adapter this is."""
     tenant, slash, _ = full.partition("/")
     return tenant if slash else DEFAULT
+
+
+def accounted_name(id: str) -> str:
+    """Under which adapter's name an engine's id is counted; all mixtures of a tenant are one, which nobody can push."""
+    full = id.rpartition("@")[0]
+    return full_name(tenant_of(full), MIXTURES) if "+" in full else full
+
+
+def part_label(full: str, tenant: str) -> str:
+    """How an adapter is called in the name of a tenant's mixture; another tenant's loses its slash."""
+    return short_name(full, tenant).replace("/", ".")
+
+
+def has_part(id: str, full: str) -> bool:
+    """The engine's id is of a mixture that has this adapter in it."""
+    mixture = id.rpartition("@")[0]
+    tenant = tenant_of(mixture)
+    return "+" in mixture and part_label(full, tenant) in short_name(mixture, tenant).split("+")
 
 
 def short_name(full: str, tenant: str) -> str:

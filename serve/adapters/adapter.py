@@ -63,6 +63,8 @@ class Limits:
     max_tensors: int = 200_000
     # Take one whose every product is zero, as before the first step of its training.
     may_change_nothing: bool = False
+    # What the conversion of another kind to LoRA may leave out, in the relative Frobenius norm.
+    conversion_error: float = 0.05
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from serve.adapters.adapter import CARD, CONFIG, WEIGHTS, Inspection, Limits
-from serve.adapters.peft_config import MERGE, Patterns, PeftConfig, config_problems, read_config
+from serve.adapters.peft_config import MERGE, Patterns, PeftConfig, config_problems, rank_of, read_config, scaling_of
 from serve.adapters.provenance import front_matter, read_license, read_provenance
 from serve.adapters.tensors import FLOATS, Tensor, read_header, scan
 from serve.adapters.untrusted import open_plain, rejected
@@ -123,9 +123,8 @@ def _shape_problems(
     patterns = Patterns()
     for module, pair in pairs.items():
         out, into = modules[module]
-        rank = _rank_of(module, config, patterns)
-        for key in config.raw.get("alpha_pattern") or {}:
-            patterns.match("alpha_pattern", rf"(.*\.)?({key})$", module)
+        rank = rank_of(module, config, patterns)
+        scaling_of(module, config, patterns)  # the engine matches the same patterns
         for half, wanted in (("A", (rank, into)), ("B", (out, rank))):
             if half not in pair:
                 other = "B" if half == "A" else "A"
@@ -133,13 +132,6 @@ def _shape_problems(
             elif pair[half].shape != wanted:
                 shape = list(pair[half].shape)
                 yield f"`{shown(pair[half].name)}` is {shape}; the base and rank {rank} want {list(wanted)}"
-
-
-def _rank_of(module: str, config: PeftConfig, patterns: Patterns) -> int:
-    for key, rank in config.rank_pattern.items():
-        if patterns.match("rank_pattern", rf"(.*\.)?({key})$", module):
-            return rank
-    return config.rank
 
 
 def _target_problems(

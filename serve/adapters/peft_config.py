@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,18 @@ from serve.names import shown
 
 MERGE = "merge it into its base with `loradock optimize` and serve the result"
 RETRAIN = "train it again as a plain LoRA, without that"
+
+# By PEFT's name of them, how people call the kinds that become LoRA at a push (serve.adapters.conversion). All of them
+# add a matrix to a weight, which does not depend on that weight.
+CONVERTED = {
+    "LOHA": "LoHa",
+    "LOKR": "LoKr",
+    "VERA": "VeRA",
+    "RANDLORA": "RandLoRA",
+    "FOURIERFT": "FourierFT",
+    "C3A": "C3A",
+    "MISS": "MiSS",
+}
 
 _CONFIG_BYTES = 1 << 20
 _PATTERN_CHARS = 4096
@@ -42,17 +55,8 @@ class PeftConfig:
 
 def read_config(path: Path) -> PeftConfig:
     """Parse adapter_config.json; every field that shapes the answer must have its type. Unknown ones are PEFT's."""
-    with open_plain(path) as file:
-        data = file.read(_CONFIG_BYTES + 1)
-    if len(data) > _CONFIG_BYTES:
-        raise AdapterRejected(
-            f"{CONFIG} is above {_CONFIG_BYTES} bytes, which no PEFT configuration is; send the real one"
-        )
-    raw = parse_json(data, CONFIG)
-    if not isinstance(raw, dict):
-        raise AdapterRejected(f"{CONFIG} is not a JSON object; send the file that PEFT's save_pretrained wrote")
-
-    problems = [*_number_problems(raw), *_target_problems(raw), *_other_problems(raw)]
+    raw = read_settings(path)
+    problems = [*_number_problems(raw), *target_problems(raw), *_other_problems(raw)]
     if problems:
         raise rejected(problems, f"{CONFIG} cannot be read as a LoRA configuration")
     targets = raw.get("target_modules")
@@ -65,9 +69,24 @@ def read_config(path: Path) -> PeftConfig:
     )
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """The fields of adapter_config.json, of whatever kind."""
+    with open_plain(path) as file:
+        data = file.read(_CONFIG_BYTES + 1)
+    if len(data) > _CONFIG_BYTES:
+        raise AdapterRejected(
+            f"{CONFIG} is above {_CONFIG_BYTES} bytes, which no PEFT configuration is; send the real one"
+        )
+    raw = parse_json(data, CONFIG)
+    if not isinstance(raw, dict):
+        raise AdapterRejected(f"{CONFIG} is not a JSON object; send the file that PEFT's save_pretrained wrote")
+    return raw
+
+
 def _number_problems(raw: Mapping[str, Any]) -> Iterator[str]:
     if raw.get("peft_type") != "LORA":
-        yield f"peft_type is {shown(raw.get('peft_type'))}; this server takes LORA"
+        others = ", ".join(CONVERTED)
+        yield f"peft_type is {shown(raw.get('peft_type'))}; this server takes LORA, and converts {others}"
     if not _whole(raw.get("r")):
         yield f"r is {shown(raw.get('r'))}; it must be a whole number above 0"
     if not _positive(raw.get("lora_alpha")):
@@ -76,7 +95,8 @@ def _number_problems(raw: Mapping[str, Any]) -> Iterator[str]:
     yield from _pattern_problems("alpha_pattern", raw.get("alpha_pattern"), _positive, "finite numbers above 0")
 
 
-def _target_problems(raw: Mapping[str, Any]) -> Iterator[str]:
+def target_problems(raw: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with its target_modules."""
     targets = raw.get("target_modules")
     if isinstance(targets, list) and targets and all(isinstance(target, str) and target for target in targets):
         return
@@ -178,6 +198,25 @@ class Patterns:
             raise AdapterRejected(f"{field} holds a pattern that cannot be used: `{shown(pattern)}`") from wrong
         finally:
             self.left -= monotonic() - began
+
+
+def rank_of(module: str, config: PeftConfig, patterns: Patterns) -> int:
+    """The rank that the configuration gives a module."""
+    for key, rank in config.rank_pattern.items():
+        if patterns.match("rank_pattern", rf"(.*\.)?({key})$", module):
+            return rank
+    return config.rank
+
+
+def scaling_of(module: str, config: PeftConfig, patterns: Patterns) -> float:
+    """What the product of a module's two tensors is multiplied with."""
+    alpha = config.raw["lora_alpha"]
+    for key, value in (config.raw.get("alpha_pattern") or {}).items():
+        if patterns.match("alpha_pattern", rf"(.*\.)?({key})$", module):
+            alpha = value
+            break
+    rank = rank_of(module, config, patterns)
+    return float(alpha / (math.sqrt(rank) if config.raw.get("use_rslora") else rank))
 
 
 def _whole(value: Any) -> bool:

@@ -31,7 +31,7 @@ from serve.rollout.lifecycle import Lifecycle
 
 # What an upload may have beside the weights that a key's `adapter_bytes` is about: its configuration, and framing.
 NOTES_BYTES = 1 << 20
-_FIELDS = ("name", "visibility", "engine", "why", "probe_min_effect", "keep")
+_FIELDS = ("name", "visibility", "engine", "why", "probe_min_effect", "conversion_error", "keep")
 _SWITCHES = {"promote": "true", "probe": "true", "dry_run": "false"}  # with what they are by default
 
 
@@ -80,6 +80,7 @@ class Incoming:
             engine=asked.engine,
             expected=expected,
             min_effect=asked.probe_min_effect if asked.probe else ANY_EFFECT,
+            conversion_error=asked.conversion_error,
             notes={**(fetched_from(came) if came else {}), **(notes or {})},
         )
         if asked.keep is not None:
@@ -100,6 +101,7 @@ class Incoming:
             engine=asked.engine,
             expected=expected,
             min_effect=asked.probe_min_effect if asked.probe else ANY_EFFECT,
+            conversion_error=asked.conversion_error,
         )
         versions = self._lifecycle.registry.versions(full) if full in self._lifecycle.registry else []
         there = next((version for version in versions if version.digest == new.digest), None)

@@ -111,6 +111,7 @@ UPLOAD = {
         "engine": {"type": "string", "description": "The base that it runs on; the first by default."},
         "why": {"type": "string"},
         "probe_min_effect": {"type": "number", "minimum": 0, "maximum": 100},
+        "conversion_error": {"type": "number", "minimum": 0, "maximum": 1},
         "probe": {"type": "boolean", "default": True},
         "keep": {"type": "integer", "minimum": 1, "description": "So many versions stay, beside those that serve."},
         "dry_run": {"type": "boolean", "default": False},

@@ -21,6 +21,7 @@ from serve.drift.baseline_build import BaselineBuild
 from serve.drift.monitor import DriftMonitor
 from serve.engine.fleet import Fleet
 from serve.gateway.moderation import Moderator
+from serve.gateway.router import Router
 from serve.jobs.batches.batches import Batches
 from serve.jobs.finetuning.finetuning import FineTuning
 from serve.loop.loops import Loops
@@ -49,6 +50,7 @@ def part(name: str) -> Any:
 
 TheRegistry = Annotated[Registry, part("registry")]
 TheFleet = Annotated[Fleet, part("fleet")]
+TheRouter = Annotated[Router, part("router")]
 TheLifecycle = Annotated[Lifecycle, part("lifecycle")]
 TheAdmission = Annotated[VersionAdmission, part("admission")]
 ThePolicies = Annotated[Policies, part("policies")]

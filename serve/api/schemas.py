@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from serve.adapters.mixing.mixture import MAX_PARTS
 from serve.auth.auth import Scope
 from serve.names import DEFAULT, MAX_TAG, MAX_TAGS, NAME_PATTERN
 
@@ -31,9 +32,18 @@ class Fetch(Struct, frozen=True, forbid_unknown_fields=True):
     engine: str | None = None
     why: str = ""
     probe_min_effect: Effect | None = None  # in the place of the setting
+    conversion_error: Annotated[float, Meta(ge=0, le=1)] | None = None  # in the place of the setting
     probe: bool = True  # false: it may change nothing, as a LoRA does before the first step of its training
     keep: Number | None = None  # the newest versions that stay, beside those that serve
     dry_run: bool = False  # every check, and nothing is kept
+
+
+class Mix(Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of a mixture that is kept as a version: NAME[@VERSION][:WEIGHT] each."""
+
+    adapters: Annotated[list[str], Meta(min_length=1, max_length=MAX_PARTS)]
+    promote: bool = True
+    why: str = ""
 
 
 class LoadLora(Struct, frozen=True):

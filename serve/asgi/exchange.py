@@ -23,6 +23,7 @@ from serve.asgi.answer_headers import labelled, version_tag
 from serve.asgi.fast_stream import FastStream
 from serve.asgi.trace_context import RequestTrace
 from serve.errors import ClientLeft, DeadlineExceeded, EngineUnavailable, LoradockError, Overloaded
+from serve.names import MIXED, short_name
 
 log = logging.getLogger(__name__)
 
@@ -367,8 +368,7 @@ class Tap:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            version = version_tag(self.adapter, self.version, self.tenant) if self.id else ""
-            message = labelled(message, self.request_id.echo, version, self.trace)
+            message = labelled(message, self.request_id.echo, self._version_tag(), self.trace)
             self.events = any(
                 name == b"content-type" and value.startswith(b"text/event-stream") for name, value in message["headers"]
             )
@@ -376,6 +376,12 @@ class Tap:
             self._first = time.perf_counter()
             self.over_context = self.status == 400 and bool(_OVER_CONTEXT.search(message.get("body", b"")))
         await self._send(message)
+
+    def _version_tag(self) -> str:
+        """Which version gives the answer, as its caller may name it; a mixture, as the engine knows it."""
+        if self.version == MIXED:
+            return short_name(self.id, self.tenant)
+        return version_tag(self.adapter, self.version, self.tenant) if self.id else ""
 
     def asked(self, question: Mapping[str, Any], nbytes: int) -> None:
         """Say what the request's body holds, and how long it is; a long one, as with pictures, is not kept."""

@@ -16,7 +16,7 @@ from serve.cli.adapter_pages import live_version, numbered
 from serve.cli.arguments import Commands, Name, Target, Version, VersionedCommand, Why, parse_share, version_number
 from serve.cli.baseline import PATIENCE
 from serve.cli.replay_page import replayed
-from serve.cli.terminal import URL, Json, Key, Url, connected, counted, example, say, upload_bar
+from serve.cli.terminal import URL, Json, Key, Url, connected, counted, example, say, told, upload_bar
 from serve.errors import ConfigError, LoradockError, NotFound
 
 if TYPE_CHECKING:
@@ -69,6 +69,10 @@ def push(
         float | None,
         typer.Option(min=0, help="Take a version that changes less than the server's limit, in nats on average."),
     ] = None,
+    conversion_error: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="What may be left out of a LoHa, LoKr or VeRA that is made a LoRA."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Have the server make every check, and keep nothing.")
     ] = False,
@@ -78,12 +82,38 @@ def push(
 ) -> None:
     """Upload an adapter; the same bytes twice are one version."""
     options: dict[str, Any] = {"promote": promote, "shared": shared, "why": why, "probe_min_effect": probe_min_effect}
-    options |= {"dry_run": dry_run}
+    options |= {"conversion_error": conversion_error, "dry_run": dry_run}
     with connected("adapters", url, key) as client, upload_bar(name) as progress:
         if "://" in path:
             answer = client.push_source(name, path, **options)
         else:
             answer = client.push(name, path, **options, progress=progress)
+    say(answer, as_json, adapter_pages.pushed)
+
+
+@adapters_app.command(
+    epilog=example(
+        "loradock adapters mix desk tone:0.7 legal:0.3",
+        "loradock adapters mix desk tone@v2 legal:-0.5 --no-promote",
+    )
+)
+def mix(
+    name: Name,
+    parts: Annotated[list[str], typer.Argument(metavar="NAME[:WEIGHT]...", help="Adapters, and how much of each.")],
+    promote: Annotated[bool, typer.Option("--promote/--no-promote", help="Make it the live version.")] = True,
+    why: Why = "",
+    url: Url = URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Keep a weighted sum of adapters as a version.
+
+    Without keeping it: ask for the model `tone:0.7+legal:0.3`.
+    """
+    from serve.client.mixture_client import MixtureClient
+
+    with told("adapters"), MixtureClient(url, key) as client:
+        answer = client.mix(name, parts, promote=promote, why=why)
     say(answer, as_json, adapter_pages.pushed)
 
 

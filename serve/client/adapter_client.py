@@ -38,6 +38,7 @@ class AdapterClient(ApiClient):
         shared: bool | None = None,
         why: str = "",
         probe_min_effect: float | None = None,
+        conversion_error: float | None = None,
         dry_run: bool = False,
         progress: Progress | None = None,
     ) -> dict[str, Any]:
@@ -45,7 +46,8 @@ class AdapterClient(ApiClient):
 
         `shared` lets other tenants ask the adapter or stops them; None leaves that as it is, and a new one private.
 
-        `probe_min_effect` is what the probe asks of this version, in the place of the server's setting.
+        `probe_min_effect` is what the probe asks of this version, in the place of the server's setting, and
+        `conversion_error` what making another kind a LoRA may leave out.
 
         With `dry_run` the server makes every check and keeps nothing.
 
@@ -67,6 +69,8 @@ class AdapterClient(ApiClient):
                 fields |= _because(why)
                 if probe_min_effect is not None:
                     fields["probe_min_effect"] = str(probe_min_effect)
+                if conversion_error is not None:
+                    fields["conversion_error"] = str(conversion_error)
                 if dry_run:
                     fields["dry_run"] = "true"
                 return self._http.post("/v1/adapters", data=fields, files=parts)  # type: ignore[arg-type]
@@ -82,12 +86,15 @@ class AdapterClient(ApiClient):
         shared: bool | None = None,
         why: str = "",
         probe_min_effect: float | None = None,
+        conversion_error: float | None = None,
         dry_run: bool = False,
     ) -> dict[str, Any]:
         """Have the server fetch an adapter from hf://, s3:// or a file:// that it allows; `shared` as in `push`."""
         body: dict[str, Any] = {"name": name, "source": source, "promote": promote} | _because(why)
         if probe_min_effect is not None:
             body["probe_min_effect"] = probe_min_effect
+        if conversion_error is not None:
+            body["conversion_error"] = conversion_error
         if dry_run:
             body["dry_run"] = True
         if shared is not None:

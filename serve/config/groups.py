@@ -20,6 +20,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Uploads of adapters": (
         *("max_upload_bytes", "probe", "probe_min_effect", "probe_max_perplexity", "max_adapter_rank"),
+        "conversion_error",
         *("allowed_target_modules", "allowed_licenses", "allowed_digests"),
         *("source_roots", "source_hosts", "resolver_folder", "keep_unloaded"),
     ),

@@ -102,6 +102,10 @@ class Config:
     probe: bool = _setting(True, "whether an upload must change what the base says")
     probe_min_effect: FromZero = _setting(0.08, "how far it must move the log-probabilities, in nats on average")
     probe_max_perplexity: FromZero = _setting(0.0, "how many times the base's perplexity it may have (0: any)")
+    conversion_error: Portion = _setting(
+        0.05,
+        "what may be left out where an adapter of another kind (LoHa, LoKr, VeRA) is made a LoRA, in relative norm",
+    )
     lora_kernels: Literal["auto", "layers", "compile", "off"] = _setting(
         "auto", "on a CPU: auto, layers, compile (torch.compile too), or off for vLLM's own path"
     )

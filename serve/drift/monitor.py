@@ -37,6 +37,7 @@ from serve.drift.state_arrays import prefixed
 from serve.drift.watched_version import PROBE, DriftSettings, ProbeResult, WatchedVersion
 from serve.errors import ConfigError
 from serve.events import DriftAlarm, Events
+from serve.names import MIXED
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class DriftMonitor(Collector):
 
     def observe(self, exchange: Exchange) -> None:
         """Take in an exchange that was answered by a version of a watched base; `looked` compares it."""
-        if exchange.status != 200 or not exchange.generations or exchange.version == "":
+        if exchange.status != 200 or not exchange.generations or exchange.version in ("", MIXED):
             return
         if exchange.id and self._policies and not self._policies.watches(exchange.adapter, exchange.tenant):
             return

@@ -181,6 +181,14 @@ class Probe:
             checks["perplexity_ratio"] = round(self._ratio(self._base.mean - mean), 4)
         return checks
 
+    async def moved(self, adapter_id: str, path: Path) -> float | None:
+        """By how much an adapter moves the log-probabilities, in nats; nothing is asked of it."""
+        if self._base is None:
+            return None
+        async with measuring(self._engine, adapter_id, path) as backend:
+            answers = await backend.probe(adapter_id, PROMPTS)
+        return effect(self._base.logprobs, answers)
+
     async def _side_by_side(self, adapter_id: str, path: Path, base: Base) -> tuple[float, float]:
         """(effect, noise) of the means of several readings, the adapter's and the base's beside the same requests."""
         ours: list[list[Logprobs]] = []

@@ -25,6 +25,7 @@ from serve.engine.dp_ranks import DataParallelRanks
 from serve.engine.fair_queue import FairQueue
 from serve.engine.payer import Payer, Work
 from serve.errors import EngineUnavailable, LoradockError
+from serve.names import accounted_name
 
 log = logging.getLogger(__name__)
 
@@ -240,7 +241,7 @@ class Engine:
                     await self._loaded(resident)
                 place = engine_priority(priority, ticket.order) if self.backend.prioritizes else None
                 with self.ranks.taken(adapter_id, opening) as rank:
-                    adapter = id.rpartition("@")[0] if id else self.name
+                    adapter = accounted_name(id) if id else self.name
                     yield Lease(self, payer, id or self.name, adapter, place, rank, clock() - seated)
             finally:
                 self.queue.leave(ticket)

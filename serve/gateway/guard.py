@@ -94,9 +94,17 @@ class Guards(Collector):
                 flags += [ANSWER] if await self.check_answer(adapter, payer, reading.said(watch.read())) else []
         await held.release()
 
-    def watch_over(self, adapter: str) -> bool:
-        """Its prompts or answers are looked at."""
-        return bool(self._guard_of(adapter))
+    def watched(self, adapters: Sequence[str]) -> str | None:
+        """Of the adapters that answer together, the one whose guard looks; None without a guard.
+
+        BadRequest, if they have different ones.
+        """
+        guards = {adapter: guard for adapter in adapters if (guard := self._guard_of(adapter))}
+        names = list(guards)
+        if any(guards[name] != guards[names[0]] for name in names):
+            both = " and ".join(names)
+            raise BadRequest(f"{both} have different guards, so they do not answer together", param="model")
+        return names[0] if names else None
 
     def gate(self, adapter: str, reading: Reading) -> Callable[[Sequence[int] | None], None] | None:
         """What refuses prompts that the guard has not seen, where it is to refuse."""

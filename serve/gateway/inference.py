@@ -199,8 +199,8 @@ class Inference:
         if self._guards is None or request is None or COUNTS_TOKENS.fullmatch(path):
             yield send
             return
-        name, watch = self._router.name_of(request.model, caller), answering.tap.watch
-        if not self._guards.watch_over(name):
+        name, watch = self._guards.watched(self._router.names_of(request.model, caller)), answering.tap.watch
+        if name is None:
             yield send
             return
         base = self._router.base_of(request.model, caller)

@@ -11,6 +11,8 @@ from typing import Any
 from starlette.types import ASGIApp
 
 from serve.adapters.adapter import Adapter
+from serve.adapters.mixing.folders import MixtureFolders
+from serve.adapters.mixing.mixture import Mixture, Part, is_mixture, mixed, parse
 from serve.adapters.registry.registry import Registry
 from serve.adapters.store import Store
 from serve.auth.auth import Caller
@@ -19,8 +21,8 @@ from serve.engine.engine import Engine, Lease
 from serve.engine.fleet import Fleet
 from serve.engine.payer import Payer
 from serve.engine.supervisor import Supervisor
-from serve.errors import EngineUnavailable, NotFound
-from serve.names import shown, spelled, tenant_of
+from serve.errors import BadRequest, EngineUnavailable, NotFound
+from serve.names import MIXED, accounted_name, shown, spelled, tenant_of
 from serve.rollout.canary.askers import Asker, Askers
 from serve.rollout.canary.traffic_split import Draw, Shares
 
@@ -76,6 +78,7 @@ class Router:
         # Hears of every request for an adapter.
         self._used = used
         self._shares = Shares()
+        self._mixtures = MixtureFolders(store, lambda id: any(base.engine.holds(id) for base in fleet))
         self._askers = Askers()
 
     @asynccontextmanager
@@ -113,7 +116,7 @@ class Router:
     def knows(self, model: str, caller: Caller) -> bool:
         """Whether the name means anything to this caller now."""
         try:
-            self.resolve(model, caller)
+            self.answerer(model, caller)
         except NotFound:
             return False
         return True
@@ -137,18 +140,18 @@ class Router:
         draws: dict[int, Draw] = {}
         while True:
             while not (supervisor := self.base_of(model, caller)).is_available:
-                addressed(*_labels(self.resolve(model, caller), supervisor))
+                addressed(*_labels(self.answerer(model, caller), supervisor))
                 await supervisor.available()
             # No await between the look-up and the lease, or a swap could come between.
-            adapter = live = self.resolve(model, caller)
+            adapter = live = self.answerer(model, caller)
             shadow, draw = None, None
-            dealt = adapter is not None and model is not None and "@" not in model
+            dealt = adapter is not None and model is not None and "@" not in model and not isinstance(adapter, Mixture)
             if adapter and dealt:  # a version that was asked for by number is never dealt away
                 adapter, shadow, draw = self._split_traffic(adapter, asker, draws)
             labels = _labels(adapter, supervisor)
             addressed(*labels)
             engine = supervisor.engine
-            if adapter and not engine.holds(adapter.id) and not self.store.has(adapter.digest):
+            if adapter and not engine.holds(adapter.id) and not self._has(adapter):
                 await self._bring(adapter)
                 continue
             path = self._path(engine, adapter) if adapter else None
@@ -162,34 +165,46 @@ class Router:
                 if not engine.failing():
                     raise
                 continue
-            if id:
+            if id and not isinstance(adapter, Mixture):
                 self._used(id)
             role = _role(adapter, live if dealt else None)
             return Route(lease, *labels, shadow, dealt, asker.key, draw, asker, role)
 
     def _path(self, engine: Engine, adapter: Adapter) -> Path:
         """Where its bytes are; what the engine holds answers also while they are out of reach."""
+        if isinstance(adapter, Mixture):
+            return self._mixtures.path(adapter)
         if engine.holds(adapter.id):
             return self.store.place(adapter.digest)
         return self.store.path(adapter.digest)
 
+    def _has(self, adapter: Adapter) -> bool:
+        """Its bytes are on this machine."""
+        return self._mixtures.has(adapter) if isinstance(adapter, Mixture) else self.store.has(adapter.digest)
+
     async def _bring(self, adapter: Adapter) -> None:
         """Get its bytes onto this machine."""
+        if isinstance(adapter, Mixture):
+            return await self._mixtures.bring(adapter)
         try:
             await self.store.bring(adapter.digest)
+            return None
         except NotFound as lost:
             raise EngineUnavailable(f"{adapter.tag} is registered and {lost}: an operator must see to it") from lost
 
-    def name_of(self, model: str | None, caller: Caller) -> str:
-        """The full name of the adapter that `model` means, or the name of a base; NotFound as `resolve`."""
-        adapter = self.resolve(model, caller)
-        return adapter.name if adapter else self.fleet.get(model).name
+    def names_of(self, model: str | None, caller: Caller) -> list[str]:
+        """The full names of the adapters that `model` means, or the name of a base; NotFound as `answerer`."""
+        adapter = self.answerer(model, caller)
+        if isinstance(adapter, Mixture):
+            return [part.adapter.name for part in adapter.parts]
+        return [adapter.name if adapter else self.fleet.get(model).name]
 
     def base_of(self, model: str | None, caller: Caller) -> Supervisor:
-        """Whose engine answers for `model`; NotFound as `resolve`."""
-        if adapter := self.resolve(model, caller):
-            return self.fleet.of(adapter.name)
-        return self.fleet.get(model)
+        """Whose engine answers for `model`; NotFound as `answerer`."""
+        adapter = self.answerer(model, caller)
+        if isinstance(adapter, Mixture):
+            return self.fleet.of(adapter.parts[0].adapter.name)
+        return self.fleet.of(adapter.name) if adapter else self.fleet.get(model)
 
     def _split_traffic(
         self, live: Adapter, asker: Asker, draws: dict[int, Draw]
@@ -211,6 +226,32 @@ class Router:
             return live, shadow.adapter, draw
         return live, None, draw
 
+    def answerer(self, model: str | None, caller: Caller) -> Adapter | None:
+        """As `resolve`, of mixtures too: their parts are what each name means to this caller now."""
+        try:
+            return self.resolve(model, caller)
+        except NotFound:
+            if model is None or not is_mixture(model):
+                raise
+        return self.mixture(parse(model), caller)
+
+    def mixture(self, named: Sequence[tuple[str, float]], caller: Caller) -> Mixture:
+        """The mixture of these names, with their weights."""
+        parts = []
+        for name, weight in named:
+            adapter = self.resolve(name, caller)
+            if adapter is None:
+                raise BadRequest(
+                    f"`{shown(name, 80)}` is a base model, which every answer has in it: leave it out of the mixture",
+                    param="model",
+                )
+            parts.append(Part(adapter, weight))
+        bases = {self.fleet.of(part.adapter.name) for part in parts}
+        if len(bases) > 1:
+            names = " and ".join(sorted(base.name for base in bases))
+            raise BadRequest(f"the adapters of this mixture are of different bases, {names}", param="model")
+        return mixed(parts, caller.tenant, bases.pop().backend.max_lora_rank)
+
     def resolve(self, model: str | None, caller: Caller) -> Adapter | None:
         """The adapter version that a public name means to this caller now; None for the base model.
 
@@ -231,6 +272,8 @@ class Router:
 
 def _labels(adapter: Adapter | None, supervisor: Supervisor) -> tuple[str, str]:
     """How metrics name who answers."""
+    if isinstance(adapter, Mixture):
+        return accounted_name(adapter.id), MIXED
     return (adapter.name, f"v{adapter.version}") if adapter else (supervisor.name, "base")
 
 
@@ -238,6 +281,8 @@ def _role(adapter: Adapter | None, live: Adapter | None) -> str:
     """How traces name the choice: `live` is the version that has the name, None if a number was asked for."""
     if adapter is None:
         return "base"
+    if isinstance(adapter, Mixture):
+        return "mixed"
     if live is None:
         return "pinned"
     return "live" if adapter is live else "canary"

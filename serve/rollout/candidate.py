@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve.adapters.adapter import Inspection, Limits
+from serve.adapters.conversion.conversion import Conversion
 from serve.engine.supervisor import Supervisor
 
 
@@ -20,3 +21,5 @@ class Candidate:
     digest: str
     id: str
     path: Path
+    # If it came as another kind than LoRA.
+    conversion: Conversion | None = None

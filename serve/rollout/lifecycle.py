@@ -34,9 +34,10 @@ from serve.engine.supervisor import Supervisor
 from serve.errors import Conflict, EngineUnavailable, LoradockError, OutOfSpace
 from serve.events import BaseSwapped, Events, Promoted, RolledBack, Unloaded, VersionAdded
 from serve.models.checkpoint import is_another_model
-from serve.names import check_adapter_name, shown
+from serve.names import check_adapter_name, has_part, shown
 from serve.rollout.candidate import Candidate
 from serve.rollout.change_locks import ChangeLocks
+from serve.rollout.converted import as_lora, measured
 from serve.rollout.prefetch import Popularity
 from serve.rollout.quotas import check_pin, check_push
 from serve.rollout.traffic import Traffic
@@ -138,15 +139,16 @@ class Lifecycle:
         engine: str | None = None,
         expected: int | None = None,
         min_effect: float | None = None,
+        conversion_error: float | None = None,
         notes: Mapping[str, Any] | None = None,
     ) -> tuple[Adapter, bool]:
         """Admit the PEFT adapter in `folder` as a version of `name`; whether it is new. An error changes nothing.
 
-        `min_effect` is what the probe asks of it, in the place of the configured one. `notes` are kept with its checks.
+        `min_effect` is what the probe asks of it, in the place of the configured one, and `conversion_error` what
+        making it a LoRA may leave out. `notes` are kept with its checks.
         """
-        async with self._received(name, folder, engine, expected, quota, min_effect) as new:
+        async with self._received(name, folder, engine, expected, quota, min_effect, conversion_error) as new:
             base = new.base
-            path = new.path
             inspection = new.inspection
             judged = new.model
             own = None if base is self.fleet.first else base.name
@@ -156,7 +158,7 @@ class Lifecycle:
                 shared=shared, base=own, expected=expected,
             )  # fmt: skip
             while True:
-                checks = {**await self._judge(base, new.id, path, inspection, min_effect), **(notes or {})}
+                checks = {**await self._judge(new, inspection, min_effect), **(notes or {})}
                 await self.store.upload(new.digest)
                 async with self._change(name, base):
                     if base.model == judged:
@@ -165,7 +167,7 @@ class Lifecycle:
                         break
                 # The base was swapped meanwhile: what counts is what the adapter does on the one that serves now.
                 judged = base.model
-                inspection = await in_turn(inspect, path, base.modules, new.limits)
+                inspection = await in_turn(inspect, new.path, base.modules, new.limits)
         if adapter.id not in self._traffic.of(name):
             base.engine.retire(adapter.id)
         if created:
@@ -183,10 +185,11 @@ class Lifecycle:
         engine: str | None = None,
         expected: int | None = None,
         min_effect: float | None = None,
+        conversion_error: float | None = None,
     ) -> tuple[Candidate, dict[str, Any]]:
         """Every check of `push`, with what the probe measured, or its error; nothing of the adapter stays."""
-        async with self._received(name, folder, engine, expected, quota, min_effect) as new:
-            checks = await self._judge(new.base, new.id, new.path, new.inspection, min_effect)
+        async with self._received(name, folder, engine, expected, quota, min_effect, conversion_error) as new:
+            checks = await self._judge(new, new.inspection, min_effect)
         if new.id not in self._traffic.of(name):
             new.base.engine.retire(new.id)
         self._let_go(new.base, new.id, new.digest)
@@ -201,40 +204,46 @@ class Lifecycle:
         expected: int | None,
         quota: KeyLimits,
         min_effect: float | None,
+        conversion_error: float | None,
     ) -> AsyncIterator[Candidate]:
         """What came with a push, inspected; its bytes are kept until the block ends, and let go if that fails."""
         check_adapter_name(name, [base.name for base in self.fleet])
         base = self._base(name, engine)
         await base.available()
         limits = replace(self._limits(base), may_change_nothing=min_effect == ANY_EFFECT)
+        if conversion_error is not None:
+            limits = replace(limits, conversion_error=conversion_error)
         model = base.model
-        inspection = await in_turn(inspect, folder, base.modules, limits)
-        await self._expect(name, expected)
-        digest = await asyncio.to_thread(self.store.admit, folder, keep=True)
-        adapter_id = f"{name}@{digest[:12]}"
-        try:
-            check_push(self.registry.adapters(), name=name, digest=digest, nbytes=inspection.nbytes, quota=quota)
-            check_digest(digest, limits)
-            yield Candidate(base, model, limits, inspection, digest, adapter_id, self.store.path(digest))
-        except BaseException:
-            self._let_go(base, adapter_id, digest)
-            raise
-        finally:
-            self.store.release(digest)
+        async with as_lora(self.store, name, folder, base.modules, limits) as (plain, conversion):
+            inspection = await in_turn(inspect, plain, base.modules, limits)
+            await self._expect(name, expected)
+            digest = await asyncio.to_thread(self.store.admit, plain, keep=True)
+            adapter_id = f"{name}@{digest[:12]}"
+            try:
+                check_push(self.registry.adapters(), name=name, digest=digest, nbytes=inspection.nbytes, quota=quota)
+                check_digest(digest, limits)
+                path = self.store.path(digest)
+                yield Candidate(base, model, limits, inspection, digest, adapter_id, path, conversion)
+            except BaseException:
+                self._let_go(base, adapter_id, digest)
+                raise
+            finally:
+                self.store.release(digest)
 
-    async def _judge(
-        self, base: Supervisor, adapter_id: str, path: Path, inspection: Inspection, min_effect: float | None
-    ) -> dict[str, Any]:
+    async def _judge(self, new: Candidate, inspection: Inspection, min_effect: float | None) -> dict[str, Any]:
         """Load an adapter and see what it does; the checks that the registry keeps."""
+        base = new.base
         model = base.model
-        await base.ensure(adapter_id, path)
-        checks = await base.probe.judge(adapter_id, path, min_effect) if base.probe else {}
+        await base.ensure(new.id, new.path)
+        checks = await base.probe.judge(new.id, new.path, min_effect) if base.probe else {}
         stated = inspection.base or ""
         if await asyncio.to_thread(is_another_model, stated, model, base.name):
             checks["warning"] = (
                 f"it says that it was trained on {shown(stated)}; its shapes fit {base.name}, which seems to "
                 "be another model: is it the right base?"
             )
+        if new.conversion:
+            checks["conversion"] = await measured(new)
         return {**checks, **kept(inspection), "base_model": model}
 
     async def promote(self, name: str, version: int, *, by: str, expected: int | None = None, why: str = "") -> Adapter:
@@ -471,6 +480,9 @@ class Lifecycle:
     async def _free(self, base: Supervisor, adapter_id: str, digest: str) -> None:
         if any(adapter.id == adapter_id for adapter in self.registry.adapters()):
             return
+        for resident in base.engine.residents:
+            if has_part(resident.id, adapter_id.rpartition("@")[0]):
+                base.engine.retire(resident.id)
         await base.gone(adapter_id)
         # The store does not remove what a push is about to register.
         await asyncio.to_thread(self.store.remove, digest, unless=lambda kept: kept in self.registry.digests())

@@ -187,7 +187,7 @@ class Server:
             self.events,
         )
         self._prefetcher = Prefetcher(self.fleet, self.lifecycle, popularity, config.data_dir / "popular.json")
-        self._router = Router(self.fleet, self.registry, self.store, popularity.used)
+        self.router = Router(self.fleet, self.registry, self.store, popularity.used)
         sync = RegistrySync(self.registry, self.keys, self.lifecycle, self.fleet, self._me)
         self.follower = sync if config.registry else None
         self._swap_follower = SwapFollower(self.registry, self.fleet)
@@ -291,7 +291,7 @@ class Server:
     def _work(self) -> None:
         """What the server does for clients by itself. Without a policy that has a guard there are no guards."""
         config = self.config
-        requests = InternalRequests(self._router, self.meters, self._bounds)
+        requests = InternalRequests(self.router, self.meters, self._bounds)
         self.moderator = Moderator(
             requests,
             model=config.moderation_model,
@@ -305,7 +305,7 @@ class Server:
             self.registry,
             self.store,
             self.auth,
-            self._router,
+            self.router,
             requests,
             self._guards,
             self.follower,
@@ -315,7 +315,7 @@ class Server:
             self.registry,
             self.store,
             self.fleet,
-            self._router,
+            self.router,
             self.batches,
             Admission(self.admission, self.lifecycle, self.store, self.auth),
             self.events,
@@ -386,7 +386,7 @@ class Server:
         resolver = FolderResolver(config, self.registry, self.incoming, self.health, self.audit)
         self.inference = Inference(
             self.auth,
-            self._router,
+            self.router,
             self.meters,
             ExchangeObservers(looks, self.metrics.tap_took).take,
             self._shadows,
@@ -542,7 +542,7 @@ class Server:
 
     def _judge(self, model: str, tenant: str) -> Adapter | None:
         """The version that a judge's name means to a tenant now; None for a base."""
-        return self._router.resolve(model, Caller("golden", frozenset(), tenant))
+        return self.router.resolve(model, Caller("golden", frozenset(), tenant))
 
     def _meter_of(self, key: str) -> Meter | None:
         """The meter of the key with this id; None if it has no limits, or is not taken any more."""

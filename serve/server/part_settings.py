@@ -51,6 +51,7 @@ def upload_limits(config: Config, backend: Backend) -> Limits:
         allowed_target_modules=frozenset(config.allowed_target_modules) or None,
         allowed_licenses=frozenset(license.lower() for license in config.allowed_licenses) or None,
         allowed_digests=frozenset(config.allowed_digests) or None,
+        conversion_error=config.conversion_error,
     )
 
 

@@ -56,8 +56,9 @@ async def push(
     """Push a version of an adapter, as multipart, JSON or tensors.
 
     Multipart: `name`, `promote`, `visibility`, `engine`, `why`, `probe_min_effect` (what the probe asks of this
-    version, in the place of the setting), `probe` (false: it may change nothing), `keep` (so many versions stay beside
-    those that serve), `dry_run`, and `files` (each file, or one .zip, .tar.gz or .tar.zst).
+    version, in the place of the setting), `conversion_error` (what making another kind a LoRA may leave out),
+    `probe` (false: it may change nothing), `keep` (so many versions stay beside those that serve), `dry_run`, and
+    `files` (each file, or one .zip, .tar.gz or .tar.zst).
     JSON: the same with a `source` that the server fetches.
     application/octet-stream: the safetensors themselves; the fields are in the query, and PEFT's configuration is in
     the header X-Adapter-Config or in the metadata of the tensors as `adapter_config`.

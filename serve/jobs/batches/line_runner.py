@@ -131,10 +131,10 @@ class LineRunner:
 
     async def _guarded(self, caller: Caller, path: str, request: InferenceRequest) -> InternalAnswer:
         """The answer, past the guards of the model; BadRequest, if they refuse it or its request."""
-        name = self._router.name_of(request.model, caller)
         payer, guards = self._requests.payer(caller, Cause.BATCH), self._guards
         more: dict[str, Any] = {"payer": payer, "limit": MAX_ANSWER, "priority": LOW_PRIORITY}
-        if guards is None or not guards.watch_over(name):
+        name = guards.watched(self._router.names_of(request.model, caller)) if guards else None
+        if guards is None or name is None:
             return await self._requests.ask(caller, path, request, **more)
         reading = self._requests.reading(caller, path, request)
         await guards.check_prompt(name, payer, reading, priority=LOW_PRIORITY)

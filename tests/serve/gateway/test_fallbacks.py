@@ -88,12 +88,12 @@ async def test_the_guards_are_those_of_the_model_that_answers(client, make_adapt
     await push_two(client, make_adapter)
     guarded = []
     inference = client._transport.app.state.parts.inference
-    monkeypatch.setattr(inference._router, "name_of", lambda model, caller: guarded.append(model))
+    monkeypatch.setattr(inference._router, "names_of", lambda model, caller: guarded.append(model) or [model])
     monkeypatch.setattr(inference, "_guards", Unguarded())
     assert (await asked(client, model="nobody", models=["tone@v2", "base"])).status_code == 200
     assert guarded == ["tone@v2"]
 
 
 class Unguarded:
-    def watch_over(self, name):
-        return False
+    def watched(self, names):
+        return None

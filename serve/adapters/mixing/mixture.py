@@ -1,0 +1,103 @@
+"""A mixture: versions of adapters with weights, which the engine knows as one adapter.
+
+    tone+legal        tone:0.7+legal:0.3        tone@v2:-0.5+legal        tone:1.5
+
+A part is a model's name, of a version too, and a weight, 1 unless it is stated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from serve.adapters.adapter import Adapter
+from serve.errors import BadRequest
+from serve.names import full_name, part_label, shown
+
+MAX_PARTS = 8
+MAX_WEIGHT = 100.0
+
+_PART = re.compile(r"(?P<name>[^:+]+)(?::(?P<weight>-?[0-9]{1,3}(?:\.[0-9]{1,6})?))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A version, and how much of it."""
+
+    adapter: Adapter
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture(Adapter):
+    """Parts in a tenant's answers. Its digest is of their digests, their weights and the tenant: nobody else's cache
+    has its blocks."""
+
+    parts: tuple[Part, ...] = ()
+
+
+def is_mixture(model: str) -> bool:
+    """The name may be one; no adapter's name holds either character."""
+    return "+" in model or ":" in model
+
+
+def parse(text: str) -> list[tuple[str, float]]:
+    """The names and weights that a mixture's name holds."""
+    pieces = text.split("+")
+    if len(pieces) > MAX_PARTS:
+        raise BadRequest(f"a mixture has up to {MAX_PARTS} adapters, not {len(pieces)}", param="model")
+    return [parse_part(piece) for piece in pieces]
+
+
+def parse_part(text: str) -> tuple[str, float]:
+    """NAME or NAME:WEIGHT."""
+    part = _PART.fullmatch(text.strip())
+    if part is None:
+        raise BadRequest(
+            f"`{shown(text, 80)}` is no part of a mixture: write NAME or NAME:WEIGHT, as tone:0.7+legal:0.3",
+            param="model",
+        )
+    weight = float(part["weight"] or 1)
+    if not 0 < abs(weight) <= MAX_WEIGHT:
+        raise BadRequest(
+            f"the weight of `{shown(part['name'], 80)}` is {weight:g}; it must be from -{MAX_WEIGHT:g} to "
+            f"{MAX_WEIGHT:g}, and not 0: leave it out instead",
+            param="model",
+        )
+    return part["name"], weight
+
+
+def mixed(parts: Sequence[Part], tenant: str, max_rank: int) -> Mixture:
+    """The mixture, for requests of a tenant; BadRequest, if its rank is above `max_rank`."""
+    weights: dict[str, float] = {}
+    for part in parts:
+        weights[part.adapter.digest] = weights.get(part.adapter.digest, 0.0) + part.weight
+    by_digest = {part.adapter.digest: part.adapter for part in parts}
+    # In one order however they were written, so that they are computed once.
+    summed = [Part(by_digest[digest], weight) for digest, weight in sorted(weights.items()) if weight]
+    if not summed:
+        raise BadRequest("the weights of this mixture add up to nothing: ask the base instead", param="model")
+    rank = sum(part.adapter.rank for part in summed)
+    if rank > max_rank:
+        ranks = " + ".join(str(part.adapter.rank) for part in summed)
+        raise BadRequest(
+            f"this mixture has rank {ranks} = {rank}, and this engine takes up to {max_rank}: max_lora_rank={rank} "
+            "would be needed",
+            param="model",
+        )
+    names = [part_label(part.adapter.name, tenant) for part in summed]
+    key = json.dumps([tenant, [(part.adapter.digest, repr(part.weight)) for part in summed]])
+    return Mixture(
+        name=full_name(tenant, "+".join(names) if len(names) > 1 else f"{names[0]}+"),
+        version=0,
+        digest=hashlib.sha256(key.encode()).hexdigest(),
+        rank=rank,
+        base=summed[0].adapter.base,
+        target_modules=tuple(sorted({module for part in summed for module in part.adapter.target_modules})),
+        nbytes=sum(part.adapter.nbytes for part in summed),
+        created=max(part.adapter.created for part in summed),
+        parts=tuple(summed),
+    )
