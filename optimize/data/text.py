@@ -28,7 +28,6 @@ from optimize.processes import ProcessGroup
 PACKAGE = "gensim==4.4.0"
 MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
-LICENCE = "Wikipedia articles, CC-BY-SA"
 SHORTEST = 2000  # characters of an article worth having
 REVISION = 1  # counts up when the cleaning changes, so that old cache files are not taken
 
@@ -164,7 +163,7 @@ def _paragraphs(text: Any) -> list[tuple[str, str]]:
 def _rows(path: Path, column: str) -> list[Any]:
     if path.suffix == ".jsonl":
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        return [row if isinstance(row, str) else _cell(row, column, path) for row in rows]
+        return [row if isinstance(row, str) else _cell(row, column) for row in rows]
     if path.suffix == ".txt":
         return re.split(r"\n{3,}", path.read_text())
     if path.suffix == ".parquet":
@@ -178,7 +177,7 @@ def _rows(path: Path, column: str) -> list[Any]:
     raise ValueError("it is not .jsonl, .txt or .parquet")
 
 
-def _cell(row: dict[str, Any], column: str, path: Path) -> Any:
+def _cell(row: dict[str, Any], column: str) -> Any:
     for name in (column, "messages"):
         if name in row:
             return row[name]

@@ -130,15 +130,15 @@ def _parity(folder: Path, out: Path, adapters: dict[str, Path], files: dict[str,
     ids = words(PROBE, add_special_tokens=False).input_ids
     runtime = onnxruntime_genai.Model(str(out))
     loaded = onnxruntime_genai.Adapters(runtime)
-    comparisons = {"base": _compared(model, runtime, None, None, ids, out)}
+    comparisons = {"base": _compared(model, runtime, None, None, ids)}
     for name, path in adapters.items():
         loaded.load(str(files[name]), name)
         with adapted(model, path) as both:
-            comparisons[name] = _compared(both, runtime, loaded, name, ids, out)
+            comparisons[name] = _compared(both, runtime, loaded, name, ids)
     return comparisons
 
 
-def _compared(model: Any, runtime: Any, loaded: Any, name: str | None, ids: list[int], out: Path) -> dict[str, Any]:
+def _compared(model: Any, runtime: Any, loaded: Any, name: str | None, ids: list[int]) -> dict[str, Any]:
     import onnxruntime_genai
 
     with torch.no_grad():

@@ -43,7 +43,7 @@ def inspect(folder: Path, modules: Mapping[str, tuple[int, int]], limits: Limits
 
         pairs: dict[str, dict[str, Tensor]] = {}
         problems += _match(tensors, modules, pairs)
-        problems += _shape_problems(pairs, modules, config, limits)
+        problems += _shape_problems(pairs, modules, config)
         problems += _target_problems(pairs, modules, config, limits)
         if len(tensors) > limits.max_tensors:
             problems.append(f"{len(tensors)} tensors are more than the {limits.max_tensors} that this server takes")
@@ -118,7 +118,6 @@ def _shape_problems(
     pairs: Mapping[str, Mapping[str, Tensor]],
     modules: Mapping[str, tuple[int, int]],
     config: PeftConfig,
-    limits: Limits,
 ) -> Iterator[str]:
     patterns = Patterns()
     for module, pair in pairs.items():

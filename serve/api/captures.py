@@ -9,6 +9,7 @@ from serve.adapters.registry.registry import Registry
 from serve.asgi.exchange import Exchange
 from serve.asgi.exchange_worker import ExchangeWorker
 from serve.config import Config
+from serve.dataset.adapter_traffic import AdapterTraffic
 from serve.dataset.capture import QUEUE_SIZE, Capture
 from serve.dataset.conversations import Conversations
 from serve.dataset.datasets import Datasets
@@ -53,18 +54,9 @@ class Captures:
             config.data_dir / "conversations.db", ledger, learns, enabled=learning, redact=redact, hours=hours
         )
         self.worker = ExchangeWorker([text, self.conversations], name="capture", queue_size=QUEUE_SIZE)
-        self.datasets = Datasets(
-            config.data_dir / "datasets",
-            self.conversations,
-            registry,
-            ledger,
-            policies=policies,
-            base_of=lambda adapter: fleet.of(adapter).name,
-            golden_of=golden.results.golden,
-            forgotten=text.forget,
-            settle=self.worker.settle,
-            days=config.batch_file_days,
-        )
+        traffic = AdapterTraffic(self.conversations, text, self.worker, registry, fleet)
+        folder = config.data_dir / "datasets"
+        self.datasets = Datasets(folder, traffic, ledger, policies, golden.results, config.batch_file_days)
         self.takes: list[Callable[[Exchange], None]] = [self.worker.offer] if config.capture_text or learning else []
 
     def start(self) -> None:

@@ -23,6 +23,7 @@ from serve.engine.fleet import Fleet
 from serve.gateway.moderation import Moderator
 from serve.gateway.router import Router
 from serve.jobs.batches.batches import Batches
+from serve.jobs.batches.files import Files
 from serve.jobs.finetuning.finetuning import FineTuning
 from serve.loop.loops import Loops
 from serve.rollout.admit import VersionAdmission
@@ -64,6 +65,7 @@ TheCaptures = Annotated[Captures, part("captures")]
 TheLoops = Annotated[Loops, part("loops")]
 TheFineTuning = Annotated[FineTuning, part("fine_tuning")]
 TheBatches = Annotated[Batches, part("batches")]
+TheFiles = Annotated[Files, part("files")]
 TheConfig = Annotated[Config, part("config")]
 TheStore = Annotated[Store, part("store")]
 TheAuth = Annotated[Auth, part("auth")]

@@ -178,6 +178,10 @@ class Watch:
     # Gets each prompt before anything is computed for it (None: one that is no tokens), and may refuse it by raising.
     gate: Callable[[Sequence[int] | None], None] | None = None
 
+    def guard(self, gate: Callable[[Sequence[int] | None], None] | None) -> None:
+        """Have each prompt pass `gate`."""
+        self.gate = gate
+
     def read(self) -> tuple[Generation, ...]:
         """What the engine has made until now, whether or not anybody got it."""
         return tuple(sequence.read() for sequence in self.sequences)
@@ -333,7 +337,12 @@ class Tap:
     )
 
     def __init__(
-        self, send: Send, request_id: RequestId = RequestId(""), trace_id: str = "", trace: RequestTrace | None = None
+        self,
+        send: Send,
+        request_id: RequestId = RequestId(""),
+        trace_id: str = "",
+        trace: RequestTrace | None = None,
+        background: bool = False,
     ) -> None:
         self._send = send
         self._started = time.perf_counter()
@@ -353,7 +362,7 @@ class Tap:
         self.dealt = False
         self.draw: bytes | None = None
         self.status = LEFT
-        self.watch = Watch()
+        self.watch = Watch(background=background)
         # The answer is a stream of server-sent events.
         self.events = False
         self.question: Mapping[str, Any] | None = None
@@ -401,8 +410,10 @@ class Tap:
         """Say who is to answer, also if it never gets that far."""
         self.adapter, self.version = adapter, version
 
-    def routed(self, route: Routed, tenant: str) -> None:
-        """Say who answers, and whom; from now on it has its seat, and the adapter is loaded."""
+    def routed(self, route: Routed, tenant: str, logprobs: bool = False) -> None:
+        """Say who answers, and whom, and whether log-probabilities are to be kept; from now on it has its seat, and the
+        adapter is loaded."""
+        self.watch.logprobs = logprobs
         self._seated, self._load_seconds = time.perf_counter(), route.load_seconds
         self.adapter, self.version = route.adapter, route.version
         self.id = "" if route.version == "base" else route.model
@@ -412,6 +423,10 @@ class Tap:
         self.draw = route.draw
         if self.trace:
             self.trace.role, self.trace.load_seconds = route.role, route.load_seconds
+
+    def streams(self, fast_stream: FastStream | None) -> None:
+        """Say what sends the tokens, if it is a plain stream."""
+        self.watch.fast_stream = fast_stream
 
     def failed(self, error: LoradockError) -> None:
         """Say why there is no answer, or no more of it."""

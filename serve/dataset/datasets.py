@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +14,14 @@ from typing import Any
 
 from serve.adapters.byte_ledger import ByteLedger, Kind, Room
 from serve.adapters.fair_threads import FairThreads, in_the_name_of
-from serve.adapters.registry.registry import Registry
+from serve.dataset.adapter_traffic import AdapterTraffic, Span
 from serve.dataset.asked_text import Asked, NoText, asked_text
 from serve.dataset.build import Built, Options, Progress, build
-from serve.dataset.conversations import Captured, Conversations
 from serve.dataset.examples import lines_of
 from serve.dataset.held_out import HeldOut
 from serve.errors import BadRequest, Conflict, NotFound
 from serve.names import shown, tenant_of
+from serve.rollout.golden.golden_results import GoldenResults
 from serve.rollout.golden.golden_set import GoldenSet
 from serve.rollout.policy import Policies
 
@@ -43,35 +43,22 @@ class Forgotten:
 
 
 class Datasets:
-    """`base_of` is the name of the base that an adapter runs on, `golden_of` its golden set, if it has one; `days` is
-    for how long a later build trains on nothing that this one held out. `forgotten(tenant, ids)` hears in a thread of
-    requests that were deleted; `settle()` returns once what was answered so far is kept."""
+    """`days` is for how long a later build trains on nothing that this one held out."""
 
     def __init__(
         self,
         folder: Path,
-        conversations: Conversations,
-        registry: Registry,
+        traffic: AdapterTraffic,
         ledger: ByteLedger,
-        *,
         policies: Policies,
-        base_of: Callable[[str], str],
-        golden_of: Callable[[str], GoldenSet | None],
-        forgotten: Callable[[str, Collection[str]], None],
-        settle: Callable[[], None],
+        golden: GoldenResults,
         days: float = 30.0,
-        clock: Callable[[], float] = time.time,
     ) -> None:
         self._folder = folder
-        self._conversations = conversations
-        self._registry = registry
-        self._policies = policies
-        self._base_of = base_of
-        self._golden_of = golden_of
-        self._clock = clock
-        self._forgotten = forgotten
-        self._settle = settle
+        self.traffic = traffic
         self._ledger = ledger
+        self._policies = policies
+        self._golden = golden
         self._held_out = HeldOut(folder / "held_out", days)
         # Of one tenant one at a time: a build does not keep what a deletion has just taken away.
         self._threads = FairThreads(2, "datasets")
@@ -143,33 +130,24 @@ class Datasets:
         NotFound."""
         return await self._in_turn(tenant_of(adapter), self._forget, adapter, key, id)
 
-    def listed(self, adapter: str, limit: int) -> list[dict[str, Any]]:
-        """The adapter's latest conversations, without their texts. Blocks."""
-        return self._conversations.listed(tenant_of(adapter), self._names(adapter), limit)
-
-    def rows(self, adapter: str) -> Iterator[Captured]:
-        """What the adapter's tenant asked it, the latest first. Blocks."""
-        return self._conversations.rows(tenant_of(adapter), self._names(adapter))
-
     def _build(self, options: Options, folder: Path, room: Room, bases: bool, progress: Progress) -> Built:
-        names = self._names(options.adapter)
-        asked = [*names, *([self._base_of(options.adapter)] if bases else [])]
-        span = (options.tenant, asked, options.since, options.until)
-        now = self._clock()
+        names = self.traffic.names(options.adapter)
+        models = self.traffic.with_base(options.adapter) if bases else names
+        span, now = Span(options.tenant, models, options.since, options.until), time.time()
 
         def heard(doing: str, done: int, of: int) -> None:
             self._under_way[options.adapter] = (doing, done, of)
             progress(doing, done, of)
 
-        before = [entry for name in names for entry in self._held_out.entries(name, now)]
+        held_out = [entry for name in names for entry in self._held_out.entries(name, now)]
         try:
             built = build(
-                self._conversations.rows(*span),
+                self.traffic.within(span),
                 folder,
                 options,
-                golden=_questions(self._golden_of(options.adapter)),
-                before=before,
-                left_out=self._conversations.left_out(*span),
+                golden=_questions(self._golden.golden(options.adapter)),
+                before=held_out,
+                left_out=self.traffic.left_out(span),
                 progress=heard,
                 take=room.take,
             )
@@ -179,20 +157,13 @@ class Datasets:
         return built
 
     def _forget(self, adapter: str, key: str, id: str) -> Forgotten:
-        names = self._names(adapter)
-        asked = [*names, self._base_of(adapter)]
-        self._settle()  # a turn that waits to be kept goes with the others
         try:
-            conversation, gone = self._conversations.forget(tenant_of(adapter), key, asked, id)
+            conversation, gone = self.traffic.forget(adapter, key, id)
         except NotFound:
             self._held_out.forget(id)  # which keeps it for longer
             raise
         self._held_out.forget(conversation)
-        self._forgotten(tenant_of(adapter), [captured.id for captured in gone])
         return Forgotten(conversation, len(gone), [line for captured in gone for line in lines_of(captured)])
-
-    def _names(self, adapter: str) -> list[str]:
-        return [adapter, *self._registry.former_names(adapter)]
 
     def _new_folder(self) -> Path:
         (self._folder / "building").mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -133,7 +133,7 @@ class _Swap:
 
     def _step(self, step: SwapStep) -> None:
         model = self._fresh.backend.model
-        self._base.swapping = {"model": model, "step": step}
+        self._base.note_swap(model, step)
         log.info("swap of %s to %s: %s", self._base.name, model, step)
 
     async def _take_over(self, started: StartedEngine, judged: set[str]) -> None:

@@ -288,6 +288,10 @@ class Engine:
                 elif resident.retired and not resident.leases:
                     self._remove_later(resident)
 
+    def pin(self, ids: frozenset[str]) -> None:
+        """Never send these away to make room."""
+        self.pinned = ids
+
     def retire(self, adapter_id: str) -> None:
         """The adapter leaves the engine as soon as nobody uses it. A new lease calls it back."""
         resident = self._residents.get(adapter_id)

@@ -138,13 +138,9 @@ class Supervisor:
     def residents(self) -> tuple[Residence, ...]:
         return self._engine.residents
 
-    @property
-    def pinned(self) -> frozenset[str]:
-        return self._engine.pinned
-
-    @pinned.setter
-    def pinned(self, ids: frozenset[str]) -> None:
-        self._engine.pinned = ids
+    def pin(self, ids: frozenset[str]) -> None:
+        """As Engine.pin."""
+        self._engine.pin(ids)
 
     async def ensure(self, adapter_id: str, path: Path) -> None:
         """As Engine.ensure, once there is an engine."""
@@ -300,6 +296,10 @@ class Supervisor:
                 yield
             finally:
                 self.swapping = None
+
+    def note_swap(self, model: str, step: str) -> None:
+        """How far the swap is that replaces the engine."""
+        self.swapping = {"model": model, "step": step}
 
     def fresh(self, model: str | None = None) -> Engine:
         """An engine with the same options, over the same model or another; not started."""

@@ -79,7 +79,7 @@ class Guards(Collector):
         if guard.prompt:
             async with wanted():
                 flags += [PROMPT] if await self.check_prompt(adapter, payer, reading) else []
-            watch.gate = self.gate(adapter, reading)
+            watch.guard(self.gate(adapter, reading))
         if not guard.answer or guard.action == COUNT:
             yield _Held(send, flags).pass_on if flags else send
             if guard.answer:

@@ -7,11 +7,11 @@ lease exactly as long as the response is open, however it ends.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
@@ -26,7 +26,7 @@ from serve.asgi.fast_stream import FastStream
 from serve.asgi.internal_client import RecordedAnswer
 from serve.asgi.pacing import PacedConnection
 from serve.asgi.request_body import read
-from serve.asgi.trace_context import RequestTrace, trace_of
+from serve.asgi.trace_context import trace_of
 from serve.auth.auth import Auth, Caller
 from serve.auth.auth import Scope as KeyScope
 from serve.auth.rate_limits import Meter, Meters, RateLimitHeaders
@@ -48,12 +48,14 @@ from serve.gateway.request import (
 from serve.gateway.router import Route, Router
 from serve.gateway.tenant_isolation import check_response_owner
 from serve.rollout.canary.shadow import MAX_ANSWER, Shadows
+from serve.rollout.registry_sync import RegistrySync
+from serve.telemetry.tracing.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _Answering:
+class InFlight:
     """A request on its way: who asks, with which body, and where the answer goes."""
 
     caller: Caller
@@ -74,47 +76,25 @@ class _Answering:
 
 
 class Inference:
-    """Every inference route.
+    """Every inference route: the connection, the trace, the deadline, and an error's answer.
 
-    `take` gets an Exchange of each request when it has ended. `fresh` returns once this server sees every change that
-    other servers of its registry made before; while it cannot, `doubted` gives what to answer in place of an error.
-    `media` says that images or sound may come with a request, `bounds` how much one request may ask for. `traced`
-    begins the trace of a request; None where nothing is traced.
-
-    `unknown(model, caller)` may have a model registered that nobody knows yet; whether it is there then.
+    `take` gets an Exchange of each request when it has ended. With a `follower` of a shared registry, a request sees
+    every change that other servers made before it. `client_timeout` is how long a client may keep the server waiting.
     """
 
     def __init__(
         self,
-        auth: Auth,
-        router: Router,
-        meters: Meters,
+        intake: Intake,
         take: Callable[[Exchange], None],
-        shadows: Shadows | None = None,
-        wants_logprobs: Callable[[str], bool] = lambda adapter: False,
+        tracing: Tracing | None = None,
+        follower: RegistrySync | None = None,
         client_timeout: float = 60.0,
-        fresh: Callable[[], Awaitable[None]] | None = None,
-        media: bool = False,
-        bounds: RequestBounds | None = None,
-        doubted: Callable[[LoradockError], LoradockError] = lambda error: error,
-        guards: Guards | None = None,
-        traced: Callable[[Scope], RequestTrace] | None = None,
-        unknown: Callable[[str, Caller], Awaitable[bool]] | None = None,
     ) -> None:
-        self.unknown = unknown
-        self._guards = guards
-        self._traced = traced
-        self._bounds = bounds or RequestBounds()
-        self._media = media
-        self._client_timeout = client_timeout
-        self._auth = auth
-        self._router = router
-        self._meters = meters
+        self.intake = intake
         self._take = take
-        self._shadows = shadows
-        self._wants_logprobs = wants_logprobs
-        self._fresh = fresh
-        self._doubted = doubted
+        self._tracing = tracing
+        self._follower = follower
+        self._client_timeout = client_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -122,12 +102,14 @@ class Inference:
             return
         scope, request_id = identified(scope)
         connection = PacedConnection(scope, receive, send, self._client_timeout)
-        trace = self._traced(scope) if self._traced else None
+        trace = self._tracing.begin(scope) if self._tracing else None
         trace_id = trace.trace_id if trace and trace.sampled else trace_of(scope)
         tap = Tap(connection.send, request_id, trace_id, trace)
         try:
             async with Deadline(requested_timeout(Headers(scope=scope))) as deadline:
-                await self._answer(scope, connection, tap, deadline)
+                if self._follower:
+                    await self._follower.fresh()
+                await self.intake.answer(scope, connection, tap, deadline)
         except ClientTooSlow as error:
             tap.failed(error)
             if tap.begun:
@@ -145,15 +127,38 @@ class Inference:
     async def _refuse(self, error: LoradockError, scope: Scope, receive: Receive, tap: Tap) -> None:
         # In a frame of its own: one that the error came through would hold it, and with it the body, until garbage is
         # collected.
-        answer = self._doubted(error)
+        answer = self._follower.doubted(error) if self._follower else error
         tap.failed(answer)
         await send_error(answer, scope, receive, tap)
 
-    async def _answer(self, scope: Scope, connection: PacedConnection, tap: Tap, deadline: Deadline) -> None:
-        """Judge the caller, read the request, and have it answered."""
+
+class Intake:
+    """Judges the caller and reads the request, before the forwarder has it answered.
+
+    `bounds` say how much one request may ask for, `media` that images or sound may come with it. `resolver` may have a
+    model registered that nobody knows yet.
+    """
+
+    def __init__(
+        self,
+        auth: Auth,
+        meters: Meters,
+        router: Router,
+        forwarder: Forwarder,
+        bounds: RequestBounds | None = None,
+        media: bool = False,
+        resolver: Resolver | None = None,
+    ) -> None:
+        self.forwarder = forwarder
+        self.resolver = resolver
+        self._auth = auth
+        self._meters = meters
+        self._router = router
+        self._bounds = bounds or RequestBounds()
+        self._media = media
+
+    async def answer(self, scope: Scope, connection: PacedConnection, tap: Tap, deadline: Deadline) -> None:
         stored = stored_response(scope["method"], scope["path"])
-        if self._fresh:
-            await self._fresh()
         headers = Headers(scope=scope)
         caller = self._auth.caller(headers, KeyScope.INFERENCE)
         recognise(scope)
@@ -177,50 +182,69 @@ class Inference:
                     _check_countable(request, meter)
             send = RateLimitHeaders(tap.send, meter).send if meter else tap.send
             payer = Payer(caller.tenant, Cause.REQUEST, meter)
-            answering = _Answering(caller, payer, request, fan_out.seats, connection.receive, send, tap, deadline)
-            async with self._guarded(scope["path"], answering) as answering.send:
-                await self._answer_leased(scope, answering)
+            in_flight = InFlight(caller, payer, request, fan_out.seats, connection.receive, send, tap, deadline)
+            await self.forwarder.answer(scope, in_flight)
 
     async def _bring_unknown(self, request: InferenceRequest, caller: Caller) -> None:
         """Have a model that nobody knows looked for elsewhere, before it is a 404."""
-        if self.unknown is None:
+        if self.resolver is None:
             return
         for name in filter(None, (request.model, *request.fallbacks)):
-            if self._router.knows(name, caller) or await self.unknown(name, caller):
+            if self._router.knows(name, caller) or await self.resolver.bring(name, caller):
                 return
 
+
+class Resolver(Protocol):
+    async def bring(self, name: str, caller: Caller) -> bool:
+        """Have the model registered; whether it is there then."""
+
+
+class Forwarder:
+    """Has a request answered by the engine and version that it is routed to, past the model's guards."""
+
+    def __init__(
+        self, router: Router, guards: Guards | None, shadows: Shadows, wants_logprobs: Callable[[str], bool]
+    ) -> None:
+        self._router = router
+        self._guards = guards
+        self._shadows = shadows
+        self._wants_logprobs = wants_logprobs
+
+    async def answer(self, scope: Scope, in_flight: InFlight) -> None:
+        async with self._guarded(scope["path"], in_flight) as in_flight.send:
+            await self._answer_leased(scope, in_flight)
+
     @asynccontextmanager
-    async def _guarded(self, path: str, answering: _Answering) -> AsyncIterator[Send]:
+    async def _guarded(self, path: str, in_flight: InFlight) -> AsyncIterator[Send]:
         """Where the answer goes, past the guards of the model that is asked."""
-        request = answering.request
-        caller = answering.caller
-        payer = answering.payer
-        send = answering.send
+        request = in_flight.request
+        caller = in_flight.caller
+        payer = in_flight.payer
+        send = in_flight.send
         if self._guards is None or request is None or COUNTS_TOKENS.fullmatch(path):
             yield send
             return
-        name, watch = self._guards.watched(self._router.names_of(request.model, caller)), answering.tap.watch
+        name, watch = self._guards.watched(self._router.names_of(request.model, caller)), in_flight.tap.watch
         if name is None:
             yield send
             return
         base = self._router.base_of(request.model, caller)
         reading = Reading(base, path, request.unanswered(path, base.name, caller.tenant))
         background = bool(request.fields.get("background"))
-        async with self._guards.over(name, payer, reading, watch, send, answering.wanted, background) as guarded:
+        async with self._guards.over(name, payer, reading, watch, send, in_flight.wanted, background) as guarded:
             yield guarded
 
-    async def _answer_leased(self, scope: Scope, answering: _Answering) -> None:
+    async def _answer_leased(self, scope: Scope, in_flight: InFlight) -> None:
         """The answer of whichever engine and version the request is routed to; and a shadow's, if it has one."""
-        request = answering.request
-        caller = answering.caller
-        tap = answering.tap
+        request = in_flight.request
+        caller = in_flight.caller
+        tap = in_flight.tap
         if has_left(scope):
             raise ClientLeft("the client left before its request was looked at")
-        async with self._leased(answering) as route:
-            tap.routed(route, caller.tenant)
-            tap.watch.logprobs = self._wants_logprobs(route.adapter)
+        async with self._leased(in_flight) as route:
+            tap.routed(route, caller.tenant, self._wants_logprobs(route.adapter))
             fields: Mapping[str, Any] = {}
-            receive, send = answering.receive, answering.send
+            receive, send = in_flight.receive, in_flight.send
             if is_anthropic(scope["path"]):
                 send = AnthropicErrors(send).send
             scope = for_engine(scope, route)
@@ -231,35 +255,36 @@ class Inference:
                 if scope["path"] == RESPONSES:
                     self._router.answered(fields["request_id"], route)
                 scope, receive = request.replay(scope, receive, fields)
-            recorded = RecordedAnswer(MAX_ANSWER, send) if route.shadow and self._shadows else None
+            recorded = RecordedAnswer(MAX_ANSWER, send) if route.shadow else None
             if recorded:
                 send = recorded.send
             call = CancellableCall(receive, HonestStatus(send).send, route.engine.failing)
-            fast_stream = tap.watch.fast_stream = FastStream.of(scope, fields, call.send)
-            with route.lease.watched(tap.watch), route.engine.alarm(call.cut), answering.deadline.hand_over(call):
+            fast_stream = FastStream.of(scope, fields, call.send)
+            tap.streams(fast_stream)
+            with route.lease.watched(tap.watch), route.engine.alarm(call.cut), in_flight.deadline.hand_over(call):
                 await call.run(route.app, scope, fast_stream.send if fast_stream else None)
-        if recorded and route.shadow and self._shadows:
+        if recorded and route.shadow:
             # As the engine got it, so within the caller's tenant; and on nobody's key.
             live, path = int(route.version[1:]), scope["path"]
-            seats = answering.seats
+            seats = in_flight.seats
             self._shadows.offer(route.shadow, live, path, fields, recorded, seats, tap.watch, tap.trace)
 
     @asynccontextmanager
-    async def _leased(self, answering: _Answering) -> AsyncIterator[Route]:
+    async def _leased(self, in_flight: InFlight) -> AsyncIterator[Route]:
         """The request's route, held until the block ends. A client that leaves before it is there loses its place."""
-        request = answering.request
-        caller = answering.caller
-        payer = answering.payer
-        tap = answering.tap
+        request = in_flight.request
+        caller = in_flight.caller
+        payer = in_flight.payer
+        tap = in_flight.tap
         tap.queued(caller.tenant, caller.key)
         async with AsyncExitStack() as held:
             if request is None:
                 lease = self._router.lease(None, caller, payer, addressed=tap.addressed)
                 yield await held.enter_async_context(lease)
                 return
-            async with cancelled_on_disconnect(answering.receive):
-                asked = request.model, caller, payer, request.fields, answering.seats, tap.addressed
-                lease = self._router.lease(*asked)
+            async with cancelled_on_disconnect(in_flight.receive):
+                fields, seats = request.fields, in_flight.seats
+                lease = self._router.lease(request.model, caller, payer, fields, seats, tap.addressed)
                 route = await held.enter_async_context(lease)
             yield route
 

@@ -9,7 +9,7 @@ from serve.dataset.datasets import Datasets
 from serve.drift.monitor import DriftMonitor
 from serve.engine.fleet import Fleet
 from serve.events import Events
-from serve.jobs.batches.batches import EXPIRY, Batches
+from serve.jobs.batches.files import EXPIRY, Files
 from serve.jobs.finetuning.finetuning import FineTuning
 from serve.loop.candidates import Candidates
 from serve.loop.causes import Causes, Ratings
@@ -35,7 +35,7 @@ def build(
     admission: VersionAdmission,
     golden: Golden,
     jobs: FineTuning,
-    files: Batches,
+    files: Files,
     datasets: Datasets,
     drift_monitor: DriftMonitor,
     fleet: Fleet,
@@ -52,7 +52,7 @@ def build(
         lifecycle,
         admission,
         candidates,
-        Gatekeeper(rows, LikelihoodScorer(fleet, store), golden, Replays(rows, datasets.rows, golden)),
+        Gatekeeper(rows, LikelihoodScorer(fleet, store), golden, Replays(rows, datasets.traffic.rows, golden)),
         Causes(drift_monitor, registry.history, ratings),
         Journal(registry, metrics, events),
     )

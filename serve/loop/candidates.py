@@ -11,7 +11,7 @@ from typing import Any
 from serve.adapters.adapter import Adapter
 from serve.auth.auth import Auth
 from serve.errors import BadRequest, Conflict, NotFound
-from serve.jobs.batches.batches import Batches
+from serve.jobs.batches.files import Files
 from serve.jobs.finetuning.finetuning import FineTuning
 from serve.jobs.finetuning.objects import ENDS, Status
 from serve.loop.deletions import Deleted, Deletions
@@ -42,7 +42,7 @@ class Candidates:
         self,
         rows: LoopRows,
         jobs: FineTuning,
-        files: Batches,
+        files: Files,
         auth: Auth,
         gather: Gather,
     ) -> None:
@@ -70,7 +70,7 @@ class Candidates:
     def _prepare(self, loop: Loop, live: Adapter, policy: LoopPolicy, gathered: Gathered, deleted: Deleted) -> Prepared:
         new, held_out = list(gathered.train), bounded(gathered.held_out)
         _enough(len(new), len(held_out), policy)
-        gone = self._rows.deleted(deleted.tenant)  # before this; what goes meanwhile is in `deleted`
+        gone = self._rows.references.deleted(deleted.tenant)  # before this; what goes meanwhile is in `deleted`
         old = [example for example in self._old(live) if example.digest not in gone]
         kept = self._references(loop, live, old, policy, deleted)
         training = mixed(new, held_out, old, kept, seed=loop.state.number)
@@ -92,7 +92,7 @@ class Candidates:
             self._jobs.rows.get(tenant_of(loop.name), job)
         except NotFound:
             self._begin(loop, live, training, job)
-        held = self._rows.hold_out(loop, training.held_out)
+        held = self._rows.references.hold_out(loop, training.held_out)
         text = f"{job} on {training.new} new examples and {training.replayed} old ones, from v{live.version}"
         return Prepared(job, held, text, evidence)
 
@@ -112,14 +112,14 @@ class Candidates:
         self, loop: Loop, live: Adapter, old: list[Example], policy: LoopPolicy, deleted: Deleted
     ) -> list[Example]:
         """Everything that earlier references hold; a first one is made where there is none."""
-        references = self._rows.references(loop)
+        references = self._rows.references.kept(loop)
         if not references:
             with self.deletions.writing:
                 there = [example for example in old if not deleted.has(example)]
                 if first := split(there, policy.held_out, policy.needed):
-                    self._rows.hold_out(loop, first, label=f"training of v{live.version}")
-            references = self._rows.references(loop)
-        return [example for one in references for example in self._rows.examples(one.id)]
+                    self._rows.references.hold_out(loop, first, label=f"training of v{live.version}")
+            references = self._rows.references.kept(loop)
+        return [example for one in references for example in self._rows.references.examples(one.id)]
 
     def _begin(self, loop: Loop, live: Adapter, training: Training, id: str) -> None:
         tenant = tenant_of(loop.name)

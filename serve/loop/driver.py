@@ -324,7 +324,7 @@ class LoopDriver:
         await asyncio.to_thread(self.causes.answered, candidate)
         if loop.state.held_out:
             label = f"v{loop.state.candidate}"
-            await asyncio.to_thread(rows.keep, loop, loop.state.held_out, label, self._score(loop))
+            await asyncio.to_thread(rows.references.keep, loop, loop.state.held_out, label, self._score(loop))
         state = {"failures": 0, "not_before": 0.0, "trained_until": loop.state.gathered_until, "note": text}
         if await asyncio.to_thread(rows.end, loop, Outcome.PROMOTED, {"text": text, "by": by}, **state):
             await asyncio.to_thread(self._journal.ended, loop, Outcome.PROMOTED, text, evidence, by)

@@ -50,10 +50,10 @@ class Gatekeeper:
             return None
         rows = self._rows
         asked = [(NEW, "", loop.state.held_out)]
-        asked += [(REFERENCE, one.label or "", one.id) for one in await asyncio.to_thread(rows.references, loop)]
+        asked += [(REFERENCE, one.label or "", one.id) for one in await asyncio.to_thread(rows.references.kept, loop)]
         parts: list[Part] = []
         for kind, label, id in asked:
-            examples = await asyncio.to_thread(rows.examples, id)
+            examples = await asyncio.to_thread(rows.references.examples, id)
             pairs = await self._pairs(live, candidate, examples, goes_on)
             parts.append(compared(kind, label, pairs, policy.tolerance, alpha))
         if golden:

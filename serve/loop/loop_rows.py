@@ -1,4 +1,4 @@
-"""Loops, their tries and references in the registry's database, where every server that shares it looks.
+"""Loops and their tries in the registry's database, where every server that shares it looks.
 
 All of it blocks. One server at a time has the claim of a loop, and only with it the loop goes on. What people ask of it
 is its `wish`.
@@ -8,33 +8,33 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import msgspec
 from sqlalchemy import Connection, Row, Select, delete, func, insert, select, update
 
-from serve.adapters.registry.tables import loop_deletions, loop_references, loop_tries, names
+from serve.adapters.registry.registry import Registry
+from serve.adapters.registry.tables import loop_references, loop_tries, names
 from serve.adapters.registry.tables import loops as table
 from serve.adapters.registry.work_table import Claims
 from serve.errors import NotFound
-from serve.loop.likelihood import Example
-from serve.loop.objects import Loop, Outcome, Phase, Reference, State, Try
+from serve.loop.objects import Loop, Outcome, Phase, State, Try
+from serve.loop.reference_rows import ReferenceRows
 from serve.names import shown
 from serve.sequential.sequential_test import Verdict
 
 # The row that stops every loop; tries and references that are kept of one.
 EVERY = "every"
 TRIES_KEPT = 200
-REFERENCES_KEPT = 12
 MONTH_SECONDS = 31 * 86_400.0
 # What a loop has of no try.
 _NO_TRY = {
     "live": 0, "job": "", "candidate": 0, "has_share": False, "held_out": "", "look": 0.0, "traffic_since": 0.0,
     "gathered_until": 0.0,
 }  # fmt: skip
-_REFERENCE = tuple(field.name for field in fields(Reference))
 
 
 class LoopRows(Claims[Loop]):
@@ -42,6 +42,10 @@ class LoopRows(Claims[Loop]):
 
     table = table
     worked_on = tuple(Phase)
+
+    def __init__(self, registry: Registry, *, me: str, clock: Callable[[], float] = time.time) -> None:
+        super().__init__(registry, me=me, clock=clock)
+        self.references = ReferenceRows(registry, clock)
 
     def _rows(self) -> Select[Any]:
         return select(table, names.c.name).join(names, names.c.id == table.c.name_id)
@@ -218,92 +222,6 @@ class LoopRows(Claims[Loop]):
         with self._registry.reading() as connection:
             count, alpha = connection.execute(query.where(*of)).one()
         return int(count), float(alpha)
-
-    # References
-
-    def hold_out(self, loop: Loop, examples: Sequence[Example], label: str | None = None) -> str:
-        """Keep examples that nobody trains on; without a label for the try that goes on. Their id."""
-        id = f"ref-{secrets.token_hex(8)}"
-        row = {"id": id, "loop": loop.id, "number": loop.state.number, "label": label, "made": self._clock()}
-        document = _document(examples)
-        with self._registry.adding() as connection:
-            if label is None:
-                of = (loop_references.c.loop == loop.id, loop_references.c.label.is_(None))
-                connection.execute(delete(loop_references).where(*of))
-            connection.execute(insert(loop_references).values(**row, examples=len(examples), document=document))
-        return id
-
-    def keep(self, loop: Loop, id: str, label: str, score: float | None) -> None:
-        """A version became live that was proved on these: later ones must not lose it. The oldest ones make room."""
-        of = loop_references.c.loop == loop.id
-        with self._registry.adding() as connection:
-            values = {"label": label, "score": score}
-            connection.execute(update(loop_references).where(loop_references.c.id == id).values(**values))
-            order = loop_references.c.made.desc(), loop_references.c.id
-            kept = select(loop_references.c.id).where(of, loop_references.c.label.is_not(None)).order_by(*order)
-            old = list(connection.scalars(kept.offset(REFERENCES_KEPT)))
-            connection.execute(delete(loop_references).where(loop_references.c.id.in_(old)))
-
-    def references(self, loop: Loop) -> list[Reference]:
-        """Of versions that became live, the oldest first."""
-        columns = [loop_references.c[name] for name in _REFERENCE]
-        query = select(*columns).where(loop_references.c.loop == loop.id, loop_references.c.label.is_not(None))
-        with self._registry.reading() as connection:
-            rows = connection.execute(query.order_by(loop_references.c.made, loop_references.c.id)).mappings()
-            return [Reference(**row) for row in rows]
-
-    def examples(self, id: str) -> list[Example]:
-        """The examples of a reference, in the order of their digests."""
-        with self._registry.reading() as connection:
-            document = connection.scalar(select(loop_references.c.document).where(loop_references.c.id == id))
-        return sorted(_examples(document), key=lambda example: example.digest)
-
-    def forget_conversation(self, loop: Loop, id: str, digests: Collection[str] = ()) -> int:
-        """Drop the examples of a conversation that was deleted; how many there were. What comes from a training file
-        has no conversation's id: it is told by its digest."""
-        gone = 0
-        with self._registry.adding() as connection:
-            of = select(loop_references.c.id, loop_references.c.document).where(loop_references.c.loop == loop.id)
-            for row in connection.execute(of.with_for_update()).all():
-                there = _examples(row.document)
-                kept = [one for one in there if one.conversation != id and one.digest not in digests]
-                if len(kept) < len(there):
-                    gone += len(there) - len(kept)
-                    values = {"examples": len(kept), "document": _document(kept)}
-                    connection.execute(update(loop_references).where(loop_references.c.id == row.id).values(**values))
-        return gone
-
-    def note_deleted(self, tenant: str, digests: Collection[str], until: float) -> None:
-        """Examples with these digests were deleted, and files from before may hold them until then."""
-        columns = loop_deletions.c
-        with self._registry.adding(tenant) as connection:
-            connection.execute(delete(loop_deletions).where(columns.until < self._clock()))
-            for digest in sorted(digests):
-                here = (columns.tenant == tenant, columns.digest == digest)
-                before = connection.scalar(select(columns.until).where(*here))
-                connection.execute(delete(loop_deletions).where(*here))
-                row = {"tenant": tenant, "digest": digest, "until": max(until, before or 0.0)}
-                connection.execute(insert(loop_deletions).values(**row))
-
-    def deleted(self, tenant: str) -> set[str]:
-        """Digests of the tenant's examples that were deleted."""
-        columns = loop_deletions.c
-        with self._registry.reading() as connection:
-            return set(connection.scalars(select(columns.digest).where(columns.tenant == tenant)))
-
-    def drop(self, loop: Loop, id: str) -> bool:
-        """Forget a reference; whether there was one."""
-        of = (loop_references.c.id == id, loop_references.c.loop == loop.id, loop_references.c.label.is_not(None))
-        with self._registry.adding() as connection:
-            return connection.execute(delete(loop_references).where(*of)).rowcount > 0
-
-
-def _document(examples: Sequence[Example]) -> str:
-    return json.dumps([[example.fields, example.conversation] for example in examples], ensure_ascii=False)
-
-
-def _examples(document: str | None) -> list[Example]:
-    return [Example(fields, conversation) for fields, conversation in json.loads(document or "[]")]
 
 
 def _try(loop: Loop) -> Any:

@@ -73,7 +73,7 @@ class Loops:
         return {
             **answer,
             "tries": [one.described() for one in self.rows.tries(loop)],
-            "references": [one.described() for one in self.rows.references(loop)],
+            "references": [one.described() for one in self.rows.references.kept(loop)],
         }
 
     def _summary(self, name: str, loop: Loop | None, everywhere: str | None) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class Loops:
 
     def drop(self, name: str, reference: str) -> None:
         """Forget a reference with its examples: later candidates may lose what it holds."""
-        if not self.rows.drop(self._there(name), reference):
+        if not self.rows.references.drop(self._there(name), reference):
             raise NotFound(f"the loop of {shown(name)} has no reference {shown(reference)}", param="reference")
 
     def forget_conversation(self, tenant: str, id: str, lines: Sequence[Mapping[str, Any]] = ()) -> int:
@@ -140,10 +140,10 @@ class Loops:
         reference holds its examples any more, nor one of these `lines` of a training file, and no later try takes these
         out of an earlier file; how many there were."""
         digests = {Example(line).digest for line in lines}
-        self.rows.note_deleted(tenant, digests, self._clock() + self._file_seconds)
+        self.rows.references.note_deleted(tenant, digests, self._clock() + self._file_seconds)
         self.candidates.deletions.add(tenant, id, digests)
         mine = [loop for loop in self.rows.all() if tenant_of(loop.name) == tenant]
-        return sum(self.rows.forget_conversation(loop, id, digests) for loop in mine)
+        return sum(self.rows.references.forget_conversation(loop, id, digests) for loop in mine)
 
     def _there(self, name: str) -> Loop:
         loop = self.rows.get(name)

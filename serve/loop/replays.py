@@ -60,7 +60,7 @@ class Replays:
         return {**shown, "text": _sentence(numbers)} if replayed else None
 
     def _requests(self, loop: Loop) -> list[Captured]:
-        held_out = {example.conversation for example in self._rows.examples(loop.state.held_out)}
+        held_out = {example.conversation for example in self._rows.references.examples(loop.state.held_out)}
         rows = islice(self._captured(loop.name), LOOKED_AT)
         return chosen((row for row in rows if row.conversation in held_out), ANSWERED)
 

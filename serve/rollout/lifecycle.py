@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,15 +26,14 @@ from serve.adapters.registry.snapshot import Share
 from serve.adapters.store import Store
 from serve.auth.rate_limits import UNLIMITED
 from serve.auth.rate_limits import Limits as KeyLimits
-from serve.engine.backend import Backend
 from serve.engine.effect_probe import ANY_EFFECT
-from serve.engine.engine import Engine
 from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor
 from serve.errors import Conflict, EngineUnavailable, LoradockError, OutOfSpace
-from serve.events import BaseSwapped, Events, Promoted, RolledBack, Unloaded, VersionAdded
+from serve.events import Events, Promoted, RolledBack, Unloaded, VersionAdded
 from serve.models.checkpoint import is_another_model
 from serve.names import check_adapter_name, has_part, shown
+from serve.rollout.base_adapters import BaseAdapters
 from serve.rollout.candidate import Candidate
 from serve.rollout.change_locks import ChangeLocks
 from serve.rollout.converted import as_lora, measured
@@ -80,6 +79,7 @@ class Lifecycle:
         self._events = events
         # Reads and answers take none of these.
         self._locks = ChangeLocks()
+        self.adapters = BaseAdapters(self._traffic, registry, store, self._locks, events)
         self._aside: set[asyncio.Task[None]] = set()
         # Which versions serve, by name, as of the last change that reached the engines; and all as of the last look.
         self._adopted: dict[str, dict[str, Adapter]] = {name: self._traffic.of(name) for name in registry.names()}
@@ -96,35 +96,6 @@ class Lifecycle:
             await self.store.sweep_shared(digests)
         except LoradockError as error:
             log.warning("what nobody names any more stays where all servers see it: %s", error)
-
-    async def restore(self, base: Supervisor, engine: Engine) -> None:
-        """Bring the pinned and the most popular live versions of a base into a fresh engine."""
-        engine.pinned = self._traffic.pinned(base)
-        for adapter in self.wanted(base)[: engine.backend.max_resident]:
-            try:
-                await engine.ensure(adapter.id, await self.path(adapter))
-            except EngineUnavailable:
-                raise
-            except LoradockError as error:
-                log.warning("%s takes traffic and cannot be loaded: %s", adapter.tag, error)
-
-    async def path(self, adapter: Adapter) -> Path:
-        return await self.store.bring(adapter.digest)
-
-    def check(self, adapter: Adapter, backend: Backend, modules: Mapping[str, tuple[int, int]]) -> None:
-        """AdapterRejected, if a base with these modules cannot run it."""
-        inspect(self.store.path(adapter.digest), modules, Limits(backend.max_lora_rank, may_change_nothing=True))
-
-    def unchanged(self) -> AbstractAsyncContextManager[Any]:
-        """While it lasts no adapter changes."""
-        return self._locks.everything()
-
-    async def record_swap(self, base: Supervisor, model: str, by: str) -> None:
-        await asyncio.to_thread(self.registry.swap, base.name, base.configured, model, by=by)
-        self._events.publish(BaseSwapped(base.name, model, by))
-
-    async def swapped_model(self, base: Supervisor) -> str | None:
-        return await asyncio.to_thread(self.registry.swapped, base.name, base.configured)
 
     async def push(
         self,
@@ -399,7 +370,7 @@ class Lifecycle:
             for base in self.fleet:
                 self._let_go(base, adapter_id, gone[adapter_id].digest)
         for base in self.fleet if changed else ():
-            base.pinned = self._traffic.pinned(base)
+            base.pin(self._traffic.pinned(base))
 
     async def settle(self) -> None:
         """Wait for the removals and loads that have begun, but not for long."""
@@ -418,7 +389,7 @@ class Lifecycle:
             self._flipped(name, before, base)
 
     async def _load(self, adapter: Adapter) -> None:
-        await self.fleet.of(adapter.name).ensure(adapter.id, await self.path(adapter))
+        await self.fleet.of(adapter.name).ensure(adapter.id, await self.adapters.path(adapter))
 
     async def _warm(self, adapter: Adapter) -> None:
         """Load an adapter that takes traffic before somebody asks for it."""
@@ -446,18 +417,14 @@ class Lifecycle:
             )
         return base
 
-    def wanted(self, base: Supervisor) -> list[Adapter]:
-        """What a fresh engine should hold, the most important first."""
-        return self._traffic.wanted(base)
-
     def _flipped(self, name: str, before: Mapping[str, Adapter], base: Supervisor | None = None) -> None:
-        """What served and does not any more leaves; what is pinned now stays."""
+        """Retire versions that no longer serve; refresh pins."""
         self._adopted[name] = self._traffic.of(name)
         serving = self._adopted[name].keys()
         for adapter_id in serving - before.keys():
             self.popularity.used(adapter_id, PROMOTED)
         if base := base or self.fleet.owner(name):
-            base.pinned = self._traffic.pinned(base)
+            base.pin(self._traffic.pinned(base))
             for adapter_id in before.keys() - serving:
                 base.engine.retire(adapter_id)
 

@@ -113,12 +113,6 @@ def parse(policies: Any) -> tuple[Policy, ...]:
     return (every, *rest)
 
 
-def policy_for(policies: Sequence[Policy], adapter: str) -> Policy:
-    """The policy of the adapter of this full name."""
-    own = next((policy for policy in policies if policy.adapter == adapter), None)
-    return own or next(policy for policy in policies if policy.adapter == EVERY)
-
-
 class Policies:
     """The policy of each adapter, by its full name."""
 

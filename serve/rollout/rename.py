@@ -29,9 +29,9 @@ async def rename(
     serving = (registry.live(name), registry.pinned(name), *registry.aliases(name).values())
     for adapter in dict.fromkeys(serving):
         if adapter:
-            await base.ensure(replace(adapter, name=new).id, await lifecycle.path(adapter))
+            await base.ensure(replace(adapter, name=new).id, await lifecycle.adapters.path(adapter))
     # Neither name changes meanwhile.
-    async with lifecycle.unchanged():
+    async with lifecycle.adapters.unchanged():
         before = registry.versions(name)
         await asyncio.to_thread(registry.rename, name, new, by=by, why=why, expected=expected)
         lifecycle.adopt()

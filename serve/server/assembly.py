@@ -63,15 +63,14 @@ from serve.events import (
 )
 from serve.gateway.fan_out import RequestBounds
 from serve.gateway.guard import Guards
-from serve.gateway.inference import Inference
+from serve.gateway.inference import Forwarder, Inference, Intake
 from serve.gateway.internal_request import InternalRequests
 from serve.gateway.moderation import Moderator
 from serve.gateway.router import Router
 from serve.jobs.batches import build as batches
+from serve.jobs.batches.files import Files
+from serve.jobs.finetuning import build as finetuning
 from serve.jobs.finetuning.admission import Admission
-from serve.jobs.finetuning.finetuning import FineTuning
-from serve.jobs.finetuning.objects import Limits as JobLimits
-from serve.jobs.finetuning.objects import Where
 from serve.loop import build as loop
 from serve.loop.loop_rows import LoopRows
 from serve.loop.metrics import LoopMetrics
@@ -186,7 +185,7 @@ class Server:
             popularity,
             self.events,
         )
-        self._prefetcher = Prefetcher(self.fleet, self.lifecycle, popularity, config.data_dir / "popular.json")
+        self._prefetcher = Prefetcher(self.fleet, self.lifecycle.adapters, popularity, config.data_dir / "popular.json")
         self.router = Router(self.fleet, self.registry, self.store, popularity.used)
         sync = RegistrySync(self.registry, self.keys, self.lifecycle, self.fleet, self._me)
         self.follower = sync if config.registry else None
@@ -300,10 +299,11 @@ class Server:
         )
         self._every_guard = Guards(self.moderator, lambda adapter: self.policies[adapter].guard)
         self._guards = self._every_guard if any(policy.guard for policy in self.policies) else None
+        self.files = Files(self.registry, self.store, batches.limits_of(config))
         self.batches = batches.build(
-            config,
             self.registry,
             self.store,
+            self.files,
             self.auth,
             self.router,
             requests,
@@ -311,22 +311,15 @@ class Server:
             self.follower,
             self._me.id,
         )
-        self.fine_tuning = FineTuning(
-            self.registry,
+        self.fine_tuning = finetuning.build(
+            config,
             self.store,
-            self.fleet,
             self.router,
-            self.batches,
+            self.files,
             Admission(self.admission, self.lifecycle, self.store, self.auth),
             self.events,
-            limits=JobLimits(config.finetune_open, config.finetune_hours),
-            me=self._me.id,
-            alone=not config.registry,
-            max_rank=lambda base: upload_limits(config, base.backend).max_rank,
-            is_busy=lambda: sum(base.leases - base.background for base in self.fleet) > config.finetune_load,
-            where=Where(config.finetune_on),
-            max_bytes=config.max_upload_bytes,
-            file_seconds=config.batch_file_days * 86_400.0,
+            lambda base: upload_limits(config, base.backend).max_rank,
+            self._me.id,
         )
         self._loop_metrics = LoopMetrics(self.metrics.labelled)
         self.loops = loop.build(
@@ -336,7 +329,7 @@ class Server:
             self.admission,
             self.golden,
             self.fine_tuning,
-            self.batches,
+            self.files,
             self.captures.datasets,
             self.drift_monitor,
             self.fleet,
@@ -353,7 +346,6 @@ class Server:
     ) -> None:
         """What routes use beside all that."""
         config, tracing = self.config, self.tracing
-        follower = self.follower
         self.removal = Removal(self.lifecycle, self.drift_monitor, self.golden, config.keep_unloaded)
         self.incoming = Incoming(config, self.store, self.lifecycle, self.admission, self.removal)
         self.overview = Overview(
@@ -384,22 +376,17 @@ class Server:
         looks += [self.quality_worker.offer] if config.data_quality else []
         looks += [*self.captures.takes, self.recent.take, *([tracing.take] if tracing else []), *observers]
         resolver = FolderResolver(config, self.registry, self.incoming, self.health, self.audit)
-        self.inference = Inference(
+        intake = Intake(
             self.auth,
-            self.router,
             self.meters,
-            ExchangeObservers(looks, self.metrics.tap_took).take,
-            self._shadows,
-            self.wants_logprobs,
-            config.client_timeout,
-            follower.fresh if follower else None,
+            self.router,
+            Forwarder(self.router, self._guards, self._shadows, self.wants_logprobs),
+            self._bounds,
             media=any(takes_media(base.model) for base in config.bases),
-            bounds=self._bounds,
-            doubted=self.doubted,
-            guards=self._guards,
-            traced=tracing.begin if tracing else None,
-            unknown=resolver.bring if config.resolver_folder else None,
+            resolver=resolver if config.resolver_folder else None,
         )
+        take = ExchangeObservers(looks, self.metrics.tap_took).take
+        self.inference = Inference(intake, take, tracing, self.follower, config.client_timeout)
 
     # What they have in common
 
@@ -501,10 +488,10 @@ class Server:
             await self.lifecycle.sweep()
             await self._prefetcher.load()
             await asyncio.to_thread(self.golden.results.refresh)
-            models = {base.name: await self.lifecycle.swapped_model(base) or base.model for base in self.fleet}
+            models = {base.name: await self.lifecycle.adapters.swapped_model(base) or base.model for base in self.fleet}
             # The first answers are watched already.
             learning = self._watched_bases.learn(models) if self.config.drift else asyncio.sleep(0)
-            await asyncio.gather(self.fleet.start(self.lifecycle), learning)
+            await asyncio.gather(self.fleet.start(self.lifecycle.adapters), learning)
         except LoradockError as error:
             self._on_failure(error)
             return

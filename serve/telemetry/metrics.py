@@ -190,7 +190,7 @@ class Metrics:
         for labels in list(self._versions.keys()):
             series = self._series[labels]
             if known.get(labels):
-                series.seen = now
+                series.see(now)
             elif now - series.seen > (self._keep if labels in known else KEEP_REMOVED):
                 if labels in current:
                     self._versions.release(labels)
@@ -251,7 +251,7 @@ class Metrics:
                 self.tidy()
             labels = labels if self._versions.take(labels) else OTHER
         series = self._begin(labels)
-        series.seen = self._clock()
+        series.see(self._clock())
         return series
 
     def _begin(self, labels: tuple[str, str]) -> Series:

@@ -142,13 +142,13 @@ class Recent:
         now = int(self._clock() // 60)
         minutes = self._minutes.get((adapter, version))
         if minutes is None:
-            self._make_room(now)
+            self._make_room()
             minutes = self._minutes[adapter, version] = deque(maxlen=MINUTES)
         if not minutes or minutes[-1].at != now:
             minutes.append(Minute(now))
         return minutes[-1]
 
-    def _make_room(self, now: int) -> None:
+    def _make_room(self) -> None:
         """Who has been silent for longest goes, where more versions are asked than are kept."""
         if len(self._minutes) >= MAX_VERSIONS:
             silent = min(self._minutes, key=lambda version: self._minutes[version][-1].at)

@@ -185,6 +185,10 @@ class Series:
         for rating in ("good", "bad"):
             self.child(families.feedback, rating)
 
+    def see(self, now: float) -> None:
+        """Somebody needs it."""
+        self.seen = now
+
     def requests(self, code: str, finish_reason: str) -> Tally:
         counted: Tally = self.child(self._requests, code, finish_reason)
         return counted

@@ -110,14 +110,15 @@ class Measured:
 
     def __init__(self, parts: Any, url: str, times: Path) -> None:
         self._worker, self._inference = parts.exchange_worker, parts.inference
+        self._forwarder = self._inference.intake.forwarder
         self._url, self._times = url, times
-        self._kept = self._inference._take, self._inference._wants_logprobs, Lease.watched
+        self._kept = self._inference._take, self._forwarder._wants_logprobs, Lease.watched
 
     def watching(self, on: bool) -> None:
         take, wants, watched = self._kept
         Lease.watched = watched if on else nothing  # type: ignore[method-assign, assignment]
         self._inference._take = take if on else lambda exchange: None
-        self._inference._wants_logprobs = wants if on else lambda adapter: False
+        self._forwarder._wants_logprobs = wants if on else lambda adapter: False
 
     async def spells(self, seconds: float, spell: float, model: str) -> tuple[list[Spell], list[float]]:
         """The spells in which watching went on and off, and when tokens came, by one clock."""

@@ -82,20 +82,20 @@ async def main(minutes: float, spell: float, settle: float) -> int:
 
 async def measured(parts: Any, url: str, pairs: int, seconds: float, settle: float) -> list[Spell]:
     """The spells, with what came in them, while a process of its own keeps 16 streams going."""
-    begin, spells = parts.inference._traced, []
-    parts.inference._traced = None
+    tracing, spells = parts.inference._tracing, []
+    parts.inference._tracing = None
     command = [sys.executable, "-m", "tests.campaigns.tracing_cost", "--client", url]
     pipe = asyncio.subprocess.PIPE
     client = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=1 << 28)
     assert client.stdin and client.stdout
     assert await client.stdout.readline(), "the clients failed"  # else every stream has had an answer
     for on in order(pairs):
-        parts.inference._traced = begin if on else None
+        parts.inference._tracing = tracing if on else None
         await asyncio.sleep(settle)
         began, cpu = time.monotonic(), time.process_time()
         await asyncio.sleep(seconds)
         spells.append(Spell(on, began, time.monotonic(), time.process_time() - cpu))
-    parts.inference._traced = None
+    parts.inference._tracing = None
     came = json.loads((await client.communicate(b"\n"))[0])
     assert client.returncode == 0, "the clients failed"
     for spell in spells:

@@ -158,12 +158,12 @@ class Measured:
         self._app, self._backend, self._requests = app, backend, requests
         self.parts, self.pace = app.state.parts, 0.0
         self.workers = [self.parts.exchange_worker, self.parts.quality_worker, self.parts.captures.worker]
-        self._inference = self.parts.inference
-        self._kept = (self._inference._wants_logprobs, Lease.watched, exchange.Tap.offer)
+        self._forwarder = self.parts.inference.intake.forwarder
+        self._kept = (self._forwarder._wants_logprobs, Lease.watched, exchange.Tap.offer)
 
     def watching(self, on: bool) -> None:
         wants, watched, offer = self._kept
-        self._inference._wants_logprobs = wants if on else lambda adapter: False
+        self._forwarder._wants_logprobs = wants if on else lambda adapter: False
         Lease.watched = watched if on else nothing  # type: ignore[method-assign, assignment]
         exchange.Tap.offer = offer if on else lambda self, take: None  # type: ignore[method-assign]
 

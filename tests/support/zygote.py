@@ -78,7 +78,7 @@ def main(data: Path, model: str, port: str, *options: str) -> None:
             if answer := os.environ.get("ANSWER"):
                 backend.generation, backend.say = replace(backend.generation, text=answer), lambda body: answer
             app = build_app(config, backend)  # type: ignore[arg-type]
-            process = app.state.parts.fine_tuning.process
+            process = app.state.parts.fine_tuning.runner.process
             process.command, process.nice = COMMAND, 0
             uvicorn.run(app, port=config.port, log_level="error")
             os._exit(0)

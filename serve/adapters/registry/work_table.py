@@ -160,7 +160,7 @@ class WorkTable(Claims[Shown]):
 
     def __init__(self, registry: Registry, limits: Limits, *, me: str, clock: Callable[[], float] = time.time) -> None:
         super().__init__(registry, me=me, clock=clock)
-        self._limits = limits
+        self.limits = limits
 
     @abstractmethod
     def _values(self, work: Shown) -> Mapping[str, Any]:
@@ -182,9 +182,9 @@ class WorkTable(Claims[Shown]):
         mine = self.table.c.tenant == values["tenant"]
         with self._registry.adding(values["tenant"]) as connection:
             count = _count(connection, self.table, mine, self.table.c.status.in_(self.not_ended))
-            if count >= self._limits.open:
+            if count >= self.limits.open:
                 raise QuotaExceeded(
-                    f"this tenant has {count} {self.under_way}, and {self._limits.open} are the most: wait for one of "
+                    f"this tenant has {count} {self.under_way}, and {self.limits.open} are the most: wait for one of "
                     "them, or cancel it",
                     code=self.limit_code,
                 )

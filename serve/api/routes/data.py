@@ -13,7 +13,7 @@ from serve.adapters.adapter import Adapter
 from serve.adapters.registry.registry import Registry
 from serve.api.captures import Captures
 from serve.api.json_body import JsonBody
-from serve.api.parts import TheBatches, TheCaptures, TheGolden, TheLoops, TheMeters, ThePolicies, TheRegistry
+from serve.api.parts import TheCaptures, TheFiles, TheGolden, TheLoops, TheMeters, ThePolicies, TheRegistry
 from serve.api.routes.callers import Manager, owned, paying
 from serve.api.schemas import DataBuild, Replay
 from serve.auth.auth import Caller
@@ -22,7 +22,7 @@ from serve.dataset.build import Built, Options
 from serve.dataset.replay import Replayed, chosen, replay, report
 from serve.engine.payer import Cause
 from serve.errors import Conflict, Forbidden, NotFound
-from serve.jobs.batches.batches import Batches
+from serve.jobs.batches.files import Files
 from serve.names import short_name, shown, spelled, tenant_of
 from serve.rollout.golden.golden import Golden
 
@@ -38,7 +38,7 @@ async def build_data(
     caller: Manager,
     registry: TheRegistry,
     captures: TheCaptures,
-    batches: TheBatches,
+    stored_files: TheFiles,
     body: Annotated[DataBuild, JsonBody(DataBuild, required=False)],
 ) -> dict[str, Any]:
     """Make files of examples out of what was asked of an adapter that learns from its traffic.
@@ -54,7 +54,7 @@ async def build_data(
     with datasets.alone("build", caller.tenant):
         async with datasets.folder(caller.tenant) as (folder, room):
             built = await datasets.build(options, folder, room, bases=body.bases)
-            files = await asyncio.to_thread(_adopted, batches, caller, built)
+            files = await asyncio.to_thread(_adopted, stored_files, caller, built)
     return {"object": "data.build", "name": name, **files, "card": built.described}
 
 
@@ -69,7 +69,7 @@ async def conversations(
     """The latest captured conversations with an adapter: ids, numbers and times, without what was said."""
     full = _own(registry, name, caller)
     datasets = captures.datasets
-    rows = await asyncio.to_thread(datasets.listed, full, limit)
+    rows = await asyncio.to_thread(datasets.traffic.listed, full, limit)
     return {"object": "list", "learns": datasets.learns(full), "data": rows}
 
 
@@ -142,7 +142,9 @@ async def _replayed(
     body: Replay,
 ) -> tuple[list[Replayed], Counter[str]]:
     full = version.name
-    rows = await asyncio.to_thread(lambda: chosen(islice(captures.datasets.rows(full), LOOKED_AT), body.requests))
+    rows = await asyncio.to_thread(
+        lambda: chosen(islice(captures.datasets.traffic.rows(full), LOOKED_AT), body.requests)
+    )
     if not rows:
         name = short_name(full, caller.tenant)
         raise Conflict(f"no request to {name} is kept: its policy has to say `train_on_traffic: true` for that")
@@ -174,14 +176,14 @@ def _own(registry: Registry, name: str, caller: Caller) -> str:
     return full
 
 
-def _adopted(batches: Batches, caller: Caller, built: Built) -> dict[str, str | None]:
+def _adopted(stored_files: Files, caller: Caller, built: Built) -> dict[str, str | None]:
     """The ids of the tenant's files."""
 
     def adopted(path: Path | None) -> str | None:
         if path is None:
             return None
         filename = f"{built.described['adapter'].rpartition('/')[2]}-{path.name}"
-        return batches.adopt(caller, path, filename).id
+        return stored_files.adopt(caller, path, filename).id
 
     files = {"training": built.train, "validation": built.held_out, "preferences": built.preferences}
     return {f"{kind}_file": adopted(path) for kind, path in files.items()}

@@ -41,7 +41,7 @@ async def version_file(
     full = owned(registry, name, caller)
     adapter = registry.get(full, number)
     request.state.subject = f"{adapter.tag} {file}"
-    folder = await lifecycle.path(adapter)
+    folder = await lifecycle.adapters.path(adapter)
     return FileResponse(folder / file, media_type="application/octet-stream", filename=file)
 
 

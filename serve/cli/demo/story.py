@@ -83,9 +83,10 @@ class Story:
             return
         self._until("drift has its reference", lambda: self._signal().get("phase") == "watching")
         self.say("The server knows now what customers usually write. From here on they write German.")
-        self.traffic.german, before = True, self.traffic.answered
+        answered = self.traffic.answered
+        self.traffic.speak_german()
         self._until("drift is found", lambda: bool(self._drifted()))
-        self.say(f"After {self.traffic.answered - before} German requests, drift: {self._drifted()}")
+        self.say(f"After {self.traffic.answered - answered} German requests, drift: {self._drifted()}")
         self.say("Drift rolls nothing back: v1 is as good as before, the questions are others.")
 
     def _until(self, what: str, done: Callable[[], bool]) -> None:

@@ -17,12 +17,12 @@ PAUSE = 0.2  # seconds at most between an answer and the next question of a stre
 
 
 class Traffic:
-    """`with Traffic(url, key, name) as traffic`: it runs until the end; `german` changes what is asked."""
+    """`with Traffic(url, key, name) as traffic`: it runs until the end."""
 
     def __init__(self, url: str, key: str | None, name: str, *, pause: float = PAUSE, seed: int = 7) -> None:
         self.name, self._pause = name, pause
         self.answered = self.failed = 0
-        self.german = False
+        self._german = False
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.Client(base_url=url.rstrip("/").removesuffix("/v1"), headers=headers, timeout=120.0)
         self._askers = itertools.count()
@@ -41,10 +41,14 @@ class Traffic:
             thread.join()
         self._http.close()
 
+    def speak_german(self) -> None:
+        """Ask in another language from now on."""
+        self._german = True
+
     def _ask(self, seed: int) -> None:
         dice = random.Random(seed)
         while not self._ended.wait(self._pause * dice.random()):
-            question = texts.german(dice) if self.german else texts.english(dice)[0]
+            question = texts.german(dice) if self._german else texts.english(dice)[0]
             done = answer(self._http, self.name, question, user=f"customer-{seed}-{next(self._askers)}") is not None
             with self._count:
                 self.answered += done

@@ -15,17 +15,17 @@ from hashlib import sha256
 
 import msgspec
 
-from serve.adapters.byte_ledger import ByteLedger, Kind
-from serve.adapters.untrusted import write
+from serve.adapters.byte_ledger import Kind
 from serve.errors import EngineUnavailable, LoradockError, NotFound, Overloaded, QuotaExceeded, RateLimited
 from serve.gateway.internal_request import BrokeOff
 from serve.gateway.moderation import NoVerdict
 from serve.jobs.batches.answers import AnswerFiles, BatchAnswers
 from serve.jobs.batches.batch_rows import Answer, BatchRows
-from serve.jobs.batches.file_bytes import FileBytes
+from serve.jobs.batches.files import Files
 from serve.jobs.batches.input_file import Line, check, requests
 from serve.jobs.batches.line_runner import LineAnswer, LineRunner, Stopped
-from serve.jobs.batches.objects import OUTPUT, Batch, Limits, LineError, Status, StoredFile, Usage
+from serve.jobs.batches.metrics import BatchMetrics
+from serve.jobs.batches.objects import OUTPUT, Batch, LineError, Status, StoredFile, Usage
 
 log = logging.getLogger(__name__)
 
@@ -64,29 +64,22 @@ class Work:
 
 
 class BatchRunner:
-    """`counted(result, number)` hears of lines: completed, failed, expired or cancelled; `ended` of batches at their
-    end. `clock` is the time of day."""
+    """`clock` is the time of day."""
 
     def __init__(
         self,
         rows: BatchRows,
-        contents: FileBytes,
+        files: Files,
         answers: AnswerFiles,
-        ledger: ByteLedger,
         lines: LineRunner,
-        limits: Limits,
-        counted: Callable[[str, int], None] = lambda result, number: None,
-        ended: Callable[[Status], None] = lambda status: None,
+        metrics: BatchMetrics,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._rows = rows
-        self._contents = contents
+        self._files = files
         self._answers = answers
-        self._ledger = ledger
         self._lines = lines
-        self._limits = limits
-        self._counted = counted
-        self._ended = ended
+        self._metrics = metrics
         self._clock = clock
 
     async def run(self, work: Work) -> None:
@@ -108,19 +101,19 @@ class BatchRunner:
     async def _check(self, batch: Batch) -> Batch | None:
         """The batch with its lines counted; None if its input is not in order, and it has failed."""
         try:
-            path = await asyncio.to_thread(self._contents.path, batch.input_file)
-            total, errors = await asyncio.to_thread(check, path, batch.endpoint, self._limits)
+            path = await asyncio.to_thread(self._files.contents.path, batch.input_file)
+            total, errors = await asyncio.to_thread(check, path, batch.endpoint, self._files.limits)
         except NotFound as gone:
             total, errors = 0, [LineError("invalid_input_file", gone.message, param="input_file_id")]
         if errors:
             if status := await asyncio.to_thread(self._rows.fail, batch.id, errors):
-                self._ended(status)
+                self._metrics.ended(status)
             return None
         return await asyncio.to_thread(self._rows.begin, batch.id, total)
 
     async def _answer_lines(self, batch: Batch, answers: BatchAnswers, work: Work) -> None:
-        path = await asyncio.to_thread(self._contents.path, batch.input_file)
-        left, reading = requests(path, batch.endpoint, self._limits, set(answers.lines)), asyncio.Lock()
+        path = await asyncio.to_thread(self._files.contents.path, batch.input_file)
+        left, reading = requests(path, batch.endpoint, self._files.limits, set(answers.lines)), asyncio.Lock()
 
         async def ask_lines() -> None:
             while not work.stop.is_set():
@@ -133,7 +126,7 @@ class BatchRunner:
 
         try:
             async with asyncio.TaskGroup() as asking:
-                for _ in range(self._limits.concurrency):
+                for _ in range(self._files.limits.concurrency):
                     asking.create_task(ask_lines())
         finally:
             await asyncio.shield(asyncio.to_thread(_close, left))
@@ -170,7 +163,7 @@ class BatchRunner:
         while not (work.lost or work.full):
             try:
                 if await asyncio.to_thread(answers.keep, answer):
-                    self._counted("completed" if answer.completed else "failed", 1)
+                    self._metrics.counted("completed" if answer.completed else "failed", 1)
                 else:
                     work.lost = True
                     work.stop.set()
@@ -189,9 +182,9 @@ class BatchRunner:
         status, unanswered = await asyncio.to_thread(self._close_books, batch, answers, work.full)
         if status is None:
             return
-        self._ended(status)
+        self._metrics.ended(status)
         if unanswered and status in _UNASKED:
-            self._counted(status.value, unanswered)
+            self._metrics.counted(status.value, unanswered)
 
     def _close_books(self, batch: Batch, answers: BatchAnswers, full: str) -> tuple[Status | None, int]:
         """Write the files, and the batch's end, and how many lines were never asked; None if another server did."""
@@ -217,12 +210,12 @@ class BatchRunner:
         if not unanswered or status not in _UNASKED:
             return
         try:
-            path = self._contents.path(batch.input_file)
+            path = self._files.contents.path(batch.input_file)
         except NotFound as gone:
             log.error("%s ends without a word to %d lines: %s", batch.id, unanswered, gone.message)
             return
-        with self._ledger.room(batch.tenant, Kind.ANSWERS) as room:
-            for line in requests(path, batch.endpoint, self._limits, answers.lines):
+        with self._files.ledger.room(batch.tenant, Kind.ANSWERS) as room:
+            for line in requests(path, batch.endpoint, self._files.limits, answers.lines):
                 text = _failed(line, *_UNASKED[status]).text
                 try:
                     room.take(len(text))
@@ -234,16 +227,10 @@ class BatchRunner:
     def _write(self, batch: Batch, kind: str, lines: Iterator[str]) -> StoredFile | None:
         """A file of the batch; None for one without lines. Written again after a kill, it is the same file."""
         id = "file-" + sha256(f"{batch.id} {kind}".encode()).hexdigest()[:24]
-        nbytes = 0
-        self._ledger.check_disk(batch.tenant)
-        with self._contents.incoming() as (path, sink):
-            for text in lines:
-                data = text.encode() + b"\n"
-                write(sink, data)
-                nbytes += len(data)
-            if not nbytes:
-                return None
-            self._contents.keep(id, path)
+        self._files.ledger.check_disk(batch.tenant)
+        nbytes = self._files.compose(id, (text.encode() + b"\n" for text in lines))
+        if not nbytes:
+            return None
         now = self._clock()
         name = f"{batch.id}_{kind}.jsonl"
         return StoredFile(id, batch.tenant, batch.who, OUTPUT, name, nbytes, now, now + batch.file_seconds)

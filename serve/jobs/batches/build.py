@@ -10,8 +10,15 @@ from serve.gateway.guard import Guards
 from serve.gateway.internal_request import InternalRequests
 from serve.gateway.request import MEDIA_BYTES, TEXT_BYTES
 from serve.gateway.router import Router
+from serve.jobs.batches.answers import AnswerFiles
+from serve.jobs.batches.batch_rows import BatchRows
+from serve.jobs.batches.batch_runner import BatchRunner
 from serve.jobs.batches.batches import Batches
+from serve.jobs.batches.files import Files
+from serve.jobs.batches.line_runner import LineRunner
+from serve.jobs.batches.metrics import BatchMetrics
 from serve.jobs.batches.objects import Limits
+from serve.jobs.batches.schedule import BatchSchedule
 from serve.models import hardware
 from serve.models.checkpoint import takes_media
 from serve.rollout.registry_sync import RegistrySync
@@ -22,9 +29,9 @@ BATCH_LINES, BATCH_LINES_ON_GPU = 4, 64
 
 
 def build(
-    config: Config,
     registry: Registry,
     store: Store,
+    files: Files,
     auth: Auth,
     router: Router,
     requests: InternalRequests,
@@ -33,22 +40,15 @@ def build(
     me: str,
 ) -> Batches:
     """`me` is this server's name; without a `follower` nobody shares the registry."""
-    return Batches(
-        registry,
-        store,
-        auth,
-        router,
-        requests,
-        guards,
-        limits=_limits(config),
-        me=me,
-        alone=follower is None,
-        fresh=follower.fresh if follower else None,
-        doubted=follower.doubted if follower else lambda error: error,
-    )
+    rows, metrics = BatchRows(registry, files.limits, me=me), BatchMetrics()
+    answers = AnswerFiles(store.root / "files/answers", store.shared, rows, store.ledger)
+    lines = LineRunner(auth, router, requests, guards, follower, concurrency=files.limits.concurrency)
+    runner = BatchRunner(rows, files, answers, lines, metrics)
+    schedule = BatchSchedule(rows, files, answers, runner, metrics, alone=follower is None)
+    return Batches(files, rows, schedule, metrics)
 
 
-def _limits(config: Config) -> Limits:
+def limits_of(config: Config) -> Limits:
     media = any(takes_media(base.model) for base in config.bases)
     return Limits(
         file_bytes=config.batch_file_bytes,

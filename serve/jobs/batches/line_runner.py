@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,7 @@ from serve.gateway.internal_request import InternalAnswer, InternalRequests
 from serve.gateway.request import InferenceRequest
 from serve.gateway.router import Router
 from serve.jobs.batches.objects import Usage
+from serve.rollout.registry_sync import RegistrySync
 
 # A longer answer is an error of its line: it is in memory as a whole.
 MAX_ANSWER = 8 << 20
@@ -87,7 +88,7 @@ class Gaps:
 
 
 class LineRunner:
-    """`fresh` and `doubted` are as for `Inference`."""
+    """With a `follower` of a shared registry, a line sees every change that other servers made before it."""
 
     def __init__(
         self,
@@ -95,24 +96,23 @@ class LineRunner:
         router: Router,
         requests: InternalRequests,
         guards: Guards | None,
+        follower: RegistrySync | None,
         *,
         concurrency: int,
-        fresh: Callable[[], Awaitable[None]] | None = None,
-        doubted: Callable[[LoradockError], LoradockError] = lambda error: error,
     ) -> None:
         self._auth = auth
         self._router = router
         self._requests = requests
         self._guards = guards
-        self._fresh, self._doubted = fresh, doubted
+        self._follower = follower
         self._gaps = Gaps(concurrency)
 
     async def ask(
         self, key: str, tenant: str, path: str, body: bytes, stopped: Callable[[], bool] = lambda: False
     ) -> LineAnswer:
         """The answer, be it an error's. Raises as `InternalRequests.ask`, and Stopped if it was not begun."""
-        if self._fresh:
-            await self._fresh()
+        if self._follower:
+            await self._follower.fresh()
         request = InferenceRequest(body)
         _check_whole(request)
         try:
@@ -122,7 +122,7 @@ class LineRunner:
                 caller = self._caller(key, tenant)  # it waited: the key may be revoked by now
                 answer = await self._guarded(caller, path, request)
         except LoradockError as error:
-            if (doubted := self._doubted(error)) is not error:
+            if self._follower and (doubted := self._follower.doubted(error)) is not error:
                 raise doubted from error
             raise
         exchange = answer.exchange

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from serve.jobs.batches.answers import AnswerFiles
 from serve.jobs.batches.batch_rows import BatchRows
 from serve.jobs.batches.batch_runner import BatchRunner, Work
-from serve.jobs.batches.file_bytes import FileBytes
-from serve.jobs.batches.file_rows import FileRows
+from serve.jobs.batches.files import Files
 from serve.jobs.batches.metrics import BatchMetrics
 from serve.jobs.batches.objects import Batch, Status
 from serve.jobs.schedule import SWEEP_SECONDS, Schedule
@@ -27,8 +26,7 @@ class BatchSchedule(Schedule[Batch, Work]):
     def __init__(
         self,
         rows: BatchRows,
-        files: FileRows,
-        contents: FileBytes,
+        files: Files,
         answers: AnswerFiles,
         runner: BatchRunner,
         metrics: BatchMetrics,
@@ -39,7 +37,6 @@ class BatchSchedule(Schedule[Batch, Work]):
         super().__init__(rows, runner.run, alone=alone, clock=clock)
         self._rows = rows
         self._files = files
-        self._contents = contents
         self._answers = answers
         self._runner, self._metrics = runner, metrics
 
@@ -56,7 +53,7 @@ class BatchSchedule(Schedule[Batch, Work]):
         if now - self._swept >= SWEEP_SECONDS:
             self._swept = now
             await asyncio.to_thread(self._sweep)
-        self._metrics.keeps(*await asyncio.to_thread(self._files.totals))
+        self._metrics.keeps(*await asyncio.to_thread(self._files.rows.totals))
 
     def _has_turn(self, batch: Batch, now: float) -> bool:
         """No other batch of its tenant is run here, or it only has to be ended."""
@@ -65,7 +62,7 @@ class BatchSchedule(Schedule[Batch, Work]):
         return all(work.batch.tenant != batch.tenant for work, _ in self._working.values())
 
     def _can_read(self, batch: Batch) -> bool:
-        return self._contents.has(batch.input_file)
+        return self._files.contents.has(batch.input_file)
 
     def _renewed(self, work: Work, batch: Batch | None, lost: bool) -> None:
         """It stops when it was cancelled, when its time is over, or when another server has it."""
@@ -75,12 +72,6 @@ class BatchSchedule(Schedule[Batch, Work]):
             work.stop.set()
 
     def _sweep(self) -> None:
-        for id in self._files.expired():
-            self._remove(id)
-        self._contents.sweep(self._files.ids())
+        self._files.sweep()
         self._answers.sweep()
         self._rows.sweep()
-
-    def _remove(self, id: str) -> None:
-        self._contents.remove(id)
-        self._files.remove(id)

@@ -8,24 +8,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from serve.adapters.adapter import Adapter
-from serve.adapters.registry.registry import Registry
-from serve.adapters.store import Store
 from serve.auth.auth import Caller
-from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor
 from serve.errors import BadRequest, Conflict, NotFound, QuotaExceeded
-from serve.events import Events
 from serve.gateway.router import Router
-from serve.jobs.batches.batches import Batches, check_metadata
+from serve.jobs.batches.batches import check_metadata
+from serve.jobs.batches.files import Files
 from serve.jobs.batches.objects import EXAMPLES
-from serve.jobs.finetuning.admission import Admission, public_name
+from serve.jobs.finetuning.admission import public_name
 from serve.jobs.finetuning.job_rows import JobRows
 from serve.jobs.finetuning.job_runner import JobRunner
 from serve.jobs.finetuning.metrics import FineTuningMetrics
 from serve.jobs.finetuning.notes import Notes
-from serve.jobs.finetuning.objects import METHODS, Asked, Job, Limits, Status, Where
-from serve.jobs.finetuning.schedule import JobSchedule, Turns
-from serve.jobs.finetuning.training_process import TrainingProcess
+from serve.jobs.finetuning.objects import METHODS, Asked, Job, Status
+from serve.jobs.finetuning.schedule import JobSchedule
 from serve.jobs.finetuning.workers import Workers
 from serve.names import check_adapter_name, check_name, full_name, shown, tenant_of
 
@@ -35,74 +31,30 @@ _AUTO = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "
 
 
 class FineTuning:
-    """`files` has the examples; `max_rank` says which rank a base's engine takes at most, `is_busy` whether clients
-    need the machine. `me` is this server's name; `alone` says that nobody shares its registry. `where` says which
-    machines train, `max_bytes` what a file that a worker brings may have."""
+    """`max_rank` says which rank a base's engine takes at most."""
 
-    def __init__(  # long: one part after the other, in the order in which they know each other
+    def __init__(
         self,
-        registry: Registry,
-        store: Store,
-        fleet: Fleet,
         router: Router,
-        files: Batches,
-        admission: Admission,
-        events: Events,
-        *,
-        limits: Limits,
-        me: str,
-        alone: bool,
+        files: Files,
+        rows: JobRows,
+        runner: JobRunner,
+        schedule: JobSchedule,
+        workers: Workers,
+        metrics: FineTuningMetrics,
         max_rank: Callable[[Supervisor], int],
-        where: Where = Where.HERE,
-        max_bytes: int = 1 << 30,
-        is_busy: Callable[[], bool] = lambda: False,
-        file_seconds: float = 30 * 86_400.0,
-        clock: Callable[[], float] = time.time,
     ) -> None:
-        self._registry = registry
-        self._fleet = fleet
         self._router = router
+        self._registry = router.registry
+        self._fleet = router.fleet
         self._files = files
-        self._limits = limits
+        self.rows = rows
+        self.notes = Notes(router.registry)
+        self.runner = runner
+        self.schedule = schedule
+        self.workers = workers
+        self.metrics = metrics
         self._max_rank = max_rank
-        self._clock = clock
-        self.process = TrainingProcess(is_busy)
-        self.metrics = FineTuningMetrics(self.process)
-        self.rows, self.notes = JobRows(registry, limits, me=me, clock=clock), Notes(registry)
-        self.runner = JobRunner(
-            self.rows,
-            files.contents,
-            self.process,
-            admission,
-            limits,
-            self.metrics,
-            events,
-            base_model=lambda name: fleet.get(name).model,
-            file_seconds=file_seconds,
-            clock=clock,
-        )
-        turns = Turns()
-        self.schedule = JobSchedule(
-            self.rows,
-            self.runner,
-            self.metrics,
-            alone=alone,
-            turns=turns,
-            trains=where is not Where.WORKERS,
-            clock=clock,
-        )
-        self.workers = Workers(
-            self.rows,
-            files.contents,
-            store,
-            self.runner,
-            turns,
-            self.metrics,
-            taken=where is not Where.HERE,
-            me=me,
-            max_bytes=max_bytes,
-            clock=clock,
-        )
 
     def create(
         self,
@@ -139,7 +91,7 @@ class FineTuning:
             id,
             caller.tenant,
             Status.VALIDATING,
-            self._clock(),
+            time.time(),
             training_file,
             validation_file,
             Asked(
@@ -169,9 +121,9 @@ class FineTuning:
 
     def _check_trainable(self) -> None:
         """BadRequest where nothing would train a job."""
-        if not self._limits.open:
+        if not self.rows.limits.open:
             raise BadRequest("this server trains nothing: its operator set finetune_open to 0", param="model")
-        if self.schedule.trains and (package := self.process.missing_package()):
+        if self.schedule.trains and (package := self.runner.process.missing_package()):
             raise BadRequest(
                 f"this server cannot train: {package} is not installed in its environment. Its operator installs it "
                 f"(`pip install {package}`), or has other machines train (`--finetune-on workers`)",
@@ -221,7 +173,7 @@ class FineTuning:
         if id is None:
             return
         try:
-            file = self._files.files.get(caller.tenant, id)
+            file = self._files.rows.get(caller.tenant, id)
         except NotFound as missing:
             raise BadRequest(missing.message, param=param) from missing
         if file.purpose != EXAMPLES:

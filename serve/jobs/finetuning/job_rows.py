@@ -37,7 +37,7 @@ class JobRows(WorkTable[Job]):
 
     def of(self, me: str) -> JobRows:
         """These rows as `me` claims and changes them."""
-        return JobRows(self._registry, self._limits, me=me, clock=self._clock)
+        return JobRows(self._registry, self.limits, me=me, clock=self._clock)
 
     def _values(self, job: Job) -> dict[str, Any]:
         plain = ("id", "tenant", "created", "training_file", "validation_file")

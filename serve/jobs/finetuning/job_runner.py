@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import file_digest, sha256
@@ -20,8 +19,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from serve.adapters.byte_ledger import Kind as Bytes
-from serve.adapters.byte_ledger import Room, size_of
-from serve.adapters.untrusted import write
+from serve.adapters.byte_ledger import size_of
+from serve.engine.fleet import Fleet
 from serve.errors import (
     AdapterRejected,
     BadRequest,
@@ -33,13 +32,13 @@ from serve.errors import (
     QuotaExceeded,
 )
 from serve.events import Events, JobEnded
-from serve.jobs.batches.file_bytes import FileBytes
+from serve.jobs.batches.files import Files
 from serve.jobs.batches.objects import StoredFile
 from serve.jobs.finetuning.admission import Admission
 from serve.jobs.finetuning.job_folder import JobFolder
+from serve.jobs.finetuning.job_folders import JobFolders
 from serve.jobs.finetuning.job_rows import JobRows, metrics_of
-from serve.jobs.finetuning.metrics import FineTuningMetrics
-from serve.jobs.finetuning.objects import RESULTS, Checkpoint, Job, Limits, Status
+from serve.jobs.finetuning.objects import RESULTS, Checkpoint, Job, Status
 from serve.jobs.finetuning.trainer import Failed, Trainer
 from serve.jobs.finetuning.training_process import CannotCheck, Checked, TrainingProcess
 from serve.models.checkpoint import digest_of, folder_of
@@ -80,72 +79,37 @@ class Work:
 
 
 class JobRunner:
-    """`base_model` names the model that a base serves now. `clock` is the time of day."""
-
     def __init__(
         self,
         rows: JobRows,
-        contents: FileBytes,
+        folders: JobFolders,
+        files: Files,
         process: TrainingProcess,
+        trainer: Trainer,
         admission: Admission,
-        limits: Limits,
-        metrics: FineTuningMetrics,
+        fleet: Fleet,
         events: Events,
-        *,
-        base_model: Callable[[str], str],
-        file_seconds: float,
-        clock: Callable[[], float] = time.time,
     ) -> None:
         self._rows = rows
-        self._contents = contents
-        self._store = admission.store
-        self._process = process
+        self.folders = folders
+        self._files = files
+        self.process = process
+        self._trainer = trainer
         self._admission = admission
-        self._limits = limits
+        self._fleet = fleet
         self._events = events
-        self._base_model = base_model
-        self._file_seconds = file_seconds
-        self._clock = clock
-        self._trainer = Trainer(rows, process, limits.hours, metrics.trained, self._measure)
         # A process ends with the thread that starts it, so these last.
         self._threads = ThreadPoolExecutor(len(Kind), "training")
-        self.root = self._store.root / "finetuning"
-        self._ledger, self._rooms = self._store.ledger, dict[str, Room]()
-        for job in rows.open():  # what a server before this one left here
-            self.count(job)
-
-    def folder(self, id: str) -> JobFolder:
-        return JobFolder(self.root / id)
-
-    def room(self, job: Job) -> Room:
-        """What the ledger has for the job's folder."""
-        if job.id not in self._rooms:
-            self._rooms[job.id] = self._ledger.room(job.tenant, Bytes.TRAINING)
-        return self._rooms[job.id]
-
-    def count(self, job: Job) -> None:
-        """The folder has so many bytes now. Blocks."""
-        self.room(job).count(size_of(self.root / job.id))
-
-    def remove(self, id: str) -> None:
-        """The job is at its end. Blocks."""
-        self.folder(id).remove()
-        if room := self._rooms.pop(id, None):
-            room.close()
-
-    def _measure(self, job: Job) -> None:
-        with suppress(OutOfSpace):  # what is trained already is not thrown away for others
-            self.room(job).measure(size_of(self.root / job.id))
 
     def can_read(self, job: Job) -> bool:
         """Its files are here, or where they can be fetched. Blocks."""
-        return all(map(self._contents.has, filter(None, (job.training_file, job.validation_file))))
+        return all(map(self._files.contents.has, filter(None, (job.training_file, job.validation_file))))
 
     def kind(self, job: Job) -> Kind:
         """What is next for it. Blocks."""
         if job.status is Status.VALIDATING:
             return Kind.CHECK
-        return Kind.ADMIT if self.folder(job.id).adapter else Kind.TRAIN
+        return Kind.ADMIT if self.folders.folder(job.id).adapter else Kind.TRAIN
 
     async def run(self, work: Work) -> None:
         """Until its files are checked, or to its end, or until it is stopped."""
@@ -182,7 +146,7 @@ class JobRunner:
         fail = self._rows.fail
         if await asyncio.to_thread(fail, job.id, failed.code, failed.message, failed.param, also=failed.also):
             self.ended(job, Status.FAILED)
-            await asyncio.to_thread(self.remove, job.id)
+            await asyncio.to_thread(self.folders.remove, job.id)
 
     # Before the training
 
@@ -193,9 +157,9 @@ class JobRunner:
             if id is None:
                 continue
             try:
-                path = self._contents.path(id)
+                path = self._files.contents.path(id)
                 fewest = FEWEST if param == "training_file" else 1
-                checked = self._process.check(path, job.asked.method, fewest, model, work.stop)
+                checked = self.process.check(path, job.asked.method, fewest, model, work.stop)
             except NotFound as gone:
                 raise Failed(code, gone.message, param) from gone
             except CannotCheck as error:
@@ -215,7 +179,7 @@ class JobRunner:
         """The base is the one that the job was made for."""
         asked = job.asked
         try:
-            serves = self._base_model(asked.base)
+            serves = self._fleet.get(asked.base).model
         except LoradockError as gone:
             raise Failed("base_model_changed", f"the base {asked.base} is not served any more") from gone
         if _digest(serves) != job.state.base_digest:
@@ -226,10 +190,10 @@ class JobRunner:
             )
 
     async def _parent(self, job: Job) -> Path | None:
-        if not job.asked.parent or await asyncio.to_thread((self.folder(job.id).path / "parent").is_dir):
+        if not job.asked.parent or await asyncio.to_thread((self.folders.folder(job.id).path / "parent").is_dir):
             return None
         try:
-            return await self._store.bring(job.asked.parent_digest)
+            return await self._admission.store.bring(job.asked.parent_digest)
         except NotFound as gone:
             raise Failed("model_not_found", f"{job.asked.parent}, to go on from, was removed meanwhile") from gone
 
@@ -245,7 +209,7 @@ class JobRunner:
         return await self._stoppable(work, self._trained, job, await self._parent(job), work)
 
     def _trained(self, job: Job, parent: Path | None, work: Work) -> bool:
-        folder = self.folder(job.id)
+        folder = self.folders.folder(job.id)
         self._prepare(job, folder, parent)
         return self._trainer.run(job, folder, work.stop)
 
@@ -253,24 +217,24 @@ class JobRunner:
         self._check_room(job, parent)
         asked = job.asked
         try:
-            train = self._contents.path(job.training_file)
-            validation = self._contents.path(job.validation_file) if job.validation_file else None
+            train = self._files.contents.path(job.training_file)
+            validation = self._files.contents.path(job.validation_file) if job.validation_file else None
             folder.prepare(job, _folder(asked.base_model), train, validation, parent)
         except NotFound as gone:
             raise Failed("invalid_training_file", gone.message) from gone
 
     def _check_room(self, job: Job, parent: Path | None) -> None:
         """OutOfSpace or Failed, if the tenant has no room for what the folder has now and the adapter to go on from."""
-        self.count(job)
+        self.folders.count(job)
         try:
-            self._ledger.check(job.tenant, Bytes.TRAINING, size_of(parent) if parent else 0)
+            self.folders.ledger.check(job.tenant, Bytes.TRAINING, size_of(parent) if parent else 0)
         except QuotaExceeded as full:
             raise Failed(full.code or "byte_limit_exceeded", full.message) from full
 
     # After it
 
     async def _admit(self, job: Job) -> None:
-        folder = self.folder(job.id)
+        folder = self.folders.folder(job.id)
         adapter = await asyncio.to_thread(lambda: folder.adapter)
         assert adapter is not None
         await asyncio.to_thread(self._check_base, job)
@@ -291,7 +255,7 @@ class JobRunner:
         result = await asyncio.to_thread(self._results, job, folder)
         if await asyncio.to_thread(self._rows.succeed, job.id, model, result, rows, settled):
             self.ended(job, Status.SUCCEEDED)
-            await asyncio.to_thread(self.remove, job.id)
+            await asyncio.to_thread(self.folders.remove, job.id)
 
     async def _checkpoints(self, job: Job, folder: JobFolder, settled: dict[str, object]) -> dict[int, str]:
         """The names of the versions that earlier epochs become, by their steps."""
@@ -302,7 +266,7 @@ class JobRunner:
 
     def _checkpoint_rows(self, job: Job, folder: JobFolder, names: dict[int, str], model: str) -> list[Checkpoint]:
         """Of the earlier epochs with these names, and of the last step."""
-        now = self._clock()
+        now = time.time()
         last = 0
         measured = {}
         for line in folder.lines():
@@ -316,19 +280,12 @@ class JobRunner:
     def _results(self, job: Job, folder: JobFolder) -> StoredFile:
         """What each step measured, as a file. Written again after a kill, it is the same one."""
         id = "file-" + sha256(f"{job.id} results".encode()).hexdigest()[:24]
-        self._ledger.check_disk(job.tenant)
-        room = self.room(job).beside(Bytes.FILES)  # until the job is at its end, and the file has its row
-        with self._contents.incoming() as (path, sink):
-            nbytes = 0
-            for row in folder.results():
-                nbytes += len(row)
-                room.count(nbytes)
-                write(sink, row)
-            sink.flush()
-            self._contents.keep(id, path)
-        now = self._clock()
-        name = "step_metrics.csv"
-        return StoredFile(id, job.tenant, job.asked.who, RESULTS, name, nbytes, now, now + self._file_seconds)
+        self.folders.ledger.check_disk(job.tenant)
+        room = self.folders.room(job).beside(Bytes.FILES)  # until the job is at its end, and the file has its row
+        nbytes = self._files.compose(id, folder.results(), room)
+        now = time.time()
+        expires = now + self._files.limits.file_seconds
+        return StoredFile(id, job.tenant, job.asked.who, RESULTS, "step_metrics.csv", nbytes, now, expires)
 
 
 def _folder(model: str) -> Path:

@@ -28,7 +28,7 @@ from serve.jobs.finetuning.job_runner import CHECKPOINTS
 from serve.jobs.finetuning.objects import Job
 from serve.jobs.finetuning.trainer import Failed, Trainer
 from serve.jobs.finetuning.training_process import TrainingProcess
-from serve.jobs.finetuning.workers import PARENT, TRAINING, VALIDATION
+from serve.jobs.finetuning.worker_files import PARENT, TRAINING, VALIDATION
 from serve.models.checkpoint import digest_of, find, folder_of
 from serve.models.hardware import node
 

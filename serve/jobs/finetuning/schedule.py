@@ -80,8 +80,5 @@ class JobSchedule(Schedule[Job, Work]):
 
     def _sweep(self, kept: set[str]) -> None:
         """Drop the folders of jobs that are at their end, and jobs that ended long ago."""
-        if self._runner.root.is_dir():
-            for folder in self._runner.root.iterdir():
-                if folder.name not in kept:
-                    self._runner.remove(folder.name)
+        self._runner.folders.sweep(kept)
         self._rows.sweep()

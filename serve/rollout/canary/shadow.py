@@ -173,8 +173,8 @@ class Shadows:
 
     def _seen(self, candidate: Adapter, trace: RequestTrace | None) -> Tap:
         """What keeps the times of a shadow's answer, and what the engine makes of it."""
-        seen = Tap(_to_nobody, trace=self._tracer.again(trace, ROLE) if self._tracer else None)
-        seen.watch.background = True
+        repeated = self._tracer.again(trace, ROLE) if self._tracer else None
+        seen = Tap(_to_nobody, trace=repeated, background=True)
         seen.queued(candidate.tenant)
         seen.addressed(candidate.name, f"v{candidate.version}")
         return seen

@@ -97,11 +97,6 @@ def groups(slos: Sequence[Slo]) -> list[dict[str, Any]]:
     ]
 
 
-def alert_names(slos: Sequence[Slo]) -> list[str]:
-    """Every alert that `groups` holds."""
-    return [rule["alert"] for group in groups(slos) for rule in group["rules"] if "alert" in rule]
-
-
 def of(slo: Slo, slos: Sequence[Slo]) -> str:
     """The label matcher of the adapters that an SLO is about."""
     if slo.adapter != EVERY:

@@ -38,10 +38,6 @@ class Function:
         module, _, name = self.place.partition(":")
         return name if "." in name else f"{module.rpartition('.')[2]}.{name}"
 
-    def digest_in(self, version: str) -> str:
-        """What is known of a version that was read."""
-        return self.changed.get(version) or self.fixed.get(version) or self.digest
-
     @property
     def fits(self) -> frozenset[str]:
         return frozenset({self.digest, *self.changed.values()})

@@ -625,7 +625,7 @@ def test_nothing_hangs_over_the_edge(page, served, width):
 
 @browsing
 def test_jobs_with_their_losses_are_paused_resumed_and_cancelled_from_the_page(page, served, monkeypatch):
-    process = served.app.state.parts.fine_tuning.process
+    process = served.app.state.parts.fine_tuning.runner.process
     process.command, process.nice = COMMAND, 0
     monkeypatch.setattr("serve.jobs.finetuning.training_process.SAVE_SECONDS", 0.1)
     monkeypatch.setattr("serve.jobs.finetuning.trainer.WRITE_SECONDS", 0.1)
@@ -689,7 +689,7 @@ def looping(served: Served, monkeypatch: pytest.MonkeyPatch) -> Served:
     for name in ("LOOK_SECONDS", "GATHER_SECONDS", "RETRY_SECONDS"):
         monkeypatch.setattr(f"serve.loop.driver.{name}", 0.03)
     parts = served.app.state.parts
-    parts.fine_tuning.process.command, parts.fine_tuning.process.nice = COMMAND, 0
+    parts.fine_tuning.runner.process.command, parts.fine_tuning.runner.process.nice = COMMAND, 0
     parts.loops.driver.gatekeeper.scorer = Scores()
     parts.loops.driver.gatekeeper.scorer.hold.set()
     parts.loops.candidates.gather = Traffic()

@@ -86,7 +86,7 @@ async def test_what_admission_refuses_is_said_and_not_tried_again_until_it_chang
 async def test_what_is_remembered_of_a_refusal_keeps_no_request_alive(asker, put):
     """An exception that is raised again gets the frames of each request that meets it."""
     put(rank=32)
-    looking = asker._transport.app.state.parts.inference.unknown.__self__
+    looking = asker._transport.app.state.parts.inference.intake.resolver
     for _ in range(3):
         assert (await ask(asker, "tone")).status_code == 422
     ((_, error),) = looking._refused.values()

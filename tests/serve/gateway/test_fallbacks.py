@@ -87,9 +87,9 @@ async def test_of_two_bases_the_one_that_serves_answers(config, backend, tiny_mo
 async def test_the_guards_are_those_of_the_model_that_answers(client, make_adapter, monkeypatch):
     await push_two(client, make_adapter)
     guarded = []
-    inference = client._transport.app.state.parts.inference
-    monkeypatch.setattr(inference._router, "names_of", lambda model, caller: guarded.append(model) or [model])
-    monkeypatch.setattr(inference, "_guards", Unguarded())
+    forwarder = client._transport.app.state.parts.inference.intake.forwarder
+    monkeypatch.setattr(forwarder._router, "names_of", lambda model, caller: guarded.append(model) or [model])
+    monkeypatch.setattr(forwarder, "_guards", Unguarded())
     assert (await asked(client, model="nobody", models=["tone@v2", "base"])).status_code == 200
     assert guarded == ["tone@v2"]
 

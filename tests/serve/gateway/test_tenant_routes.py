@@ -69,7 +69,7 @@ async def world(connect, config, sdk, backend, make_adapter, monkeypatch):
     monkeypatch.setenv("STAND_IN", "{}")
     backend.generate = lambda fields: replace(backend.generation, text="an answer")
     server = connect(replace(config, admin_keys=keys_hashed(["run"]), policies=POLICIES))
-    process = server.app.state.parts.fine_tuning.process
+    process = server.app.state.parts.fine_tuning.runner.process
     process.command, process.nice = COMMAND, 0
     async with server as client:
         client.headers["authorization"] = "Bearer run"
@@ -99,7 +99,7 @@ async def owned_by(acme, ai, operator, parts):
     rows = parts.loops.rows
     loop = await asyncio.to_thread(rows.made, "acme/secret")
     held_out = Example({"prompt": WORDS, "completion": "yes"})
-    ids["reference"] = await asyncio.to_thread(rows.hold_out, loop, [held_out], "v1")
+    ids["reference"] = await asyncio.to_thread(rows.references.hold_out, loop, [held_out], "v1")
     await asyncio.to_thread(rows.made, "globex/mine")
     (key,) = [key for key in (await operator.get("/v1/keys")).json()["data"] if key["tenant"] == "acme"]
     return {**ids, "key": key["id"]}

@@ -32,9 +32,10 @@ class Rows:
 
 
 def batches(rows, runner, contents):
-    files = SimpleNamespace(totals=lambda: (0, 0), expired=list, ids=set)
+    table = SimpleNamespace(totals=lambda: (0, 0))
+    files = SimpleNamespace(rows=table, contents=contents, sweep=lambda: None)
     answers = SimpleNamespace(sweep=lambda: None)
-    return BatchSchedule(rows, files, contents, answers, runner, runner.metrics, alone=False)
+    return BatchSchedule(rows, files, answers, runner, runner.metrics, alone=False)
 
 
 def jobs(rows, runner, contents):
@@ -44,15 +45,16 @@ def jobs(rows, runner, contents):
 
 
 @pytest.mark.parametrize("schedule_of", [batches, jobs])
-async def test_what_lies_on_another_servers_disk_is_left_to_that_server(tmp_path, schedule_of):
+async def test_what_lies_on_another_servers_disk_is_left_to_that_server(schedule_of):
     begun, there = [], {"file-1"}
 
     async def run(work):
         begun.append(work)
 
     metrics = SimpleNamespace(see=lambda found: None, keeps=lambda *totals: None)
-    runner = SimpleNamespace(run=run, root=tmp_path, metrics=metrics)
-    contents = SimpleNamespace(has=there.__contains__, sweep=lambda known: None)
+    folders = SimpleNamespace(sweep=lambda kept: None)
+    runner = SimpleNamespace(run=run, folders=folders, metrics=metrics)
+    contents = SimpleNamespace(has=there.__contains__)
     row = {"id": "work-1", "tenant": "acme", "created": 0.0, "expires": 1e12, "status": Status.QUEUED}
     row |= {"input_file": "file-2", "training_file": "file-1", "validation_file": "file-2"}
     rows, clock = Rows(SimpleNamespace(**row)), [1000.0]

@@ -80,7 +80,7 @@ def looping(connect: Callable[..., Any], config: Any, monkeypatch: pytest.Monkey
         policies = policy.parse({"*": {"train_on_traffic": True, "loop": {**QUICK, **loop}}})
         server = connect(replace(config, policies=policies), *([backend] if backend else []))
         parts = server.app.state.parts
-        parts.fine_tuning.process.command, parts.fine_tuning.process.nice = COMMAND, 0
+        parts.fine_tuning.runner.process.command, parts.fine_tuning.runner.process.nice = COMMAND, 0
         parts.loops.driver.gatekeeper.scorer = started.scores
         if started.traffic is not None:
             parts.loops.candidates.gather = started.traffic

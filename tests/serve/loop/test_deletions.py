@@ -19,7 +19,9 @@ async def trained_on(client, attempt):
 
 async def references_of(client):
     rows = parts_of(client).loops.rows
-    found = [await asyncio.to_thread(rows.examples, one["id"]) for one in (await loop_of(client))["references"]]
+    found = [
+        await asyncio.to_thread(rows.references.examples, one["id"]) for one in (await loop_of(client))["references"]
+    ]
     return [example for examples in found for example in examples]
 
 

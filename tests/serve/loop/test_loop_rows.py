@@ -7,8 +7,9 @@ import pytest
 from serve.adapters.adapter import Inspection
 from serve.adapters.registry.registry import Registry
 from serve.loop.likelihood import Example
-from serve.loop.loop_rows import MONTH_SECONDS, REFERENCES_KEPT, TRIES_KEPT, LoopRows
+from serve.loop.loop_rows import MONTH_SECONDS, TRIES_KEPT, LoopRows
 from serve.loop.objects import Outcome, Phase
+from serve.loop.reference_rows import REFERENCES_KEPT
 
 NOW = 1e9
 
@@ -92,15 +93,19 @@ def test_a_try_that_is_carried_over_spends_of_the_month_that_decides_it(servers,
 def test_what_was_held_out_becomes_a_reference_or_goes(servers):
     rows, _ = servers
     loop = begun(rows)
-    rows.hold_out(loop, examples(1))
-    kept = rows.hold_out(loop, examples(1, 2))
-    assert rows.references(loop) == [] and len(rows.examples(kept)) == 2
-    rows.keep(loop, kept, "v2", 0.9)
-    gone = rows.hold_out(loop, examples(3))
+    rows.references.hold_out(loop, examples(1))
+    kept = rows.references.hold_out(loop, examples(1, 2))
+    assert rows.references.kept(loop) == [] and len(rows.references.examples(kept)) == 2
+    rows.references.keep(loop, kept, "v2", 0.9)
+    gone = rows.references.hold_out(loop, examples(3))
     rows.end(loop, Outcome.PROMOTED, {})
-    (reference,) = rows.references(loop)
+    (reference,) = rows.references.kept(loop)
     assert (reference.id, reference.label, reference.examples, reference.score) == (kept, "v2", 2, 0.9)
-    assert rows.examples(gone) == [] and rows.drop(loop, kept) and not rows.drop(loop, kept)
+    assert (
+        rows.references.examples(gone) == []
+        and rows.references.drop(loop, kept)
+        and not rows.references.drop(loop, kept)
+    )
 
 
 def test_the_oldest_references_make_room(servers, clock):
@@ -108,8 +113,8 @@ def test_the_oldest_references_make_room(servers, clock):
     loop = begun(rows)
     for number in range(REFERENCES_KEPT + 2):
         clock[0] += 1
-        rows.keep(loop, rows.hold_out(loop, examples(number)), f"v{number}", None)
-    assert [one.label for one in rows.references(loop)] == [f"v{n}" for n in range(2, REFERENCES_KEPT + 2)]
+        rows.references.keep(loop, rows.references.hold_out(loop, examples(number)), f"v{number}", None)
+    assert [one.label for one in rows.references.kept(loop)] == [f"v{n}" for n in range(2, REFERENCES_KEPT + 2)]
 
 
 def test_wishes_and_stops_reach_every_server(servers):
@@ -142,37 +147,40 @@ def test_a_conversation_that_is_deleted_is_in_no_reference(servers):
     rows, _ = servers
     loop = begun(rows)
     mine = [Example(example.fields, "conv-1") for example in examples(1, 2)]
-    id = rows.hold_out(loop, [*mine, *examples(3)], label="v1")
-    assert rows.forget_conversation(loop, "conv-1") == 2 and rows.forget_conversation(loop, "conv-1") == 0
-    assert rows.examples(id) == examples(3) and rows.references(loop)[0].examples == 1
+    id = rows.references.hold_out(loop, [*mine, *examples(3)], label="v1")
+    assert (
+        rows.references.forget_conversation(loop, "conv-1") == 2
+        and rows.references.forget_conversation(loop, "conv-1") == 0
+    )
+    assert rows.references.examples(id) == examples(3) and rows.references.kept(loop)[0].examples == 1
 
 
 def test_a_line_of_a_training_file_that_is_deleted_is_in_no_reference(servers):
     rows, _ = servers
     loop = begun(rows)
-    id = rows.hold_out(loop, examples(1, 2), label="training of v1")
-    assert rows.forget_conversation(loop, "conv-1", {examples(1)[0].digest}) == 1
-    assert rows.examples(id) == examples(2)
+    id = rows.references.hold_out(loop, examples(1, 2), label="training of v1")
+    assert rows.references.forget_conversation(loop, "conv-1", {examples(1)[0].digest}) == 1
+    assert rows.references.examples(id) == examples(2)
 
 
 def test_a_deletion_is_known_as_long_as_there_are_files_from_before(servers, clock):
     one, two = servers
     first, second, third = (example.digest for example in examples(1, 2, 3))
-    one.note_deleted("acme", {first, second}, NOW + 100)
-    two.note_deleted("acme", {second}, NOW + 200)
-    one.note_deleted("acme", {second}, NOW + 50)
-    assert two.deleted("acme") == {first, second} and two.deleted("other") == set()
+    one.references.note_deleted("acme", {first, second}, NOW + 100)
+    two.references.note_deleted("acme", {second}, NOW + 200)
+    one.references.note_deleted("acme", {second}, NOW + 50)
+    assert two.references.deleted("acme") == {first, second} and two.references.deleted("other") == set()
     clock[0] += 150
-    one.note_deleted("other", {third}, NOW + 300)
-    assert two.deleted("acme") == {second}
+    one.references.note_deleted("other", {third}, NOW + 300)
+    assert two.references.deleted("acme") == {second}
 
 
 def test_what_is_gone_leaves_nothing(servers):
     rows, _ = servers
     loop = begun(rows)
-    id = rows.hold_out(loop, examples(1), label="v1")
+    id = rows.references.hold_out(loop, examples(1), label="v1")
     rows.forget(loop.id)
-    assert rows.all() == [] and rows.examples(id) == []
+    assert rows.all() == [] and rows.references.examples(id) == []
 
 
 def test_what_a_month_has_spent_is_counted_however_many_tries_it_had(servers, clock):

@@ -538,19 +538,19 @@ async def test_captured_answers_and_their_corrections_are_what_a_candidate_learn
         assert any(why.startswith("replay: 20 held-out") for why in await steps_of(client))
         (reference,) = (await loop_of(client))["references"]
         rows = parts_of(client).loops.rows
-        (first, *_) = await asyncio.to_thread(rows.examples, reference["id"])
+        (first, *_) = await asyncio.to_thread(rows.references.examples, reference["id"])
         assert first.fields["messages"][-1]["content"].startswith("the answer to ")
         # The conversation went on with another adapter, whose loop held that out.
         await pushed(client, make_adapter, "other")
         other = await asyncio.to_thread(rows.made, "other")
-        copy = await asyncio.to_thread(rows.hold_out, other, [first], label="v1")
+        copy = await asyncio.to_thread(rows.references.hold_out, other, [first], label="v1")
         # A first reference is made of a training file, which says of no line what conversation it is from.
         line = replace(first, conversation="")
-        unmarked = await asyncio.to_thread(rows.hold_out, other, [line], label="training of v1")
+        unmarked = await asyncio.to_thread(rows.references.hold_out, other, [line], label="training of v1")
         place = f"/v1/adapters/tone/data/conversations/{first.conversation}"
         assert (await client.delete(place)).json()["deleted"]
-        assert await asyncio.to_thread(rows.examples, copy) == []
-        assert await asyncio.to_thread(rows.examples, unmarked) == []
+        assert await asyncio.to_thread(rows.references.examples, copy) == []
+        assert await asyncio.to_thread(rows.references.examples, unmarked) == []
         (fewer,) = (await loop_of(client))["references"]
         assert fewer["examples"] == reference["examples"] - 1 and (await client.delete(place)).status_code == 404
 

@@ -7,11 +7,11 @@ import yaml
 
 from serve.errors import ConfigError
 from serve.rollout.loop_policy import LoopPolicy
-from serve.rollout.policy import parse, policy_for
+from serve.rollout.policy import Policies, parse
 
 
 def loop(**fields):
-    return policy_for(parse({"tone": {"train_on_traffic": True, "loop": fields}}), "tone").loop
+    return Policies(parse({"tone": {"train_on_traffic": True, "loop": fields}}))["tone"].loop
 
 
 def test_without_a_policy_there_is_no_loop():
@@ -20,7 +20,7 @@ def test_without_a_policy_there_is_no_loop():
 
 def test_a_loop_says_when_it_trains_and_what_it_has_to_prove():
     text = "{on: [drift, schedule], every: 12h, wait: 30m, canary_for: 3600, promote: auto}"
-    made = policy_for(parse({"tone": {"train_on_traffic": True, "loop": yaml.safe_load(text)}}), "tone").loop
+    made = Policies(parse({"tone": {"train_on_traffic": True, "loop": yaml.safe_load(text)}}))["tone"].loop
     assert made.on == ("drift", "schedule") and made.promote == "auto"
     assert (made.every, made.wait, made.canary_for) == (43_200, 1800, 3600)
     assert made.share == 0.0125 and made.needed == 130

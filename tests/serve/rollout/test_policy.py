@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from serve.errors import ConfigError
-from serve.rollout.policy import Policy, parse, policy_for
+from serve.rollout.policy import Policies, Policy, parse
 
 
 def test_a_policy_says_what_it_takes():
     every, tone = parse({"*": {"alpha": 0.02}, "tone": {"proved": "promote", "canary_weight": 0.1}})
     assert tone == Policy("tone", "rollback", "promote", 0.1, 0.02)
-    assert policy_for((every, tone), "other") == every
+    assert Policies((every, tone))["other"] == every
     for wrong in (
         3,
         {"*": {"worse": "promote"}},

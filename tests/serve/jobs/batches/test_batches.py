@@ -416,11 +416,15 @@ async def test_an_engine_that_dies_loses_no_line_and_none_comes_twice(connect, c
 async def test_a_name_that_is_unknown_while_the_registry_is_out_of_reach_is_asked_again(client, sdk, monkeypatch):
     lines, calls = parts_of(client).batches.schedule._runner._lines, []
 
-    def doubted(error):
-        calls.append(error)
-        return EngineUnavailable("the registry cannot be seen", retry_after=0) if len(calls) < 3 else error
+    class Follower:
+        async def fresh(self):
+            """Nothing new."""
 
-    monkeypatch.setattr(lines, "_doubted", doubted)
+        def doubted(self, error):
+            calls.append(error)
+            return EngineUnavailable("the registry cannot be seen", retry_after=0) if len(calls) < 3 else error
+
+    monkeypatch.setattr(lines, "_follower", Follower())
     batch = await ended(sdk(client), await begun(sdk(client), request("a", "nobody")))
     assert batch.request_counts.failed == 1 and len(calls) == 3
     assert (await read(sdk(client), batch.error_file_id))["a"]["response"]["status_code"] == 404
@@ -473,7 +477,7 @@ async def test_what_was_deleted_or_has_expired_leaves_the_disk(client, sdk, conf
     await ai.files.delete(first)
     assert [path.name for path in (config.data_dir / "files").iterdir() if path.is_file()] == [second]
     batches = parts_of(client).batches
-    batches.files._clock = lambda: 1e12
+    parts_of(client).files.rows._clock = lambda: 1e12
     await asyncio.to_thread(batches.schedule._sweep)
     assert not [path for path in (config.data_dir / "files").iterdir() if path.is_file()]
 
@@ -547,4 +551,4 @@ async def test_unfinished_uploads_take_no_more_than_the_tenant_may_keep(connect,
 @pytest.mark.parametrize(("on_cpu", "given", "lines"), [(True, 0, 4), (False, 0, 64), (False, 6, 6), (True, 9, 9)])
 def test_how_many_lines_an_idle_engine_gets_is_for_its_device(config, monkeypatch, on_cpu, given, lines):
     monkeypatch.setattr(hardware, "on_cpu", lambda: on_cpu)
-    assert build._limits(replace(config, batch_concurrency=given)).concurrency == lines
+    assert build.limits_of(replace(config, batch_concurrency=given)).concurrency == lines

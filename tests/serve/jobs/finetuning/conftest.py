@@ -23,7 +23,7 @@ def training(connect: Callable[..., Any], config: Any, monkeypatch: pytest.Monke
     def started(config: Any = config, **how: Any) -> Any:
         monkeypatch.setenv("STAND_IN", json.dumps(how))
         server = connect(config)
-        process = server.app.state.parts.fine_tuning.process
+        process = server.app.state.parts.fine_tuning.runner.process
         # Behind everything else it could wait for minutes on a machine that does other work.
         process.command, process.nice = COMMAND, 0
         return server
@@ -90,9 +90,9 @@ async def messages(ai: openai.AsyncOpenAI, id: str) -> list[str]:
 async def stepped(client: Any, id: str, steps: int = 1) -> int:
     """The process of the job, once it has come so far."""
     jobs = parts_of(client).fine_tuning
-    progress = jobs.runner.folder(id).path / "progress.jsonl"
+    progress = jobs.runner.folders.folder(id).path / "progress.jsonl"
     async with asyncio.timeout(300):
-        while await asyncio.to_thread(_lines, progress) < steps or (process := jobs.process.pid) is None:
+        while await asyncio.to_thread(_lines, progress) < steps or (process := jobs.runner.process.pid) is None:
             await asyncio.sleep(0.01)
     return int(process)
 

@@ -64,7 +64,7 @@ async def test_a_line_that_is_no_example_is_named(training, sdk):
             assert "The job failed due to an invalid training file" in message
             assert "Line 3" in message and word in message, (kind, message)
             assert "Fine-tuning job started" not in await messages(ai, job.id)
-            assert not parts_of(client).fine_tuning.runner.folder(job.id).path.exists()
+            assert not parts_of(client).fine_tuning.runner.folders.folder(job.id).path.exists()
         assert (await client.get("/v1/adapters")).json()["data"] == []
 
 

@@ -23,7 +23,7 @@ async def test_a_check_ends_with_its_job_and_with_its_server(training, sdk, tmp_
     file = tmp_path / "process"
     async with training() as client:
         ai = sdk(client)
-        parts_of(client).fine_tuning.process.command = ("/bin/sh", "-c", f"echo $$ > {file}; exec sleep 300")
+        parts_of(client).fine_tuning.runner.process.command = ("/bin/sh", "-c", f"echo $$ > {file}; exec sleep 300")
         id, process = await checking(ai, file)
         assert os.getpgid(process) == process, "Ctrl+C at the server's terminal would fail the job"
         await ai.fine_tuning.jobs.cancel(id)

@@ -121,7 +121,7 @@ async def test_a_job_that_is_cancelled_leaves_nothing(training, sdk):
         with pytest.raises(openai.ConflictError, match=f"{file} is read by {id}"):
             await ai.files.delete(file)
         assert (await ai.fine_tuning.jobs.cancel(id)).status == "cancelled"
-        folder = parts_of(client).fine_tuning.runner.folder(id).path
+        folder = parts_of(client).fine_tuning.runner.folders.folder(id).path
         assert await settled(lambda: not alive(process) and not folder.exists(), 15)
         assert (await client.get("/v1/adapters")).json()["data"] == []
         assert (await messages(ai, id))[-1] == "Fine-tuning job was cancelled"
@@ -179,8 +179,8 @@ async def test_a_process_that_always_dies_is_given_up(training, sdk, monkeypatch
     monkeypatch.setattr("serve.jobs.finetuning.trainer.LAUNCHES", 2)
     async with training() as client:
         ai = sdk(client)
-        monkeypatch.setattr(parts_of(client).fine_tuning.process, "check", lambda *asked: Checked(20))
-        parts_of(client).fine_tuning.process.command = ("/bin/sh", "-c", "kill -9 $$")
+        monkeypatch.setattr(parts_of(client).fine_tuning.runner.process, "check", lambda *asked: Checked(20))
+        parts_of(client).fine_tuning.runner.process.command = ("/bin/sh", "-c", "kill -9 $$")
         job = await ended(ai, await begun(ai))
         assert (job.status, job.error.code) == ("failed", "training_failed")
         assert "ended 2 times without coming further" in job.error.message
@@ -191,7 +191,7 @@ async def test_a_process_without_a_sign_of_life_is_started_again(training, sdk, 
     ended_for_that = "The training process ended (no step for too long): it is started again"
     async with training(seconds=0.01, hang=4) as client:
         ai = sdk(client)
-        parts_of(client).fine_tuning.process.stall = 0.5
+        parts_of(client).fine_tuning.runner.process.stall = 0.5
         id = await begun(ai)
         async with asyncio.timeout(30):
             while (await messages(ai, id)).count(ended_for_that) < 2:  # what was started again hangs again
@@ -257,7 +257,7 @@ async def test_hours_of_training_have_an_end(training, sdk, config):
 
 async def test_training_is_suspended_while_clients_are_answered(training, sdk):
     async with training(seconds=0.05) as client:
-        ai, process = sdk(client), parts_of(client).fine_tuning.process
+        ai, process = sdk(client), parts_of(client).fine_tuning.runner.process
         busy = [True]
         process.is_busy = lambda: busy[0]
         id = await begun(ai)

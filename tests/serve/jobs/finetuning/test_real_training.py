@@ -54,7 +54,7 @@ def config(base, tmp_path):
 def small(base, config, connect):
     """`async with small as client`: a server of that model."""
     server = connect(config, FakeBackend(str(base)))
-    process = server.app.state.parts.fine_tuning.process
+    process = server.app.state.parts.fine_tuning.runner.process
     assert process.command == COMMAND
     process.nice = 0
     return server
@@ -108,14 +108,14 @@ async def test_examples_and_preferences_and_what_was_learned_before(small, sdk):
         assert (further.status, further.error) == ("succeeded", None)
         version = (await client.get("/v1/adapters/tone")).json()["versions"][-1]
         assert version["checks"]["parent"] == job.fine_tuned_model and not version["live"]
-        left = parts_of(client).fine_tuning.runner.folder(further.id).path
+        left = parts_of(client).fine_tuning.runner.folders.folder(further.id).path
         assert await settled(lambda: not left.exists(), 15)
 
 
 def test_the_command_of_a_worker_trains_a_job_and_ends(base, config, tmp_path):
     config = replace(config, admin_keys=keys_hashed(["run"]), finetune_on="workers")
     with Served(config, FakeBackend(str(base)), "run") as served:
-        served.app.state.parts.fine_tuning.process.nice = 0
+        served.app.state.parts.fine_tuning.runner.process.nice = 0
         http = served.http
         sent = {"data": {"purpose": "fine-tune"}, "files": {"file": ("train.jsonl", rows(answering(range(24))))}}
         file = done(http.post("/v1/files", **sent))["id"]

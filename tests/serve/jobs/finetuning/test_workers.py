@@ -309,7 +309,7 @@ def pair(training, connect, config, tiny_model, tmp_path):
     async def started(blobs=f"file://{tmp_path}/shared", **how):
         one = replace(config, registry=f"sqlite:///{tmp_path}/registry.db", blobs=blobs, finetune_on="workers")
         other = connect(replace(one, data_dir=tmp_path / "other"), FakeBackend(str(tiny_model)))
-        other.app.state.parts.fine_tuning.process.command = COMMAND
+        other.app.state.parts.fine_tuning.runner.process.command = COMMAND
         async with training(one, **how) as here, other as there:
             yield here, there
 
@@ -413,7 +413,7 @@ async def test_what_a_worker_may_bring_has_names_and_sizes(remote, sdk, tiny_mod
         await asyncio.to_thread(hand.bring, id, "adapter/adapter_config.json", file)
         with pytest.raises(BadRequest, match="is not whole"):
             await asyncio.to_thread(hand.done, id)
-        monkeypatch.setattr(parts_of(client).fine_tuning.workers, "_max_bytes", 1000)
+        monkeypatch.setattr(parts_of(client).fine_tuning.workers.files, "_max_bytes", 1000)
         answer = await client.put(f"/v1/fine_tuning/work/{id}/files/settings.json?worker=by-hand", content=b"x" * 2000)
         assert answer.status_code == 413
         await asyncio.to_thread(hand.fetch, id, "training.jsonl", tmp_path / "train")
@@ -447,7 +447,7 @@ async def test_a_file_that_is_here_after_its_claim_ended_is_not_taken(remote, sd
 
         with pytest.raises(Conflict, match="is not this worker's"):
             await workers.put(ANYBODY, "by-hand", id, "settings.json", slow(), 0)
-        assert not list(workers._incoming(id).glob("settings.json*"))
+        assert not list(workers.files.incoming(id).glob("settings.json*"))
 
 
 async def test_a_server_that_trains_itself_has_no_work(training):
