@@ -1,7 +1,7 @@
-"""`loradock optimize`: run, plan or list recipes, check examples, train in a job's folder, query an ONNX export.
+"""`loradock optimize`: run, plan or list recipes, verify exports, check examples, train in a job's folder, ask an ONNX.
 
-Exit codes: 0 done, 1 a step failed, 2 the recipe is wrong or this machine cannot run it, 3 the gate is not passed,
-4 stopped by SIGTERM.
+Exit codes: 0 done, 1 a step failed, 2 the recipe is wrong or this machine cannot run it, 3 the gate is not passed or
+an export is not what its manifest says, 4 stopped by SIGTERM.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import typer
 
 from optimize import recipe as recipes
 from optimize.data import examples
-from optimize.errors import OptimizeError, RecipeError, Refused
+from optimize.errors import Differs, OptimizeError, RecipeError, Refused
 
 if TYPE_CHECKING:
     from optimize.pipeline.plan import Plan
@@ -40,6 +40,7 @@ Examples:
   loradock optimize int8-cpu --plan
   loradock optimize int8-cpu --model ./my-model --adapter tone=./my-adapter --out ./my-model-int8
   loradock optimize my-recipe.yaml --resume
+  loradock optimize verify ./my-model-int8 --model ./my-model
   loradock optimize check train.jsonl
   loradock optimize tune ./job
   loradock optimize run-onnx ./my-model-onnx "What is the capital of France?" --adapter tone
@@ -57,6 +58,7 @@ def run(arguments: Sequence[str], embedded: Embedded, served: Served = dict) -> 
     )
     others: dict[str, Callable[..., None]] = {
         "run-onnx": run_onnx, "check": check, "tune": _tune_command(embedded), "setup-optimum": setup_optimum,
+        "verify": _verify_command(embedded, served),
     }  # fmt: skip
     if arguments and (command := others.get(arguments[0])):
         app.command(arguments[0], help=command.__doc__)(command)
@@ -100,6 +102,9 @@ def _optimize_command(embedded: Embedded, served: Served) -> Callable[..., None]
         ] = False,
         list_: Annotated[bool, typer.Option("--list", help="The recipes that come along.")] = False,
         memory: Memory = 0.0,
+        sign: Annotated[
+            Path | None, typer.Option("--sign", help="Sign the manifest with this private key (PEM).")
+        ] = None,
         json_: Annotated[bool, typer.Option("--json", help="Plan and progress as JSON, an object a line.")] = False,
     ) -> None:
         if list_:
@@ -114,9 +119,91 @@ def _optimize_command(embedded: Embedded, served: Served) -> Callable[..., None]
         if plan:
             _planned(read, embedded, memory, show_json if json_ else show, measure_texts=False)
             return
+        if sign is None:
+            _carry_out(read, embedded, served, memory, json_, resume=resume, keep_rejected=keep_rejected)
+            return
+        from optimize.pipeline import signature
+
+        key = signature.private_key(sign)
         _carry_out(read, embedded, served, memory, json_, resume=resume, keep_rejected=keep_rejected)
+        signature.write(where, key)
 
     return optimize
+
+
+def _verify_command(embedded: Embedded, served: Served) -> Callable[..., None]:
+    def verify(
+        folder: Annotated[Path, typer.Argument(metavar="DIR", help="An export of `loradock optimize`, or of others.")],
+        model: Annotated[str, typer.Option("--model", help="What it came from, if not a model that comes along.")] = "",
+        adapter: Annotated[list[str] | None, typer.Option("--adapter", help="NAME=FOLDER, each of its recipe.")] = None,
+        data: Annotated[
+            Path | None, typer.Option("--data", help="The folder with the recipe's own texts, examples and tasks.")
+        ] = None,
+        engine: Annotated[bool, typer.Option("--engine/--no-engine", help="Read the text in vLLM too.")] = True,
+        rebuild: Annotated[
+            bool, typer.Option("--rebuild", help="Carry out the whole recipe again, and compare the bytes.")
+        ] = False,
+        key: Annotated[
+            Path | None, typer.Option("--key", help="The maker's public key (PEM): its signature is checked.")
+        ] = None,
+        expect: Annotated[
+            list[str] | None, typer.Option("--expect", help="NAME=NUMBER, a figure that is claimed elsewhere.")
+        ] = None,
+        set_: Annotated[
+            list[str] | None,
+            typer.Option("--set", help="What an export of others is measured on, as evaluate.text=FILE."),
+        ] = None,
+        memory: Memory = 0.0,
+        json_: Annotated[bool, typer.Option("--json", help="What was found as JSON.")] = False,
+    ) -> None:
+        """Load an export anew, and hold what its manifest says against what is measured here.
+
+        Its files are compared with their digests, its original and texts with theirs, and every score is measured
+        again: in transformers, in vLLM, or in ONNX Runtime. Exit code 3 when a file or a figure differs.
+        """
+        from optimize.pipeline.available_memory import available_memory
+        from optimize.pipeline.verify import Sources, Verify
+
+        adapters = dict(_pair(word, "--adapter") for word in adapter or [])
+        expected = {name: _number(value, name) for name, value in (_pair(word, "--expect") for word in expect or [])}
+        with JsonLines() if json_ else Bars([]) as bars:
+            found = Verify(
+                folder.expanduser().resolve(),
+                Sources(model, adapters, data and data.expanduser().resolve()),
+                lambda name: find(name, embedded).resolve(),
+                int(memory * 1e9) or available_memory(),
+                bars,
+                engine=engine,
+                expected=expected,
+                settings=dict(_pair(word, "--set") for word in set_ or []),
+                served=served(),
+            )(rebuild, key)
+        if json_:
+            _say(found.plain())
+        else:
+            _show_verification(found)
+        if found.differing:
+            raise Differs(f"{folder} is not what it says: {'; '.join(found.differing[:4])}")
+
+    return verify
+
+
+def _number(value: str, name: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise RecipeError(f"--expect {name} takes a number, not {value!r}") from None
+
+
+def _show_verification(found: Any) -> None:
+    if found.files:
+        typer.echo(f"{found.files} files are those of the manifest")
+    width = max((len(figure.name) for figure in found.figures), default=0)
+    for figure in found.figures:
+        claimed, measured = ("-" if value is None else f"{value:.6g}" for value in (figure.claimed, figure.measured))
+        typer.echo(f"  {figure.name:<{width}}  {claimed:>12}  {measured:>12}  {figure.result}")
+    for note in found.notes:
+        typer.echo(f"  {note}")
 
 
 def _overrides(model: str, adapters: Sequence[str], settings: Sequence[str]) -> dict[str, str]:
@@ -258,7 +345,7 @@ class Bars:
             self._bars.stop()
 
     def __call__(self, kind: str, done: float, total: float, what: str) -> None:
-        label = f"[{self.finished + 1}/{len(self.kinds)}] {kind}"
+        label = f"[{self.finished + 1}/{len(self.kinds)}] {kind}" if self.kinds else kind
         over = done >= total and what in ("", "done before")
         if self._step != label:
             self._step = label

@@ -5,7 +5,8 @@
     |- Refused                (exit 2)  the recipe is clear, and this cannot be done; said before any work
     |- OutOfMemory            (exit 1)  a step used more memory than it was given
     |- Stopped                (exit 4)  SIGTERM came; what is done is kept
-    `- GateFailed             (exit 3)  everything was done, and the result is not good enough
+    |- GateFailed             (exit 3)  everything was done, and the result is not good enough
+    `- Differs                (exit 3)  an export is not what its manifest says
 
 Every message is a sentence to whoever must act: what came, what is taken, what to do next.
 """
@@ -40,4 +41,8 @@ class Stopped(OptimizeError):
 
 
 class GateFailed(OptimizeError):
+    exit_code = 3
+
+
+class Differs(OptimizeError):
     exit_code = 3

@@ -5,7 +5,8 @@ Quality is the log-probability that vLLM gives each token of the held-out text.
 
 Each model has a process of its own. On a CPU both are loaded and warm before anything is timed, and then take turns,
 original, result, result, original, so that other load on the machine slows both; the ratio is the median over the
-pairs. On a GPU each wants nearly all of its memory, so they run one after the other, whatever the target is.
+pairs. On a GPU each wants nearly all of its memory, so they run one after the other, whatever the target is. The option
+`timed: false` leaves the speeds out.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
-    text, rounds = held_out(job), 2 + ROUNDS * len(STREAMS)
+    text = held_out(job)
+    timed = job.options.get("timed", True)
+    rounds = 2 + ROUNDS * len(STREAMS) * timed
     length = max(LENGTH, *(row.shape[1] + 1 for row in [*text.original, *text.result]))
     engines = (
         partial(Engine, "original", job.reference, {}, job.target, length),
@@ -54,18 +57,20 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     if processor.gpu() is not None or job.target == "gpu":
         with engines[0]() as original:
             old = _answers(original, job, asked[0])
-            before = {streams: _timed(original, streams) for streams in STREAMS}
+            before = {streams: _timed(original, streams) for streams in STREAMS if timed}
         progress(rounds // 2, rounds, "the result in vLLM")
         with engines[1]() as result:
             new = _answers(result, job, asked[1])
-            speeds = {streams: list(zip(before[streams], _timed(result, streams), strict=True)) for streams in STREAMS}
+            speeds = {
+                streams: list(zip(rates, _timed(result, streams), strict=True)) for streams, rates in before.items()
+            }
     else:
         with engines[0]() as original:
             old = _answers(original, job, asked[0])
             progress(1, rounds, "the result in vLLM")
             with engines[1]() as result:
                 new = _answers(result, job, asked[1])
-                for done, streams in enumerate(STREAMS):
+                for done, streams in enumerate(STREAMS if timed else ()):
                     speeds[streams] = _raced(original, result, streams, tell, 2 + done * ROUNDS)
     for prompt in job.evaluate.prompts:
         if old["answers"][prompt].strip() and not new["answers"][prompt].strip():

@@ -71,6 +71,12 @@ class Run:
     def work(self) -> Path:
         return self.out.with_name(self.out.name + ".work")
 
+    @property
+    def start(self) -> State:
+        """The state before the first step."""
+        adapters = dict(self.plan.adapters)
+        return State(self.plan.model, self.plan.model, self.plan.model, adapters, adapters)
+
     def __call__(self) -> Path:
         """The output directory; GateFailed when the result is not good enough."""
         if self.out.exists():
@@ -78,14 +84,14 @@ class Run:
                 shutil.rmtree(self.work, ignore_errors=True)
                 return self.out
             raise Refused(f"{self.out} exists already; remove it, or name another place with --out")
-        with self.signals, self._working():
-            adapters = dict(self.plan.adapters)
-            state = State(self.plan.model, self.plan.model, self.plan.model, adapters, adapters)
+        with self.working():
+            state = self.start
             for step in self.recipe.steps:
-                state = self._step(step, state)
+                state = self.step(step, state)
             return self._finish(state)
 
-    def _step(self, step: Step, state: State) -> State:
+    def step(self, step: Step, state: State) -> State:
+        """The state after one step."""
         # What was merged is in the model by now, and no step has to look after it any more.
         consumed = set(step.consumed)
         living = {name: path for name, path in state.adapters.items() if name not in state.merged or name in consumed}
@@ -112,21 +118,7 @@ class Run:
         if form in ("onnx", "genai"):
             exported = self._do(form, plain(self.recipe.export), state, uses_text=False)
             state = replace(state, model=exported.folder / "model", adapters={})
-        scores: dict[str, Any] = {}
-        for done in self.done:
-            for name, score in done.notes.get("scores", {}).items():
-                worst = done.kind in kinds() and name in kinds()[done.kind].worst
-                scores[name] = max(score, scores.get(name, score)) if worst else score
-        if not self.recipe.trains_alone:
-            asked = {"format": "onnx" if form == "genai" else form}
-            scores |= self._do("evaluate", asked, state, uses_text=True).notes["scores"]
-        if self.recipe.evaluate.tasks:
-            questions = {"tasks": list(self.recipe.evaluate.tasks), "task_limit": self.recipe.evaluate.task_limit}
-            scores |= self._do("tasks", questions, state, uses_text=False).notes["scores"]
-        if form == "vllm" and self.recipe.evaluate.engine:
-            scores |= self._do("engine", {}, state, uses_text=True).notes["scores"]
-            off = abs(scores["engine_log_perplexity"] - scores["log_perplexity"])
-            scores["engine_difference"] = round(off, 5)
+        scores = self.scored() | self.measured(state)
         verdicts = judge(self.recipe.gate, scores, adapted=bool(living))
         passed = all(verdict.holds for verdict in verdicts)
         facts = Facts(self.recipe, self.plan, self.done, scores, verdicts)
@@ -155,6 +147,32 @@ class Run:
         artifact.publish(aside, self.out)
         shutil.rmtree(self.work, ignore_errors=True)
         return self.out
+
+    def scored(self) -> dict[str, Any]:
+        """What the steps measured themselves."""
+        scores: dict[str, Any] = {}
+        for done in self.done:
+            for name, score in done.notes.get("scores", {}).items():
+                worst = done.kind in kinds() and name in kinds()[done.kind].worst
+                scores[name] = max(score, scores.get(name, score)) if worst else score
+        return scores
+
+    def measured(self, state: State, engine: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The scores of a result against what it came from: on held-out text, on tasks, and in the engine, whose
+        options are `engine`."""
+        scores: dict[str, Any] = {}
+        form = self.recipe.export.format
+        if not self.recipe.trains_alone:
+            options = {"format": "onnx" if form == "genai" else form}
+            scores |= self._do("evaluate", options, state, uses_text=True).notes["scores"]
+        if self.recipe.evaluate.tasks:
+            questions = {"tasks": list(self.recipe.evaluate.tasks), "task_limit": self.recipe.evaluate.task_limit}
+            scores |= self._do("tasks", questions, state, uses_text=False).notes["scores"]
+        if form == "vllm" and self.recipe.evaluate.engine:
+            scores |= self._do("engine", engine or {}, state, uses_text=True).notes["scores"]
+            off = abs(scores["engine_log_perplexity"] - scores["log_perplexity"])
+            scores["engine_difference"] = round(off, 5)
+        return scores
 
     def _copy_new_adapters(self, state: State, aside: Path) -> None:
         for name, folder in sorted(state.adapters.items()):
@@ -244,10 +262,11 @@ class Run:
         return read | ({"evaluation": self.plan.texts["evaluation"]} if kinds()[kind].reads_evaluation else {})
 
     @contextmanager
-    def _working(self) -> Iterator[None]:
-        """The work folder, for one run at a time; what an earlier run left is kept for --resume and swept otherwise."""
+    def working(self) -> Iterator[None]:
+        """The work folder, for one run at a time; what an earlier run left is kept for --resume and swept otherwise.
+        Signals of the terminal and of supervisors reach the steps' processes meanwhile."""
         self.work.parent.mkdir(parents=True, exist_ok=True)
-        with lock.held(self.out):
+        with self.signals, lock.held(self.out):
             if not self.resume:
                 shutil.rmtree(self.work, ignore_errors=True)
             self.work.mkdir(exist_ok=True)
