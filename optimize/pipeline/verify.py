@@ -29,7 +29,9 @@ from optimize.steps.merge.rules import Merge
 
 # What another processor or another version of a library may change, as (absolute, relative), by a figure's last name.
 # Figures that are not here are counts, such as bytes, and have to be the same.
-LOGARITHM, SHARE, DIVERGENCE = (0.01, 0.0), (0.015, 0.0), (0.002, 0.1)
+LOGARITHM = (0.01, 0.0)
+SHARE = (0.015, 0.0)
+DIVERGENCE = (0.002, 0.1)
 ALLOWED: Mapping[str, tuple[float, float]] = {
     "perplexity": (0.0, 0.01), "perplexity_original": (0.0, 0.01), "perplexity_base": (0.0, 0.01),
     "perplexity_increase": LOGARITHM, "perplexity_base_increase": LOGARITHM, "log_perplexity": LOGARITHM,
