@@ -153,6 +153,9 @@ drift-streams: setup-dev ## popular prompts, sessions, bursts, new system prompt
 	@$(BIN)/python -m tests.campaigns.drift_streams --changes --streams $(or $(CHANGES),24)
 	@$(BIN)/python -m tests.campaigns.drift_streams --cost
 
+fleet-sim: setup-dev ## homes of adapters beside Ray's routers, consistent hashing and replica sets, in simulated time; 20 minutes
+	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.fleet_sim $(ARGS)
+
 drift-delays: setup-dev ## requests until drift is seen on texts it was not tuned on, and by MEWMA and MMD at equal false alarms; 20 minutes
 	@$(BIN)/python -m tests.campaigns.drift_delays $(ARGS)
 

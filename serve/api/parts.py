@@ -20,6 +20,7 @@ from serve.dataset.feedback import Feedback
 from serve.drift.baseline_build import BaselineBuild
 from serve.drift.monitor import DriftMonitor
 from serve.engine.fleet import Fleet
+from serve.gateway.forwarding import Forwarding
 from serve.gateway.moderation import Moderator
 from serve.gateway.router import Router
 from serve.jobs.batches.batches import Batches
@@ -77,6 +78,7 @@ TheTracing = Annotated[Tracing | None, part("tracing")]
 TheBaselineBuild = Annotated[BaselineBuild, part("baseline_build")]
 TheUsageLedger = Annotated[UsageLedger, part("usage_ledger")]
 TheModerator = Annotated[Moderator, part("moderator")]
+TheForwarding = Annotated[Forwarding | None, part("forwarding")]
 TheFollower = Annotated[RegistrySync | None, part("follower")]
 TheAlerts = Annotated[Alerts, part("alerting")]
 TheHealth = Annotated[Health, part("health")]

@@ -311,6 +311,7 @@ class Tap:
         "_crashed",
         "_error",
         "_first",
+        "_left_out",
         "_load_seconds",
         "_queued",
         "_seated",
@@ -365,6 +366,8 @@ class Tap:
         self.watch = Watch(background=background)
         # The answer is a stream of server-sent events.
         self.events = False
+        # Another server answered, and counts it.
+        self._left_out = False
         self.question: Mapping[str, Any] | None = None
         self.question_bytes = 0
         self.over_context = False
@@ -438,8 +441,14 @@ class Tap:
         self._crashed = True
         self.status = self.status if self.begun else 500
 
+    def leave_out(self) -> None:
+        """It is no exchange of this server's: another one answered, and counts it."""
+        self._left_out = True
+
     def offer(self, take: Callable[[Exchange], None]) -> None:
         """Hand what was seen to `take`."""
+        if self._left_out:
+            return
         try:
             take(self._exchange())
         except Exception:  # whatever is wrong with the watchers, the answer is the client's

@@ -125,6 +125,11 @@ class Meter:
         finally:
             self._running -= 1
 
+    def give_back(self) -> None:
+        """A request that is under way is another server's to count."""
+        if self._requests:
+            self._requests.take(-1, self._now())
+
     def charge(self, tokens: int) -> None:
         """A request turned out to have cost this much."""
         if self._tokens:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from serve.config.identity import provider_of
 from serve.config.settings import Config
@@ -38,6 +39,7 @@ def checked(config: Config) -> Config:
         _check_patterns,
         _check_addresses,
         _check_combinations,
+        _check_fleet,
         _check_access,
         _check_names,
         provider_of,
@@ -161,6 +163,25 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(f"resolver_folder takes a folder with adapters in it by name, not {config.resolver_folder}")
     if bool(config.ssl_certfile) != bool(config.ssl_keyfile):
         raise ConfigError("ssl_certfile and ssl_keyfile go together: give both or none")
+
+
+def _check_fleet(config: Config) -> None:
+    """Other servers must find this one."""
+    if config.fleet_address:
+        address = urlsplit(config.fleet_address)
+        if address.scheme not in ("http", "https") or not address.hostname or address.path.strip("/") or address.query:
+            raise ConfigError(
+                f"fleet_address takes http://HOST:PORT or https://HOST:PORT, not {config.fleet_address!r}"
+            )
+    if config.fleet != "homes" or config.ray:
+        return
+    if not config.registry:
+        raise ConfigError("fleet=homes is for servers of one registry: set registry to the URL that all of them have")
+    if not config.fleet_address and (config.host in ("", "0.0.0.0", "::") or not config.port):
+        raise ConfigError(
+            f"others cannot reach this server at {config.host}:{config.port}: set fleet_address to where they can, as "
+            "http://10.0.0.7:8000"
+        )
 
 
 def _check_access(config: Config) -> None:

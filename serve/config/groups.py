@@ -43,7 +43,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("max_labelled_versions", "slos", "webhooks", "webhook_secret", "webhook_secret_file", "webhook_private"),
         *("grafana_url", "prices", "currency", "usage_days", "otel_tenant"),
     ),
-    "Replicas": ("ray", "ray_address", "replicas", "max_replicas", "target_queue", "target_first_token"),
+    "Replicas": (
+        *("fleet", "fleet_address", "ray", "ray_address", "replicas", "max_replicas", "target_queue"),
+        "target_first_token",
+    ),
 }
 
 

@@ -240,6 +240,12 @@ class Config:
     max_replicas: int = _setting(0, "with ray: most replicas under load (0: no more than replicas)")
     target_queue: float = _setting(16.0, "with ray: requests per replica, running and waiting, that scaling aims at")
     target_first_token: float = _setting(0.0, "with ray: seconds to the first token above which one is added (0: any)")
+    fleet: Literal["auto", "homes", "off"] = _setting(
+        "auto",
+        "whether servers of one registry send requests on to the homes of their adapters: homes, off, or auto (where "
+        "fleet_address is set)",
+    )
+    fleet_address: str = _setting("", "where other servers of the registry reach this one, as http://10.0.0.7:8000")
     otel_tenant: Literal["name", "hash", "none"] = _setting(
         "name", "how OpenTelemetry's spans name tenants: name, hash, or none (docs/tracing.md)"
     )
@@ -258,6 +264,17 @@ class Config:
     def bases(self) -> tuple[Base, ...]:
         """Every base model, the one that answers requests without a model first."""
         return (Base(self.name, self.model, self.engine), *self.engines)
+
+    @property
+    def own_address(self) -> str:
+        """Where other servers of the registry send requests of adapters that are at home here; "" for no homes."""
+        if self.fleet == "off" or not self.registry:
+            return ""
+        if self.fleet_address or self.fleet == "auto":
+            return self.fleet_address
+        scheme = "https" if self.ssl_certfile else "http"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{scheme}://{host}:{self.port}"
 
     @property
     def registry_url(self) -> str:

@@ -158,6 +158,7 @@ class Intake:
         self._media = media
 
     async def answer(self, scope: Scope, connection: PacedConnection, tap: Tap, deadline: Deadline) -> None:
+        arrived = scope
         stored = stored_response(scope["method"], scope["path"])
         headers = Headers(scope=scope)
         caller = self._auth.caller(headers, KeyScope.INFERENCE)
@@ -183,7 +184,33 @@ class Intake:
             send = RateLimitHeaders(tap.send, meter).send if meter else tap.send
             payer = Payer(caller.tenant, Cause.REQUEST, meter)
             in_flight = InFlight(caller, payer, request, fan_out.seats, connection.receive, send, tap, deadline)
-            await self.forwarder.answer(scope, in_flight)
+            if not await self._answered_at_home(arrived, in_flight):
+                await self.forwarder.answer(scope, in_flight)
+
+    async def _answered_at_home(self, scope: Scope, in_flight: InFlight) -> bool:
+        """Whether the request was another server's to answer, and that one did. It is charged where it is answered."""
+        request = in_flight.request
+        tap = in_flight.tap
+        forwarding = self._router.forwarding
+        if request is None or forwarding is None:
+            return False
+        peer = self._router.peer(request.model, in_flight.caller, scope)
+        if peer is None:
+            return False
+        forwarded = forwarding.call(peer, request.body, tap.request_id.echo)
+        call = CancellableCall(in_flight.receive, tap.send, lambda: None)
+        try:
+            with in_flight.deadline.hand_over(call):
+                await call.run(forwarded, scope)
+        finally:
+            forwarding.ended(forwarded)
+        in_flight.deadline.resume()
+        if not forwarded.taken:
+            return False
+        tap.leave_out()
+        if meter := in_flight.payer.meter:
+            meter.give_back()
+        return True
 
     async def _bring_unknown(self, request: InferenceRequest, caller: Caller) -> None:
         """Have a model that nobody knows looked for elsewhere, before it is a 404."""

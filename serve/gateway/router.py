@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Scope
 
 from serve.adapters.adapter import Adapter
 from serve.adapters.mixing.folders import MixtureFolders
@@ -22,6 +22,8 @@ from serve.engine.fleet import Fleet
 from serve.engine.payer import Payer
 from serve.engine.supervisor import Supervisor
 from serve.errors import BadRequest, EngineUnavailable, NotFound
+from serve.fleet.membership import Peer
+from serve.gateway.forwarding import Forwarding
 from serve.names import MIXED, accounted_name, shown, spelled, tenant_of
 from serve.rollout.canary.askers import Asker, Askers
 from serve.rollout.canary.traffic_split import Draw, Shares
@@ -69,15 +71,25 @@ def _nobody(adapter: str, version: str) -> None:
 
 
 class Router:
+    """With `shared`, other servers answer requests of the same conversations."""
+
     def __init__(
-        self, fleet: Fleet, registry: Registry, store: Store, used: Callable[[str], None] = lambda adapter_id: None
+        self,
+        fleet: Fleet,
+        registry: Registry,
+        store: Store,
+        used: Callable[[str], None] = lambda adapter_id: None,
+        forwarding: Forwarding | None = None,
+        shared: bool = False,
     ) -> None:
+        # Sends requests on to the servers that their adapters are at home on.
+        self.forwarding = forwarding
         self.fleet = fleet
         self.registry = registry
         self.store = store
         # Hears of every request for an adapter.
         self._used = used
-        self._shares = Shares()
+        self._shares = Shares(shared=shared)
         self._mixtures = MixtureFolders(store, lambda id: any(base.engine.holds(id) for base in fleet))
         self._askers = Askers()
 
@@ -120,6 +132,18 @@ class Router:
         except NotFound:
             return False
         return True
+
+    def peer(self, model: str | None, caller: Caller, scope: Scope) -> Peer | None:
+        """The other server that is to answer this request; None if this one is. NotFound as `resolve`.
+
+        A mixture has no home: any server makes it of its parts.
+        """
+        if self.forwarding is None:
+            return None
+        adapter = self.answerer(model, caller)
+        if adapter is None or isinstance(adapter, Mixture):
+            return None
+        return self.forwarding.peer(scope, adapter)
 
     def answered(self, response_id: str, route: Route) -> None:
         """A request that names this stored response as the one before goes on with the same conversation."""

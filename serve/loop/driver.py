@@ -265,7 +265,7 @@ class LoopDriver:
             await self._reject(loop, f"its canary did not prove itself within {policy.canary_for / 86_400:g} days")
         elif share is not None:
             await self._later(loop, "its canary answers a share of the traffic", LOOK_SECONDS)
-        elif loop.state.has_share:
+        elif loop.state.has_share or await asyncio.to_thread(self._had_share, loop):
             await self._reject(loop, f"its canary was ended: {await asyncio.to_thread(self._last_change, loop.name)}")
         else:
             await self._begin_canary(loop, live, candidate, policy.canary)
@@ -376,6 +376,12 @@ class LoopDriver:
     def _score(self, loop: Loop) -> float | None:
         tries = self._rows.tries(loop, 1)
         return tries[0].content.get("score") if tries else None
+
+    def _had_share(self, loop: Loop) -> bool:
+        """Whether its candidate was a canary, whoever made it one: also where that is not in the loop's state, since a
+        person did, or the server that did died before it wrote it down."""
+        changes = self._registry.history(loop.name)
+        return any(change["what"] == "canary" and change["to_version"] == loop.state.candidate for change in changes)
 
     def _last_change(self, name: str) -> str:
         for change in reversed(self._registry.history(name)):

@@ -143,7 +143,7 @@ class LoopRows(Claims[Loop]):
         self, loop: Loop, phase: Phase | None = None, content: Mapping[str, Any] | None = None, **state: Any
     ) -> Loop | None:
         """The loop in another phase, or further in the one it is in, and what its try has to say of that; None if the
-        claim is another's by now."""
+        claim is another's by now, or the try came further or to its end meanwhile."""
         with self._registry.adding() as connection:
             entered = self._enter(connection, loop, phase, **state)
             if entered is not None and content:
@@ -203,8 +203,15 @@ class LoopRows(Claims[Loop]):
             state["since"] = self._clock()
         changed = replace(loop, phase=phase, state=replace(loop.state, **state))
         where = (table.c.id == loop.id) & (table.c.claimed_by == self._me)
+        columns = select(table.c.status, table.c.state)
+        there = connection.execute(columns.where(where).with_for_update()).first()
+        # A step that went on for long may know an older try, or the same one before its end.
+        number = None if there is None else msgspec.json.decode(there.state, type=State).number
+        if there is None or (there.status, number) != (loop.phase.value, loop.state.number):
+            return None
         values = {"status": phase.value, "state": _encoded(changed.state)}
-        return changed if connection.execute(update(table).where(where).values(values)).rowcount else None
+        connection.execute(update(table).where(where).values(values))
+        return changed
 
     # Tries
 
@@ -229,7 +236,9 @@ def _try(loop: Loop) -> Any:
 
 
 def _add(connection: Connection, loop: Loop, content: Mapping[str, Any]) -> None:
-    before = connection.scalar(select(loop_tries.c.content).where(_try(loop)).with_for_update())
+    """To a try that goes on; one that has ended stays as it is."""
+    goes_on = _try(loop) & loop_tries.c.ended.is_(None)
+    before = connection.scalar(select(loop_tries.c.content).where(goes_on).with_for_update())
     if before is not None:
         values = {"content": json.dumps({**json.loads(before), **content})}
         connection.execute(update(loop_tries).where(_try(loop)).values(**values))

@@ -5,27 +5,26 @@ from __future__ import annotations
 from serve.events import CanaryVerdict
 from serve.loop.loop_rows import LoopRows
 from serve.loop.objects import Phase
-from serve.rollout.registry_sync import RegistrySync
+from serve.rollout.canary.registered_analyses import RegisteredAnalyses
 from serve.sequential.sequential_test import Verdict
 
 
 class LoopTries:
-    """As the database has them; all of it blocks. Without a `follower` no other server shares the registry."""
+    """As the database has them; all of it blocks. `analyses` are those of canaries, on every server."""
 
-    def __init__(self, rows: LoopRows, follower: RegistrySync | None = None) -> None:
+    def __init__(self, rows: LoopRows, analyses: RegisteredAnalyses) -> None:
         self._rows = rows
-        self._follower = follower
+        self._analyses = analyses
 
     def alpha(self, name: str) -> float:
-        """What a false verdict on the adapter's canary may cost, if it is its loop's; else 1.
-
-        Each server has an analysis of its own traffic, and any of them may prove: they share what the try may spend.
-        """
+        """What a false verdict on the adapter's canary may cost, if it is its loop's; else 1."""
         loop = self._rows.get(name)
-        if loop is None or loop.phase is Phase.WAITING:
-            return 1.0
         # In every phase: a person may have given the candidate its share before its loop does.
-        return loop.state.alpha / max(1, len(self._follower.replicas()) if self._follower else 1)
+        return 1.0 if loop is None or loop.phase is Phase.WAITING else loop.state.alpha
+
+    def begin(self, name: str, live: int, canary: int) -> float:
+        """The part of that, or of its policy's alpha, that the analysis which begins here may spend."""
+        return self._analyses.register(name, live, canary)
 
     def is_candidate(self, name: str, version: int) -> bool:
         """The try that goes on has trained this version, on answers that the live one does not give."""

@@ -69,7 +69,10 @@ class Lifecycle:
         limits: Callable[[Supervisor], Limits],
         popularity: Popularity,
         events: Events,
+        is_home: Callable[[str, int], bool] = lambda name, rank: True,
     ) -> None:
+        # Whether an adapter of this name and rank is at home on this server.
+        self._is_home = is_home
         self.fleet = fleet
         self.registry = registry
         self.store = store
@@ -363,7 +366,8 @@ class Lifecycle:
             self._flipped(name, before)
             if self.fleet.owner(name):
                 for adapter_id in now.keys() - before.keys():
-                    self._start(self._warm(now[adapter_id]))
+                    if self._is_home(name, now[adapter_id].rank):
+                        self._start(self._warm(now[adapter_id]))
         there = {adapter_id for name in changed for adapter_id in self._seen.ids(name)}
         gone = {adapter_id: adapter for name in changed for adapter_id, adapter in seen.ids(name).items()}
         for adapter_id in gone.keys() - there:

@@ -61,12 +61,15 @@ from serve.events import (
     Unloaded,
     VersionAdded,
 )
+from serve.fleet.membership import Membership
 from serve.gateway.fan_out import RequestBounds
+from serve.gateway.forwarding import Forwarding
 from serve.gateway.guard import Guards
 from serve.gateway.inference import Forwarder, Inference, Intake
 from serve.gateway.internal_request import InternalRequests
 from serve.gateway.moderation import Moderator
 from serve.gateway.router import Router
+from serve.gateway.server_load import ServerLoad
 from serve.jobs.batches import build as batches
 from serve.jobs.batches.files import Files
 from serve.jobs.finetuning import build as finetuning
@@ -81,6 +84,7 @@ from serve.models.language import language_of
 from serve.rollout.admit import VersionAdmission
 from serve.rollout.alertmanager import Alerts
 from serve.rollout.canary.canary_monitor import CanaryMonitor
+from serve.rollout.canary.registered_analyses import RegisteredAnalyses
 from serve.rollout.canary.shadow import ShadowExchange, Shadows
 from serve.rollout.canary.shadow_agreement import ShadowAgreement
 from serve.rollout.controller import RolloutController
@@ -177,6 +181,8 @@ class Server:
         self.usage_ledger = UsageLedger(self.registry, keep_days=config.usage_days)
         self._usage_metrics = UsageMetrics(config.currency, self._exists, limit=config.max_labelled_versions)
         self.fleet = Fleet(supervisors(config, backends, self._loads, self._count_usage), self.registry.base)
+        self.membership = self._membership()
+        self.forwarding = Forwarding(self.membership) if self.membership else None
         self.lifecycle = Lifecycle(
             self.fleet,
             self.registry,
@@ -184,13 +190,23 @@ class Server:
             lambda base: upload_limits(config, base.backend),
             popularity,
             self.events,
+            *([self.membership.is_home] if self.membership else []),
         )
         self._prefetcher = Prefetcher(self.fleet, self.lifecycle.adapters, popularity, config.data_dir / "popular.json")
-        self.router = Router(self.fleet, self.registry, self.store, popularity.used)
+        self.router = Router(
+            self.fleet, self.registry, self.store, popularity.used, self.forwarding, shared=bool(config.registry)
+        )
         sync = RegistrySync(self.registry, self.keys, self.lifecycle, self.fleet, self._me)
         self.follower = sync if config.registry else None
         self._swap_follower = SwapFollower(self.registry, self.fleet)
         self.health = Health(self.fleet, self.registry, self.background, self.follower, self._swap_follower)
+
+    def _membership(self) -> Membership | None:
+        """This server among those that it shares homes with."""
+        if not (address := self.config.own_address):
+            return None
+        bases = [base.name for base in self.fleet]
+        return Membership(self.registry, self._me.id, address, bases, ServerLoad(self.fleet))
 
     def _tell(self) -> None:
         """Metrics, traces, webhooks."""
@@ -218,7 +234,8 @@ class Server:
         results = GoldenResults(store, registry, self.metrics.label)
         verdicts = GoldenVerdicts(store, results, registry, policies, events)
         self._loop_rows = LoopRows(registry, me=self._me.id)
-        self.tries = LoopTries(self._loop_rows, self.follower)
+        analyses = RegisteredAnalyses(registry, me=self._me.id, shared=bool(config.registry))
+        self.tries = LoopTries(self._loop_rows, analyses)
         folder, label = config.data_dir / "drift", self.metrics.label
         self.canary_monitor = CanaryMonitor(folder, registry, policies, verdicts, self.tries, events, label=label)
         self.admission = VersionAdmission(self.lifecycle, registry, verdicts, self.canary_monitor, policies)
@@ -427,6 +444,7 @@ class Server:
             self.fine_tuning.metrics,
             self._loop_metrics,
             *([self.tracing] if self.tracing else []),
+            *([self.forwarding] if self.forwarding else []),
         ]
 
     def _lifetimes(self) -> list[Lifetime]:
@@ -448,6 +466,8 @@ class Server:
             Lifetime(stop=self.rollout_controller.close),
             Lifetime(stop=self.exchange_worker.stop),
             Lifetime(stop=self.follower.close) if self.follower else none,
+            Lifetime(stop=self.forwarding.close) if self.forwarding else none,
+            Lifetime(stop=self.membership.close) if self.membership else none,
             Lifetime(stop=self._guards.close) if self._guards else none,
             Lifetime(self.quality_worker.start, self.quality_worker.stop) if self.config.data_quality else none,
             Lifetime(stop=self.background.stop),
@@ -481,6 +501,8 @@ class Server:
             self.background.start("registry_poll", self.follower.poll)
             self.background.start("registry_heartbeat", self.follower.heartbeat)
             self.background.start("swap_follower", self._swap_follower.run)
+        if self.membership:
+            self.background.start("fleet", self.membership.run)
 
     async def _bring_up(self) -> None:
         """Start the engines; `on_failure` gets the error if one cannot."""

@@ -51,6 +51,8 @@ OBJECT_STORE_BYTES = 128 << 20
 OMP = "OMP_NUM_THREADS"
 # Ray would let an engine run at niceness 15, behind everything else on its machine.
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_COLOR_PREFIX": "0", "RAY_worker_niceness": "0"}
+# Of all replicas; Ray rounds it up to one.
+SURGE_PERCENT = 1
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 _HANGUP = threading.Event()
 
@@ -186,7 +188,23 @@ def _application(config: Config, turn: int) -> Any:
         **_place(config),
     }
     options = {name: value for name, value in options.items() if value is not None}
+    if _fits_one_more(options):
+        # Ray stops a replica before it starts the one in its place, unless it may have one more. Where there is no
+        # room for that, the new one would wait for ever.
+        options["max_surge_percent"] = SURGE_PERCENT
     return deployment.options(name=NAME, **options).bind(config, os.environ.get(OMP), turn)
+
+
+def _fits_one_more(place: Mapping[str, Any]) -> bool:
+    """Whether the cluster has room for one replica more than run now, by what it takes of a node."""
+    import ray
+
+    if not ray.is_initialized():
+        return False
+    actor = place.get("ray_actor_options") or {}
+    bundles = place.get("placement_group_bundles") or [{"CPU": actor["num_cpus"], "GPU": actor.get("num_gpus", 0)}]
+    free = ray.available_resources()
+    return all(sum(bundle.get(kind, 0) for bundle in bundles) <= free.get(kind, 0) for kind in ("CPU", "GPU"))
 
 
 def _place(config: Config) -> dict[str, Any]:
@@ -255,6 +273,8 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         config = resolved(self._config)
+        if config.fleet == "homes":
+            config = replace(config, fleet_address=self._address(config))
         if hardware.on_cpu():
             forkserver.start()
         from serve.server.assembly import build_app
@@ -305,6 +325,14 @@ class Replica:
         quiet = {"log_level": "warning", "access_log": False, "lifespan": "off"}
         secure = {"ssl_certfile": self._config.ssl_certfile or None, "ssl_keyfile": self._config.ssl_keyfile or None}
         await Server(uvicorn.Config(app, **quiet, **secure)).serve(sockets=[sock])  # type: ignore[arg-type]
+
+    def _address(self, config: Config) -> str:
+        """Where other replicas reach this one: its own port."""
+        import ray
+
+        scheme = "https" if config.ssl_certfile else "http"
+        host = ray.util.get_node_ip_address() if config.host in ("", "0.0.0.0", "::") else config.host
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{config.port + 1 + self._number}"
 
     def _placed(self, config: Config) -> tuple[Config, int]:
         """A data directory of this replica's own below the common one, the first that nobody has."""

@@ -201,3 +201,17 @@ def test_a_network_policy_lets_nobody_in_but_those_who_are_named():
     policy = the(rendered(), "NetworkPolicy")["spec"]
     assert policy["ingress"] == [{"from": [{"podSelector": {}}], "ports": [{"port": "http"}]}]
     assert "NetworkPolicy" not in {manifest["kind"] for manifest in rendered({"networkPolicy": {"enabled": False}})}
+
+
+def test_several_servers_tell_each_other_where_they_are_and_may_meet():
+    values = {"replicas": 2, "config": {"blobs": "s3://a/b"}, "networkPolicy": {"from": []}}
+    objects = rendered(values)
+    address = environment(objects)["LORADOCK_FLEET_ADDRESS"]
+    assert address == "http://$(POD_NAME).loradock-servers.models.svc:8000"
+    assert the(objects, "Service", "loradock-servers")["spec"]["ports"][0]["port"] == 8000
+    policy = the(objects, "NetworkPolicy")["spec"]
+    ours = {"podSelector": the(objects, "StatefulSet")["spec"]["selector"]}
+    assert policy["ingress"] == [{"from": [ours], "ports": [{"port": "http"}]}]
+    assert {"to": [ours], "ports": [{"port": "http"}]} in policy["egress"]
+    for other in ({}, {**values, "tlsSecret": "tls"}):
+        assert "LORADOCK_FLEET_ADDRESS" not in environment(rendered(other))

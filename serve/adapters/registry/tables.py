@@ -113,6 +113,32 @@ replicas = Table(
     Column("seen", Float(53), nullable=False),
 )
 
+fleet = Table(
+    "fleet",  # where the servers of this registry reach each other, and how much each has to do (serve.fleet)
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("address", Text, nullable=False),
+    Column("bases", Text, nullable=False),  # JSON: the names of what it serves
+    Column("slots", Integer, nullable=False),
+    Column("max_rank", Integer, nullable=False),
+    Column("load", Float(53), nullable=False),
+    Column("held", Text, nullable=False),  # JSON: marks of the adapters that are loaded
+    Column("total", Float(53), nullable=False),  # requests a second that clients send to it
+    Column("rates", Text, nullable=False),  # JSON: of these, by name
+    Column("beat", BigInteger, nullable=False),  # counts the times that it was written
+)
+
+canary_analyses = Table(
+    "canary_analyses",  # analyses of canaries that servers began, each of which may spend a part of alpha
+    metadata,
+    Column("name_id", _Id, ForeignKey("names.id"), primary_key=True),
+    Column("live", Integer, primary_key=True, autoincrement=False),
+    Column("canary", Integer, primary_key=True, autoincrement=False),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("server", String(64), nullable=False),
+    Column("when", Float(53), nullable=False),
+)
+
 bases = Table(
     "bases",
     metadata,

@@ -25,6 +25,7 @@ from serve.api.parts import (
     TheExchangeWorker,
     TheFeedback,
     TheFleet,
+    TheForwarding,
     TheGolden,
     TheLoops,
     TheMeters,
@@ -253,6 +254,7 @@ async def rate(
     metrics: TheMetrics,
     feedback: TheFeedback,
     tracing: TheTracing,
+    forwarding: TheForwarding,
     body: Annotated[Rating, JsonBody(Rating)],
 ) -> dict[str, Any]:
     """A rating of an answer, by its id. Those of the adapter's own tenant, and of tenants that its policy names, decide
@@ -265,7 +267,9 @@ async def rate(
         if not await asyncio.to_thread(
             captures.conversations.rate, caller.tenant, caller.key, body.request_id, body.rating, body.answer
         ):
-            raise
+            if forwarding is None or (told := await forwarding.elsewhere(request.scope, await request.body())) is None:
+                raise
+            return json.loads(told)
         return {"object": "feedback", "request_id": body.request_id, "rating": body.rating}
     captures.rated(answered, caller.tenant, body.rating, body.answer)
     label = "good" if rating >= GOOD else "bad"

@@ -45,6 +45,9 @@ class Tries(Protocol):
     def alpha(self, adapter: str) -> float:
         """What a false verdict on the adapter's canary may cost, if it is its loop's; else 1."""
 
+    def begin(self, adapter: str, live: int, canary: int) -> float:
+        """The part of a canary's alpha that the analysis which begins here may spend."""
+
     def is_candidate(self, adapter: str, version: int) -> bool:
         """The version is meant to answer otherwise: only what harms is compared."""
 
@@ -211,6 +214,7 @@ class CanaryMonitor(Collector):
         if analysis is None or not analysis.compares(live, share):
             checks = HARM_CHECKS if self._tries.is_candidate(adapter, share.adapter.version) else CHECKS
             alpha = min(self._golden.alpha(adapter), self._tries.alpha(adapter))
+            alpha *= self._tries.begin(adapter, live, share.adapter.version)
             analysis = CanaryAnalysis(adapter, live, share, alpha, self._seed, checks)
             self._analyses[adapter] = analysis
         elif analysis.comparison.weight != share.weight:

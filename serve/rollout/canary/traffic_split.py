@@ -7,6 +7,9 @@ Few askers who ask much would make another share of that than the weight, and ar
 most requests come from askers who asked before, requests are dealt instead: each that begins a conversation gets a
 version by lot, and the conversation keeps it. Lots are drawn in random blocks (blocks of random length, each with its
 part of the candidate's at random places), so that shares come out exact.
+
+A lot is known to the server that drew it alone. Where several servers answer, a conversation's version comes from its
+hash in place of a lot: every server says the same of it, and shares come out as exact as conversations are many.
 """
 
 from __future__ import annotations
@@ -47,10 +50,14 @@ def point(name: str, version: int, key: bytes) -> float:
 
 
 class Shares:
-    """Deals requests out: by asker, or by lot where the asker is unknown or askers are few. For one event loop."""
+    """Deals requests out: by asker, or by lot where the asker is unknown or askers are few. For one event loop.
 
-    def __init__(self, seed: int = 0) -> None:
+    With `shared`, other servers deal requests of the same conversations.
+    """
+
+    def __init__(self, seed: int = 0, *, shared: bool = False) -> None:
         self._seed = seed
+        self._shared = shared
         self._splits: OrderedDict[tuple[str, int, str], _Split] = OrderedDict()
 
     def takes(self, name: str, version: int, weight: float, key: bytes | None, kind: str = "canary") -> bool:
@@ -61,7 +68,9 @@ class Shares:
         """Which version answers this request; `version` with the probability `weight`."""
         split = self._splits.get((name, version, kind))
         if split is None:
-            split = self._splits[name, version, kind] = _Split(name, version, f"{self._seed}/{kind}")
+            split = self._splits[name, version, kind] = _Split(
+                name, version, f"{self._seed}/{kind}", shared=self._shared
+            )
         self._splits.move_to_end((name, version, kind))
         if len(self._splits) > CANDIDATES:
             self._splits.popitem(last=False)
@@ -71,8 +80,9 @@ class Shares:
 class _Split:
     """The traffic of one name, split with one candidate."""
 
-    def __init__(self, name: str, version: int, seed: str) -> None:
+    def __init__(self, name: str, version: int, seed: str, *, shared: bool) -> None:
         self._name, self._version = name, version
+        self._shared = shared
         self._lots = _Lots(random.Random(f"{seed}/{name}@v{version}"))
         self._recent: deque[bytes] = deque()
         self._count: Counter[bytes] = Counter()
@@ -82,6 +92,9 @@ class _Split:
     def deal(self, weight: float, asker: Asker) -> Draw:
         if asker.key is None:
             return Draw(self._lots.draw(weight), None)
+        if self._shared:
+            key = asker.conversation or asker.key
+            return Draw(point(self._name, self._version, key) < weight, key)
         if asker.begins:
             self._note(asker.key)
         drawn = None if asker.begins or asker.conversation is None else self._drawn.get(asker.conversation)

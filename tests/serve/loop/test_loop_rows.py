@@ -216,3 +216,22 @@ def test_a_step_that_was_overtaken_is_seen(servers, clock):
     clock[0] += 31
     two.claim(loop.id, 30)
     assert not one.is_mine(loop)
+
+
+def test_a_step_that_went_on_for_too_long_writes_nothing_into_a_try_that_has_ended(servers, clock):
+    """Its server has the claim again by then, and the next try may have begun."""
+    rows, _ = servers
+    old = begun(rows)
+    gate = rows.enter(old, Phase.GATE)
+    rows.end(gate, Outcome.REJECTED, {"text": "no"})
+    for phase in (None, Phase.TRAINING):
+        assert rows.enter(old, phase, {"job": "ftjob-9"}, note="trains") is None
+    rows.add(gate, gate={"passed": True})
+    rows.hear(gate, {"verdict": "proved", "reason": ""})
+    assert rows.end(gate, Outcome.PROMOTED, {"text": "yes"}) is None
+    assert rows.get("tone").phase is Phase.WAITING
+    (attempt,) = rows.tries(old)
+    assert (attempt.outcome, attempt.content) == ("rejected", {"cause": {"kind": "drift"}, "text": "no"})
+    second = begun(rows)
+    assert rows.enter(old, Phase.GATHERING, note="old") is None
+    assert rows.enter(second, Phase.TRAINING, note="new").state.note == "new"

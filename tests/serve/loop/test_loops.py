@@ -407,6 +407,23 @@ async def test_a_canary_waits_for_another_one_and_its_end_by_hand_is_a_no(loopin
         assert await live(client) == 1
 
 
+async def test_a_canary_that_a_person_began_and_ended_is_not_begun_again(looping, make_adapter):
+    """Nor one that a server began which died before it wrote that down."""
+    looping.scores.hold.clear()
+    async with looping(canary=0.25) as client:
+        await pushed(client, make_adapter)
+        await asked(client, "run")
+        loop = await until(client, lambda loop: loop["phase"] == "gate")
+        candidate, place = loop["tries"][0]["candidate"], "/v1/adapters/tone/canary"
+        for weight in (0.1, 0):
+            (await client.post(place, json={"version": candidate, "weight": weight})).raise_for_status()
+        looping.scores.hold.set()
+        attempt = await tried(client)
+        assert attempt["outcome"] == "rejected" and attempt["text"].startswith("its canary was ended: anonymous")
+        history = parts_of(client).registry.history("tone")
+        assert [change["weight"] for change in history if change["what"] == "canary"] == [0.1]
+
+
 async def test_a_version_that_went_live_meanwhile_ends_the_try(looping, make_adapter):
     looping.scores.hold.clear()
     async with looping() as client:

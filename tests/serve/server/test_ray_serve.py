@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 from serve.config import Base, load
 from serve.errors import ConfigError
 from serve.models import hardware
-from serve.server.ray_serve import FirstTokens, Ready, _place, application, by_load, shared
+from serve.server.ray_serve import FirstTokens, Ready, _fits_one_more, _place, application, by_load, shared
 
 
 def context(requests=0.0, replicas=1, first_tokens=None, least=1, most=8):
@@ -145,3 +146,21 @@ def test_vllms_own_ray_workers_have_a_bundle_for_each_part_and_one_engine_a_repl
     assert _place(config)["placement_group_bundles"] == [{"CPU": 1, "GPU": 1}] * 2
     with pytest.raises(ConfigError, match="one engine a replica"):
         _place(replace(config, engines=(Base("b", "m", {}),)))
+
+
+@pytest.mark.parametrize(
+    "place, fits",
+    [
+        ({"ray_actor_options": {"num_cpus": 1}}, True),
+        ({"ray_actor_options": {"num_cpus": 1, "num_gpus": 1}}, True),
+        ({"ray_actor_options": {"num_cpus": 1, "num_gpus": 2}}, False),
+        ({"placement_group_bundles": [{"CPU": 1, "GPU": 1}] * 2}, False),
+        ({"placement_group_bundles": [{"CPU": 1, "GPU": 1}]}, True),
+    ],
+)
+def test_a_replica_more_runs_during_a_rolling_restart_where_the_cluster_has_room_for_it(place, fits, monkeypatch):
+    ray = SimpleNamespace(is_initialized=lambda: True, available_resources=lambda: {"CPU": 3.0, "GPU": 1.0})
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    assert _fits_one_more(place) is fits
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    assert not _fits_one_more(place)

@@ -21,3 +21,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- define "loradock.severalServers" -}}
 {{- if or (gt (int .Values.replicas) 1) .Values.autoscaling.enabled }}true{{ end -}}
 {{- end -}}
+
+{{- /* With TLS a pod's own name would have to be in the certificate: set config.fleet_address then. */}}
+{{- define "loradock.forwards" -}}
+{{- if and (include "loradock.severalServers" .) (not .Values.tlsSecret) }}true{{ end -}}
+{{- end -}}

@@ -261,3 +261,32 @@ async def test_a_canary_survives_a_restart(connect, config, backend, make_adapte
     async with connect(config) as client:
         assert candidate in backend.held
         assert (await client.get("/v1/adapters/tone")).json()["canary"] == {"version": 2, "weight": 0.5}
+
+
+@pytest.mark.parametrize("users", [1, 3, 400])
+def test_a_conversation_meets_one_version_on_whichever_server_it_goes_on(users):
+    """Also where each server deals by itself, and users are few."""
+    servers = [Router() for _ in range(3)]
+    rng = random.Random(users)
+    taken = changed = 0
+    for number in range(3000):
+        messages, user = talk(f"question {number}"), f"user-{rng.randrange(users)}"
+        said = []
+        for _ in range(3):
+            said.append(rng.choice(servers).deal({"messages": messages, "user": user}))
+            messages = [*messages, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And then?"}]
+        changed += len(set(said)) > 1
+        taken += said[0]
+    assert changed == 0
+    assert abs(taken / 3000 - 0.3) < 4 * (0.3 * 0.7 / 3000) ** 0.5
+
+
+class Router:
+    """What a server deals with: who asks, and which version answers."""
+
+    def __init__(self):
+        self.askers = Askers()
+        self.shares = Shares(shared=True)
+
+    def deal(self, fields):
+        return self.shares.deal("tone", 2, 0.3, self.askers.of(fields, "acme", "key")).taken

@@ -1,0 +1,525 @@
+"""A fleet in simulated time: the code that places requests on replicas, beside other policies, on the same requests.
+
+The placement is `serve.fleet`'s own, not a copy. A replica is a model: seats, an engine that loads adapters and
+computes prompts one after the other between its steps, decoding whose steps grow with the answers under way, and room
+for so many adapters, the least recently used of which goes. Its times are those of a measured engine with `--service
+FILE` (by `python -m tests.campaigns.fleet_service_times FILE`), else those of `ASSUMED`, which is no engine.
+
+    python -m tests.campaigns.fleet_sim                           the table of docs/benchmarks.md
+    python -m tests.campaigns.fleet_sim --adapters 200 --zipf 1.2 --warm 20000
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import itertools
+import json
+import math
+import random
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from serve.fleet.homes import Replica, Replicas, order
+from serve.fleet.placement import Placement
+
+
+@dataclass(frozen=True)
+class Service:
+    """What an engine takes, in seconds, and what it has room for."""
+
+    step: float
+    step_per_answer: float
+    prompt_token: float
+    load: float
+    # Until the bytes of an adapter are on a replica that never had them; the engine works on meanwhile.
+    fetch: float
+    seats: int
+    resident: int
+
+    @property
+    def answers_per_second(self) -> float:
+        """What one replica sustains, with every seat taken and every adapter there."""
+        step = self.step + self.seats * self.step_per_answer
+        per_answer = Load.answer * step / self.seats + Load.prompt * self.prompt_token
+        return 1 / per_answer
+
+
+# Prompts cost little beside adapters, as on a GPU, and every adapter of ten thousand is held by one of twenty replicas.
+ASSUMED = Service(step=0.02, step_per_answer=0.0005, prompt_token=0.0001, load=0.2, fetch=0.5, seats=32, resident=640)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked: `use` is the part of what the replicas sustain, `burst` the coefficient of variation of the time
+    between two requests."""
+
+    replicas: int = 20
+    adapters: int = 10_000
+    zipf: float = 1.0
+    use: float = 0.6
+    burst: float = 2.0
+    requests: int = 80_000
+    # Requests before those, which fill the replicas and are not counted.
+    warm: int = 400_000
+    events: str = "steady"
+    seed: int = 0
+    # Mean tokens.
+    prompt = 160
+    answer = 60
+
+
+@dataclass
+class Request:
+    came: float
+    name: str
+    prompt: int
+    answer: int
+    counts: bool = True
+    first: float = -1.0
+    place: int = -1
+    # Counts up when its replica dies under it, so that what was scheduled there is void.
+    tries: int = 0
+
+
+@dataclass(eq=False)
+class Server:
+    """One replica, as it is modelled."""
+
+    id: str
+    service: Service
+    slow: float = 1.0
+    alive: bool = True
+    running: int = 0
+    free_at: float = 0.0
+    waiting: deque[Request] = field(default_factory=deque)
+    under_way: set[int] = field(default_factory=set)
+    # When each adapter was loaded; below 0, when its bytes are there and it can be.
+    held: OrderedDict[str, float] = field(default_factory=OrderedDict)
+    in_use: Counter[str] = field(default_factory=Counter)
+    bytes_here: set[str] = field(default_factory=set)
+
+    @property
+    def load(self) -> int:
+        return self.running + len(self.waiting)
+
+
+class Policy(Protocol):
+    """Chooses a place among the servers that live."""
+
+    def see(self, servers: Sequence[Server]) -> None: ...
+    def choose(self, name: str, now: float, loads: Sequence[int], holders: dict[str, set[int]]) -> int: ...
+
+
+class Random2:
+    """Ray Serve's default: the one with less to do of two at random."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.places: list[int] = []
+
+    def see(self, servers: Sequence[Server]) -> None:
+        self.places = [place for place, server in enumerate(servers) if server.alive]
+
+    def of(self, places: Sequence[int], loads: Sequence[int]) -> int:
+        if len(places) > 2:
+            places = (
+                places[int(self.random.random() * len(places))],
+                places[int(self.random.random() * len(places))],
+            )
+        return min(places, key=loads.__getitem__)
+
+    def choose(self, name: str, now: float, loads: Sequence[int], holders: dict[str, set[int]]) -> int:
+        return self.of(self.places, loads)
+
+
+class Multiplex(Random2):
+    """Ray Serve's MultiplexMixin: replicas that hold the model, else those that hold fewest models."""
+
+    def __init__(self, seed: int, servers: Sequence[Server]) -> None:
+        super().__init__(seed)
+        self.servers = servers
+
+    def choose(self, name: str, now: float, loads: Sequence[int], holders: dict[str, set[int]]) -> int:
+        holding = [place for place in holders.get(name, ()) if self.servers[place].alive]
+        if not holding:
+            least = min(len(self.servers[place].held) for place in self.places)
+            holding = [place for place in self.places if len(self.servers[place].held) == least]
+        return self.of(holding, loads)
+
+
+class Ordered(Random2):
+    """Rendezvous hashing with one replica a name: plain consistent hashing."""
+
+    def see(self, servers: Sequence[Server]) -> None:
+        super().see(servers)
+        self.replicas = Replicas.of(Replica(servers[place].id) for place in self.places)
+        where = {server.id: place for place, server in enumerate(servers)}
+        self.at = [where[member.id] for member in self.replicas.members]
+        self.orders: dict[str, list[int]] = {}
+
+    def order(self, name: str) -> list[int]:
+        if name not in self.orders:
+            self.orders[name] = [self.at[place] for place in order(self.replicas, name)]
+        return self.orders[name]
+
+    def choose(self, name: str, now: float, loads: Sequence[int], holders: dict[str, set[int]]) -> int:
+        return self.order(name)[0]
+
+
+class ReplicaSets(Ordered):
+    """As Dynamo does it: so many replicas a name as its share of 90 s asks for (smoothed by 0.3 every 3 s, changed at
+    most every third time), and of these the one with least to do."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.asked: deque[tuple[float, str]] = deque()
+        self.counts: Counter[str] = Counter()
+        self.shares: dict[str, float] = {}
+        self.sizes: dict[str, tuple[int, int]] = {}
+        self.tick, self.next = 0, 3.0
+
+    def choose(self, name: str, now: float, loads: Sequence[int], holders: dict[str, set[int]]) -> int:
+        self.asked.append((now, name))
+        self.counts[name] += 1
+        while now >= self.next:
+            self._step()
+        size, _ = self.sizes.get(name, (1, 0))
+        return min(self.order(name)[:size], key=loads.__getitem__)
+
+    def _step(self) -> None:
+        self.tick, self.next = self.tick + 1, self.next + 3.0
+        while self.asked and self.asked[0][0] < self.next - 93.0:
+            self.counts[self.asked.popleft()[1]] -= 1
+        self.counts += Counter()  # drops what is 0
+        total = max(len(self.asked), 1)
+        for name in self.counts.keys() | self.shares.keys():
+            share = self.shares.get(name, 0.0)
+            share += 0.3 * (self.counts[name] / total - share)
+            if share * len(self.places) < 0.1 and name not in self.sizes:
+                self.shares.pop(name, None)
+                continue
+            self.shares[name] = share
+            wanted = max(1, math.ceil(share * len(self.places)))
+            size, changed = self.sizes.get(name, (1, -3))
+            if wanted != size and self.tick - changed >= 3:
+                self.sizes[name] = wanted, self.tick
+
+
+class Homes(Random2):
+    """This project's."""
+
+    def __init__(self, seed: int, service: Service) -> None:
+        super().__init__(seed)
+        self.slots = service.resident
+        self.placement = Placement(seats=service.seats)
+
+    def see(self, servers: Sequence[Server]) -> None:
+        super().see(servers)
+        self.placement.see(Replica(servers[place].id, self.slots) for place in self.places)
+        where = {server.id: place for place, server in enumerate(servers)}
+        self.at = [where[member.id] for member in self.placement.members]
+        self.back = {place: number for number, place in enumerate(self.at)}
+
+    def choose(self, name: str, now: float, loads: Sequence[int], holders: dict[str, set[int]]) -> int:
+        living = [loads[place] for place in self.at]
+        holding = [self.back[place] for place in holders.get(name, ()) if place in self.back]
+        self.placement.count(name)
+        first = self.placement.ranks(name, living, now, holders=holding)[0]
+        return self.at[self.of(first, living)]
+
+
+POLICIES = ("homes", "power of two", "multiplex", "consistent hash", "replica sets")
+
+
+def policy_of(name: str, seed: int, servers: Sequence[Server], service: Service) -> Policy:
+    match name:
+        case "homes":
+            return Homes(seed, service)
+        case "multiplex":
+            return Multiplex(seed, servers)
+        case "consistent hash":
+            return Ordered(seed)
+        case "replica sets":
+            return ReplicaSets(seed)
+    return Random2(seed)
+
+
+def requests_of(load: Load, service: Service) -> tuple[list[Request], float, float]:
+    """The requests in order of their arrival, when the first comes that counts, and the last."""
+    rng = np.random.default_rng(load.seed)
+    rate = load.use * load.replicas * service.answers_per_second
+    shape = 1 / load.burst**2
+    total = load.warm + load.requests
+    gaps = rng.gamma(shape, 1 / (rate * shape), total)
+    times = np.cumsum(gaps)
+    began, end = float(times[load.warm]), float(times[-1])
+    if load.events == "diurnal":  # two days in a run, from 0.4 to 1.6 of the mean
+        times = _bent(times, lambda at: 1 + 0.6 * np.sin(4 * np.pi * (at - began) / (end - began)))
+        began, end = float(times[load.warm]), float(times[-1])
+    ranks = np.arange(1, load.adapters + 1, dtype=np.float64) ** -load.zipf
+    picked = np.searchsorted(np.cumsum(ranks) / ranks.sum(), rng.random(total))
+    picked = np.minimum(picked, load.adapters - 1)
+    if load.events == "flash crowd":  # a name that hardly anybody asked has a third of the requests
+        first, last = began + 0.4 * (end - began), began + 0.6 * (end - began)
+        crowd = (times > first) & (times < last) & (rng.random(total) < 1 / 3)
+        picked[crowd] = load.adapters // 2
+    prompts = np.maximum(rng.lognormal(math.log(load.prompt) - 0.32, 0.8, total), 1).astype(int)
+    answers = np.maximum(rng.lognormal(math.log(load.answer) - 0.32, 0.8, total), 1).astype(int)
+    rows = zip(times.tolist(), picked.tolist(), prompts.tolist(), answers.tolist(), strict=True)
+    return (
+        [Request(came, f"adapter-{name}", prompt, answer, came >= began) for came, name, prompt, answer in rows],
+        began,
+        end,
+    )
+
+
+def _bent(times: Any, rate: Any) -> Any:
+    """The same arrivals on a clock that runs at `rate`."""
+    grid = np.linspace(0, times[-1], 4096)
+    passed = np.concatenate([[0], np.cumsum(rate((grid[1:] + grid[:-1]) / 2) * np.diff(grid))])
+    return np.interp(times * passed[-1] / times[-1], passed, grid)
+
+
+def happenings(load: Load, began: float, end: float) -> list[tuple[float, str, int]]:
+    """What happens to replicas: when, what, to which."""
+    if load.events != "replicas die, join, slow down":
+        return []
+    parts = ((0.1, "die", 0), (0.3, "slow", 1), (0.5, "well", 1), (0.6, "join", 0), (0.8, "join", load.replicas))
+    return [(began + part * (end - began), what, place) for part, what, place in parts]
+
+
+class Simulation:
+    """One policy on one load."""
+
+    def __init__(self, load: Load, service: Service, policy: str) -> None:
+        self.service = service
+        self.servers = [Server(f"replica-{number}", service) for number in range(load.replicas)]
+        self.policy = policy_of(policy, load.seed, self.servers, service)
+        self.policy.see(self.servers)
+        self.holders: dict[str, set[int]] = defaultdict(set)
+        self.events: list[tuple[float, int, str, Any, int]] = []
+        self.numbers = itertools.count()
+        self.requests, began, end = requests_of(load, service)
+        self.open: dict[int, Request] = {}
+        self.firsts: list[float] = []
+        self.cold = self.counted = self.moved = 0
+        self.last_place: dict[str, int] = {}
+        self.worst: list[float] = []
+        self.loads = [0] * load.replicas
+        for when, what, place in happenings(load, began, end):
+            self._at(when, what, place)
+
+    def run(self) -> dict[str, Any]:
+        """Everything until the last answer; the report."""
+        arrivals = iter(self.requests)
+        coming = next(arrivals, None)
+        while coming is not None or self.events:
+            if coming is not None and (not self.events or coming.came <= self.events[0][0]):
+                self._route(coming, coming.came)
+                coming = next(arrivals, None)
+                continue
+            now, _, what, subject, tries = heapq.heappop(self.events)
+            self._happen(now, what, subject, tries)
+        return self._report()
+
+    def _at(self, when: float, what: str, subject: Any, tries: int = 0) -> None:
+        heapq.heappush(self.events, (when, next(self.numbers), what, subject, tries))
+
+    def _happen(self, now: float, what: str, subject: Any, tries: int) -> None:
+        if what in ("load", "end"):
+            if subject.tries == tries:  # its replica lives
+                (self._prompt if what == "load" else self._ended)(subject, now)
+        elif what in ("slow", "well"):
+            self.servers[subject].slow = 4.0 if what == "slow" else 1.0
+        elif what == "die":
+            self._die(subject, now)
+        elif what == "join":
+            self._join(subject)
+
+    def _route(self, request: Request, now: float) -> None:
+        place = self.policy.choose(request.name, now, self.loads, self.holders)
+        request.place = place
+        server = self.servers[place]
+        self.open[id(request)] = request
+        server.under_way.add(id(request))
+        self.loads[place] += 1
+        if request.counts:
+            self.counted += 1
+            if self.counted % 50 == 0:
+                living = [self.loads[at] for at, one in enumerate(self.servers) if one.alive]
+                self.worst.append(max(living) / max(sum(living) / len(living), 1))
+        if server.running < server.service.seats:
+            self._begin(request, now)
+        else:
+            server.waiting.append(request)
+
+    def _begin(self, request: Request, now: float) -> None:
+        """It has a seat; its adapter is fetched, if the bytes are not there."""
+        server, name = self.servers[request.place], request.name
+        server.running += 1
+        server.in_use[name] += 1
+        if name in server.held:
+            server.held.move_to_end(name)
+            self._at(max(now, abs(server.held[name])), "load", request, request.tries)
+            return
+        self.cold += request.counts
+        if request.counts and self.last_place.get(name, request.place) != request.place:
+            self.moved += 1
+        self.last_place[name] = request.place
+        self._make_room(server, request.place)
+        fetched = now + (0 if name in server.bytes_here else server.service.fetch)
+        server.bytes_here.add(name)
+        server.held[name] = -fetched
+        self.holders[name].add(request.place)
+        self._at(fetched, "load", request, request.tries)
+
+    def _make_room(self, server: Server, place: int) -> None:
+        while len(server.held) >= server.service.resident:
+            victim = next((name for name in server.held if not server.in_use[name]), None)
+            if victim is None:
+                return
+            del server.held[victim]
+            self.holders[victim].discard(place)
+
+    def _prompt(self, request: Request, now: float) -> None:
+        """Its adapter is loaded, and its prompt computed, when the engine comes to it."""
+        server, service = self.servers[request.place], self.service
+        at = max(now, server.free_at)
+        if server.held.get(request.name, 0.0) < 0:
+            at += service.load * server.slow
+            server.held[request.name] = at
+        at = max(at, server.held.get(request.name, at))
+        step = (service.step + service.step_per_answer * server.running) * server.slow
+        first = at + request.prompt * service.prompt_token * server.slow + step
+        server.free_at = first - step
+        if request.first < 0:
+            request.first = first - request.came
+        self._at(first + (request.answer - 1) * step, "end", request, request.tries)
+
+    def _ended(self, request: Request, now: float) -> None:
+        server = self.servers[request.place]
+        if request.counts:
+            self.firsts.append(request.first)
+        self.open.pop(id(request))
+        server.under_way.discard(id(request))
+        self.loads[request.place] -= 1
+        server.running -= 1
+        server.in_use[request.name] -= 1
+        if server.waiting:
+            self._begin(server.waiting.popleft(), now)
+
+    def _die(self, place: int, now: float) -> None:
+        """What it worked on is asked again elsewhere."""
+        dead = self.servers[place]
+        lost = [self.open[number] for number in sorted(dead.under_way, key=lambda number: self.open[number].came)]
+        self.servers[place] = replace(Server(dead.id, self.service), alive=False)
+        self.loads[place] = 0
+        for holders in self.holders.values():
+            holders.discard(place)
+        self.policy.see(self.servers)
+        for request in lost:
+            request.tries += 1
+            self.counted -= request.counts
+            self._route(request, now)
+
+    def _join(self, place: int) -> None:
+        if place < len(self.servers):
+            self.servers[place].alive = True
+        else:
+            self.servers.append(Server(f"replica-{place}", self.service))
+            self.loads.append(0)
+        self.policy.see(self.servers)
+
+    def _report(self) -> dict[str, Any]:
+        p50, p95, p99 = (float(np.percentile(self.firsts, part)) for part in (50, 95, 99))
+        return {
+            "p50": round(p50, 4),
+            "p95": round(p95, 4),
+            "p99": round(p99, 4),
+            "cold": self.cold,
+            "cold_share": round(self.cold / max(self.counted, 1), 4),
+            "moved": self.moved,
+            "imbalance": round(float(np.mean(self.worst)), 2) if self.worst else 0.0,
+            "requests": self.counted,
+        }
+
+
+def simulate(load: Load, service: Service, policies: Sequence[str] = POLICIES) -> dict[str, dict[str, Any]]:
+    """The report of each policy on the same requests."""
+    return {policy: Simulation(load, service, policy).run() for policy in policies}
+
+
+def ratios(reports: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Of homes: p99 of the first token beside power of two and the best other, and cold loads beside power of two."""
+    homes, two = reports["homes"], reports["power of two"]
+    others = [report["p99"] for policy, report in reports.items() if policy not in ("homes", "power of two")]
+    return {
+        "p99_to_power_of_two": round(homes["p99"] / two["p99"], 3),
+        "p99_to_best_other": round(homes["p99"] / min(others), 3),
+        "cold_to_power_of_two": round(homes["cold"] / max(two["cold"], 1), 3),
+    }
+
+
+def loads(options: argparse.Namespace) -> Iterator[Load]:
+    """The loads of a whole run, or the one that was asked for."""
+    first = Load(requests=options.requests, warm=options.warm, use=options.use, seed=options.seed)
+    if options.adapters or options.zipf or options.events:
+        yield replace(
+            first,
+            adapters=options.adapters or first.adapters,
+            zipf=options.zipf or first.zipf,
+            events=options.events or first.events,
+        )
+        return
+    for adapters, zipf in itertools.product((200, 10_000, 100_000), (0.8, 1.0, 1.2)):
+        yield replace(first, adapters=adapters, zipf=zipf)
+    for events in ("diurnal", "flash crowd", "replicas die, join, slow down"):
+        yield replace(first, events=events)
+
+
+def service_of(path: Path) -> Service:
+    return Service(**json.loads(path.read_text())["service"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--service", type=Path, help="times of a measured engine")
+    parser.add_argument("--resident", type=int, help="adapters that a replica holds, in place of the file's")
+    parser.add_argument("--adapters", type=int)
+    parser.add_argument("--zipf", type=float)
+    parser.add_argument("--events", choices=("steady", "diurnal", "flash crowd", "replicas die, join, slow down"))
+    parser.add_argument("--use", type=float, default=0.6, help="part of what the replicas sustain that is asked")
+    parser.add_argument("--requests", type=int, default=80_000)
+    parser.add_argument("--warm", type=int, default=400_000, help="requests before those that count")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--policies", default=",".join(POLICIES))
+    parser.add_argument("--json", type=Path, help="where the reports go")
+    options = parser.parse_args()
+    service = service_of(options.service) if options.service else ASSUMED
+    if options.resident:
+        service = replace(service, resident=options.resident)
+    print(f"service: {asdict(service)}; a replica sustains {service.answers_per_second:.2f} requests a second")
+    out = []
+    for load in loads(options):
+        reports = simulate(load, service, options.policies.split(","))
+        out.append({"load": asdict(load), "reports": reports})
+        print(f"\n{load.replicas} replicas, {load.adapters} adapters, Zipf {load.zipf}, {load.events}, use {load.use}")
+        for policy, report in reports.items():
+            print(f"  {policy:16} " + "  ".join(f"{name} {value}" for name, value in report.items()))
+        if len(reports) == len(POLICIES):
+            out[-1]["ratios"] = ratios(reports)
+            print(f"  ratios           {out[-1]['ratios']}")
+        sys.stdout.flush()
+    if options.json:
+        options.json.write_text(json.dumps({"service": asdict(service), "runs": out}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The simulation of a fleet, in short: the same requests under each policy. `make fleet-sim` is the long one."""
+
+from __future__ import annotations
+
+import pytest
+
+from serve.fleet.homes import order
+from tests.campaigns.fleet_sim import POLICIES, Load, Service, Simulation, ratios, requests_of, simulate
+
+# Of a model, not of an engine: prompts are cheap, and an adapter costs what a hundred tokens of an answer do.
+SERVICE = Service(step=0.01, step_per_answer=0.001, prompt_token=0.0001, load=0.2, fetch=0.3, seats=16, resident=128)
+LOAD = Load(replicas=10, adapters=1000, use=0.5, requests=4000, warm=16_000)
+
+
+@pytest.fixture(scope="module")
+def reports():
+    return simulate(LOAD, SERVICE)
+
+
+def test_homes_load_a_fifth_of_what_power_of_two_loads_and_answer_sooner(reports):
+    found = ratios(reports)
+    assert found["cold_to_power_of_two"] <= 0.2
+    assert found["p99_to_power_of_two"] <= 0.5
+    assert found["p99_to_best_other"] <= 0.9
+
+
+def test_every_request_is_answered_once_under_every_policy(reports):
+    assert list(reports) == list(POLICIES)
+    assert {report["requests"] for report in reports.values()} == {LOAD.requests}
+
+
+@pytest.mark.parametrize("events", ["diurnal", "flash crowd", "replicas die, join, slow down"])
+def test_nothing_is_lost_whatever_happens(events):
+    load = Load(replicas=6, adapters=200, use=0.5, requests=3000, warm=1000, events=events)
+    simulation = Simulation(load, SERVICE, "homes")
+    report = simulation.run()
+    assert report["requests"] == len(simulation.firsts) == load.requests
+    assert not simulation.open and not any(simulation.loads)
+
+
+def test_a_flash_crowd_spreads_over_more_homes():
+    load = Load(replicas=10, adapters=1000, use=0.5, requests=4000, warm=4000, events="flash crowd")
+    simulation = Simulation(load, SERVICE, "homes")
+    name, placement, most = f"adapter-{load.adapters // 2}", simulation.policy.placement, 0
+    choose = simulation.policy.choose
+
+    def watched(asked, now, loads, holders):
+        nonlocal most
+        most = max(most, len(placement.homes(name)))
+        return choose(asked, now, loads, holders)
+
+    simulation.policy.choose = watched
+    simulation.run()
+    assert most > 1
+
+
+def test_the_simulation_places_by_the_servers_own_code():
+    simulation = Simulation(LOAD, SERVICE, "homes")
+    placement = simulation.policy.placement
+    assert placement.homes("adapter-7")[0] == order(placement._replicas, "adapter-7")[0]
+    requests, began, end = requests_of(LOAD, SERVICE)
+    assert len(requests) == LOAD.warm + LOAD.requests and 0 < began < end == requests[-1].came

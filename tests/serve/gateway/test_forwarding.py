@@ -1,0 +1,367 @@
+"""Two servers on sockets, on one registry: a request is answered at its adapter's home, whichever server it came to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
+
+import httpx
+import pytest
+import uvicorn
+from sqlalchemy import insert, update
+
+from serve.adapters.registry.tables import fleet
+from serve.config import keys_hashed
+from serve.fleet.homes import Replica, Replicas, order
+from serve.gateway.forwarding import MARK
+from serve.server.assembly import build_app
+from tests.support.app import CHAT, ask, settled, upload
+from tests.support.backend import FakeBackend
+from tests.support.postgres import database
+
+NAMES = [f"tone-{number}" for number in range(6)]
+SERVERS = ("one", "other")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr("serve.fleet.membership.BEAT_SECONDS", 0.02)
+    # However slow the machine is, nobody is gone by chance.
+    monkeypatch.setattr("serve.fleet.membership.MISSED", 1_000_000)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def registry(request, tmp_path):
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/registry.db"
+    return database(request.getfixturevalue("postgres"))
+
+
+class Serving:
+    """A server on a socket of its own, and a client of it."""
+
+    def __init__(self, config, backend, replica):
+        self.backend = backend
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self.app = build_app(replace(config, fleet_address=self.url), backend, replica=replica)
+        options = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 1}
+        self._server = uvicorn.Server(uvicorn.Config(self.app, **options))
+        self._server.capture_signals = suppress
+        self.membership = self.app.state.parts.membership
+
+    async def __aenter__(self):
+        self._running = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        self.client = httpx.AsyncClient(base_url=self.url, headers={"authorization": "Bearer run"}, timeout=20)
+        await asyncio.wait_for(self.app.state.parts.health.ready.wait(), 30)
+        assert await settled(lambda: self._server.started, 10)
+        return self
+
+    async def __aexit__(self, *_):
+        await self.client.aclose()
+        await self.stop()
+
+    async def stop(self):
+        self._server.should_exit = True
+        await self._running
+
+
+@asynccontextmanager
+async def serving(config, tiny_model, tmp_path, registry, **fields):
+    common = replace(
+        config, registry=registry, blobs=f"file://{tmp_path}/shared", admin_keys=keys_hashed(["run"]), **fields
+    )
+    async with AsyncExitStack() as stack:
+        servers = []
+        for replica in SERVERS:
+            own = replace(common, data_dir=tmp_path / replica)
+            one = Serving(own, FakeBackend(str(tiny_model)), replica)
+            servers.append(await stack.enter_async_context(one))
+        yield servers
+
+
+@pytest.fixture
+async def pair(config, tiny_model, tmp_path, registry):
+    async with serving(config, tiny_model, tmp_path, registry) as servers:
+        assert await settled(lambda: all(len(server.membership.peers) == 1 for server in servers), 10)
+        yield servers
+
+
+@pytest.fixture
+def registry_of_one(tmp_path):
+    return f"sqlite:///{tmp_path}/registry.db"
+
+
+@pytest.fixture
+async def two(config, tiny_model, tmp_path, registry_of_one):
+    """As `pair`, over SQLite alone."""
+    async with serving(config, tiny_model, tmp_path, registry_of_one) as servers:
+        assert await settled(lambda: all(len(server.membership.peers) == 1 for server in servers), 10)
+        yield servers
+
+
+def home_of(name, ids=SERVERS):
+    """Whose the name is, by the same hash."""
+    replicas = Replicas.of(Replica(id, FakeBackend.max_resident, FakeBackend.max_lora_rank) for id in ids)
+    return SERVERS.index(replicas.members[order(replicas, name)[0]].id)
+
+
+AWAY = next(name for name in NAMES if home_of(name) == 1)
+HERE = next(name for name in NAMES if home_of(name) == 0)
+
+
+async def push(server, make_adapter, *names):
+    for name in names:
+        pushed = await server.client.post("/v1/adapters", **upload(make_adapter(), name=name))
+        assert pushed.status_code == 201, pushed.text
+
+
+def asked_here(server):
+    """The requests that a server's engine got for adapters, without probes."""
+    return [body for body in server.backend.bodies if "tone" in str(body.get("model"))]
+
+
+async def test_every_name_is_answered_at_its_home_whoever_is_asked(pair, make_adapter):
+    await push(pair[0], make_adapter, *NAMES)
+    for name in NAMES:
+        for server in (*pair, *pair):
+            answer = await ask(server.client, name)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["model"].startswith(f"{name}@")
+            assert answer.headers["x-loradock-version"] == f"{name}@v1"
+            assert len(answer.headers.get_list("x-request-id")) == 1
+    for place, server in enumerate(pair):
+        homes = [body["model"].partition("@")[0] for body in asked_here(server)]
+        assert homes == [name for name in NAMES if home_of(name) == place for _ in range(4)]
+        # The base has no home.
+        assert (await ask(server.client, "base")).status_code == 200
+        assert server.backend.bodies[-1]["model"] == "base"
+
+
+async def test_an_answer_streams_through_and_its_client_s_leave_too(two, make_adapter):
+    one, other = two
+    await push(one, make_adapter, AWAY)
+    other.backend.flow.clear()
+    async with one.client.stream("POST", CHAT, json={"model": AWAY, "messages": [], "stream": True}) as answer:
+        lines = answer.aiter_lines()
+        assert AWAY in await anext(lines)  # the rest is not there yet
+        assert other.backend.running == 1 and not asked_here(one)
+    assert await settled(lambda: other.backend.running == 0, 5)
+    other.backend.flow.set()
+    answer = await ask(one.client, AWAY, stream=True)
+    assert answer.text.rstrip().endswith("data: [DONE]")
+
+
+async def test_a_client_that_leaves_before_an_answer_leaves_the_home_too(two, make_adapter, monkeypatch):
+    one, other = two
+    engine, loaded = other.app.state.parts.fleet.first, asyncio.Event()
+
+    async def load(*_):
+        await loaded.wait()
+
+    monkeypatch.setattr(other.backend, "add", load)
+    await push(one, make_adapter, AWAY)
+    assert await settled(lambda: engine.leases == 1, 5)  # the home loads it before somebody asks
+    asking = asyncio.create_task(ask(one.client, AWAY))
+    assert await settled(lambda: engine.leases == 2, 5)
+    asking.cancel()
+    assert await settled(lambda: engine.leases == 1, 5)
+    assert not asked_here(one)
+    loaded.set()
+
+
+async def test_the_home_judges_the_client_s_own_key_and_charges_it_once(two, make_adapter):
+    one, other = two
+    await push(one, make_adapter, AWAY)
+    key = {"tenant": "default", "name": "few", "scopes": ["inference"], "limits": {"requests_per_minute": 3}}
+    limited = await one.client.post("/v1/keys", json=key)
+    assert limited.status_code == 201, limited.text
+    bearer = {"authorization": f"Bearer {limited.json()['secret']}"}
+    statuses = [
+        (await one.client.post(CHAT, json={"model": AWAY, "messages": []}, headers=bearer)).status_code
+        for _ in range(4)
+    ]
+    assert statuses == [200, 200, 200, 429]
+    assert len(asked_here(other)) == 3 and not asked_here(one)
+    # What was charged there was not charged here.
+    assert (await one.client.post(CHAT, json={"model": "base", "messages": []}, headers=bearer)).status_code == 200
+    wrong = await one.client.post(CHAT, json={"model": AWAY, "messages": []}, headers={"authorization": "Bearer no"})
+    assert wrong.status_code == 401
+    assert len(asked_here(other)) == 3
+
+
+async def test_a_request_is_sent_on_once(two, make_adapter):
+    one, other = two
+    await push(one, make_adapter, AWAY)
+    marked = {MARK.decode(): "somebody"}
+    assert (await one.client.post(CHAT, json={"model": AWAY, "messages": []}, headers=marked)).status_code == 200
+    assert len(asked_here(one)) == 1 and not asked_here(other)
+
+
+async def test_an_error_of_the_home_s_engine_is_the_answer(two, make_adapter):
+    one, other = two
+    await push(one, make_adapter, AWAY)
+    answer = await one.client.post(CHAT, json={"model": f"{AWAY}@v7", "messages": []})
+    assert answer.status_code == 404
+    answer = await one.client.post(CHAT, json={"model": AWAY, "messages": [], "priority": -5})
+    assert answer.status_code == 400
+    # Too large a body goes no further than the server that it came to.
+    answer = await one.client.post(CHAT, json={"model": AWAY, "messages": [], "user": "x" * (5 << 20)})
+    assert answer.status_code == 413
+    assert not asked_here(other)
+
+
+async def test_a_deadline_ends_it_at_the_home_too(two, make_adapter):
+    one, other = two
+    await push(one, make_adapter, AWAY)
+    other.backend.slow = (await one.client.get(f"/v1/adapters/{AWAY}")).json()["versions"][0]["id"]
+    answer = await one.client.post(CHAT, json={"model": AWAY, "messages": []}, headers={"x-request-timeout": "0.3"})
+    assert answer.status_code == 504
+    engine = other.app.state.parts.fleet.first
+    assert await settled(lambda: engine.leases == 0, 5)
+
+
+async def test_a_home_that_has_stopped_costs_no_request(two, make_adapter):
+    one, other = two
+    await push(one, make_adapter, *NAMES)
+    assert (await ask(one.client, AWAY)).status_code == 200
+    before = len(asked_here(other))
+    stopping = asyncio.create_task(other.stop())
+    for _ in range(20):
+        for name in NAMES:
+            assert (await ask(one.client, name)).status_code == 200
+    await stopping
+    assert await settled(lambda: not one.membership.peers, 5), "a server that stopped is still in the fleet"
+    assert len(asked_here(one)) + len(asked_here(other)) - before == 20 * len(NAMES)
+
+
+async def test_a_home_without_room_leaves_the_request_to_whoever_got_it(two, make_adapter, monkeypatch):
+    from serve.errors import Overloaded
+
+    one, other = two
+    await push(one, make_adapter, AWAY)
+    admission = other.app.state.parts.fleet.first.engine._admission
+
+    def full(*_):
+        raise Overloaded("there is no room", retry_after=3)
+
+    monkeypatch.setattr(admission, "check", full)
+    assert (await ask(one.client, AWAY)).status_code == 200
+    assert len(asked_here(one)) == 1
+    # It is only full: the next request tries again.
+    monkeypatch.undo()
+    assert (await ask(one.client, AWAY)).status_code == 200
+    assert len(asked_here(other)) == 1
+
+
+@asynccontextmanager
+async def mute():
+    """A server that takes connections and answers nothing."""
+    opened = []
+
+    async def take(reader, writer):
+        opened.append(writer)
+
+    server = await asyncio.start_server(take, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", opened
+    finally:
+        server.close()
+        for writer in opened:
+            writer.close()
+
+
+async def test_a_home_that_stands_still_is_gone_after_some_beats(two, make_adapter, monkeypatch):
+    one, other = two
+    await push(one, make_adapter, AWAY)
+    asked = len(asked_here(other))
+    async with mute() as (address, opened):
+        # Its process stands still: the kernel takes connections, and nobody writes its row.
+        other.membership.address = address
+        peer = one.membership.peers[0]
+        assert await settled(lambda: peer.address == address, 5)
+        answering = asyncio.create_task(ask(one.client, AWAY))
+        assert await settled(lambda: opened, 5)
+        assert not answering.done()
+        monkeypatch.setattr(other.membership, "_swap", lambda report, own: [])
+        monkeypatch.setattr("serve.fleet.membership.MISSED", 5)
+        assert (await asyncio.wait_for(answering, 10)).status_code == 200
+    assert len(asked_here(one)) == 1 and len(asked_here(other)) == asked
+    assert not one.membership.peers
+
+
+async def test_a_row_that_nobody_writes_is_no_server(two):
+    one, _ = two
+    registry = one.app.state.parts.registry
+    row = {"address": "http://127.0.0.1:9", "bases": json.dumps(["base"]), "slots": 4, "max_rank": 16, "load": 0.0}
+    row |= {"held": "[]", "total": 0.0, "rates": "{}", "beat": 1}
+
+    def write(statement):
+        with registry.adding() as connection:
+            connection.execute(statement)
+
+    await asyncio.to_thread(write, insert(fleet).values(id="dead", **row))
+    for _ in range(3):
+        await one.membership.exchange()
+    assert [peer.id for peer in one.membership.peers] == ["other"]
+    await asyncio.to_thread(write, update(fleet).where(fleet.c.id == "dead").values(beat=2))
+    await one.membership.exchange()
+    assert {peer.id for peer in one.membership.peers} == {"other", "dead"}
+
+
+async def test_servers_of_other_models_share_no_homes(config, tiny_model, tmp_path, registry_of_one):
+    async with serving(config, tiny_model, tmp_path, registry_of_one) as (one, other):
+        assert await settled(lambda: one.membership.peers and other.membership.peers, 10)
+        third = FakeBackend(str(tiny_model))
+        third.name = "another"
+        own = replace(
+            config, registry=registry_of_one, blobs=f"file://{tmp_path}/shared", name="another", data_dir=tmp_path / "3"
+        )
+        async with Serving(replace(own, admin_keys=keys_hashed(["run"])), third, "third") as another:
+            for _ in range(3):
+                await another.membership.exchange()
+                await one.membership.exchange()
+            assert another.membership.address and not another.membership.peers
+            assert [peer.id for peer in one.membership.peers] == ["other"]
+
+
+async def test_a_server_without_an_address_sends_nothing_on(connect, config, tmp_path, registry_of_one):
+    async with connect(replace(config, registry=registry_of_one)) as client:
+        assert client._transport.app.state.parts.membership is None
+
+
+async def test_a_new_version_is_loaded_by_its_home_and_by_no_other(two, make_adapter):
+    one, other = two
+    await push(one, make_adapter, AWAY, HERE)
+    assert await settled(lambda: any(id.startswith(AWAY) for id in other.backend.held), 5)
+    assert not any(id.startswith(HERE) for id in other.backend.held)
+
+
+async def rated(server, name):
+    """How many good ratings a server has counted for an adapter."""
+    lines = (await server.client.get("/metrics")).text.splitlines()
+    of = [line for line in lines if line.startswith("loradock_feedback_total") and f'"{name}"' in line]
+    return sum(float(line.rpartition(" ")[2]) for line in of if 'rating="good"' in line)
+
+
+async def test_feedback_is_taken_by_any_server_and_counts_once_where_the_answer_came_from(two, make_adapter):
+    one, other = two
+    await push(one, make_adapter, AWAY, HERE)
+    for name in (AWAY, HERE):
+        for asked, told in ((one, other), (other, one), (one, one)):
+            id = (await ask(asked.client, name)).headers["x-request-id"]
+            rating = {"request_id": id, "rating": 1.0}
+            answer = await told.client.post("/v1/feedback", json=rating)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["rating"] == 1.0
+            # Once.
+            assert (await asked.client.post("/v1/feedback", json=rating)).status_code == 404
+    # Read once: what was read is shown again for a while.
+    for name, home in ((AWAY, other), (HERE, one)):
+        counts = {server: await rated(server, name) for server in (one, other)}
+        assert counts == {home: 3, (one if home is other else other): 0}
+    unknown = {"request_id": "0" * 32, "rating": 1.0}
+    assert (await one.client.post("/v1/feedback", json=unknown)).status_code == 404
