@@ -157,18 +157,17 @@ async def test_an_answer_streams_through_and_its_client_s_leave_too(two, make_ad
 
 async def test_a_client_that_leaves_before_an_answer_leaves_the_home_too(two, make_adapter, monkeypatch):
     one, other = two
-    engine, loaded = other.app.state.parts.fleet.first, asyncio.Event()
+    queue, loaded = other.app.state.parts.fleet.first.engine.queue, asyncio.Event()
 
     async def load(*_):
         await loaded.wait()
 
     monkeypatch.setattr(other.backend, "add", load)
     await push(one, make_adapter, AWAY)
-    assert await settled(lambda: engine.leases == 1, 5)  # the home loads it before somebody asks
     asking = asyncio.create_task(ask(one.client, AWAY))
-    assert await settled(lambda: engine.leases == 2, 5)
+    assert await settled(lambda: queue.busy == 1, 5)
     asking.cancel()
-    assert await settled(lambda: engine.leases == 1, 5)
+    assert await settled(lambda: queue.busy == 0, 5)
     assert not asked_here(one)
     loaded.set()
 
