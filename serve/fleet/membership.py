@@ -72,6 +72,20 @@ class Peer:
     # Called when it is gone.
     alarms: set[Callable[[], object]] = field(default_factory=set)
 
+    def hear(self, address: str, load: float) -> None:
+        """It has said where it is, and how much it has to do."""
+        self.address = address
+        self.load = load
+        self.sent = 0
+
+    def begin(self) -> None:
+        """A request is sent there."""
+        self.sent += 1
+
+    def leave_alone(self, until: float) -> None:
+        """It could not be reached, or does not serve now."""
+        self.unreachable_until = until
+
 
 class Membership:
     """This server among its fleet. `here` reports how it is now, None while it answers nobody. For one event loop.
@@ -164,7 +178,7 @@ class Membership:
 
     def failed(self, peer: Peer) -> None:
         """It could not be reached, or does not serve now."""
-        peer.unreachable_until = self._clock() + UNREACHABLE_SECONDS
+        peer.leave_alone(self._clock() + UNREACHABLE_SECONDS)
 
     def _reachable(self, place: int, now: float) -> bool:
         peer = self._places[place]
@@ -207,13 +221,11 @@ class Membership:
             for alarm in tuple(gone.alarms):
                 alarm()
         for id, row in others.items():
-            peer = self._peers.setdefault(id, Peer(id, row["address"]))
-            peer.address, peer.load = row["address"], row["load"]
-            peer.sent = 0
+            self._peers.setdefault(id, Peer(id, row["address"])).hear(row["address"], row["load"])
         members = [Replica(id, row["slots"], row["max_rank"]) for id, row in others.items()]
         if report:
             members.append(Replica(self.me, report.slots, report.max_rank))
-        self._placement.seats = self._here.seats
+        self._placement.resize(self._here.seats)
         self._placement.see(members)
         self._placement.hear({id: Rates(row["total"], json.loads(row["rates"])) for id, row in others.items()})
         self._places = [self._peers.get(member.id) for member in self._placement.members]

@@ -33,6 +33,10 @@ class Placement:
         """The rates of the requests that came here, to tell other servers."""
         return self._demand.own
 
+    def resize(self, seats: float) -> None:
+        """So many requests a replica works on at a time."""
+        self.seats = seats
+
     def see(self, members: Iterable[Replica]) -> bool:
         """These live; whether that is another fleet than before."""
         replicas = Replicas.of(members)

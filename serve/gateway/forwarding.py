@@ -115,7 +115,7 @@ class ForwardedCall:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Ends with the answer, when the client leaves, and when the other server is gone."""
-        self.peer.sent += 1
+        self.peer.begin()
         answering = asyncio.ensure_future(self._answer(scope, send))
         leaving = asyncio.ensure_future(_left(receive))
         try:
