@@ -95,7 +95,7 @@ def compare(machine: Machine, name: str) -> Mapping[str, str]:
     found = {
         device: optimized(machine.recipe(name, device), machine.work / f"{name}-{device}") for device in ("cuda", "cpu")
     }
-    seconds = [sum(step["seconds"] for step in found[device]["steps"]) for device in ("cuda", "cpu")]
+    seconds = [sum(step["notes"].get("seconds", 0) for step in found[device]["steps"]) for device in ("cuda", "cpu")]
     scores = [found[device]["scores"] for device in ("cuda", "cpu")]
     same = ", ".join(
         f"{score} {one[score]:.5g} and {other[score]:.5g}"
@@ -109,13 +109,18 @@ def compare(machine: Machine, name: str) -> Mapping[str, str]:
 
 def optimized(recipe: Path, out: Path) -> dict[str, Any]:
     """The measurements of a run; one that does not pass a gate has them too."""
-    command = [sys.executable, "-c", OPTIMIZE, str(recipe), "--out", str(out), "--resume"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ, text=True, capture_output=True, check=False)
-    reports = sorted(out.parent.glob(f"{out.name}*/**/measurements.json"))
-    if not reports:
-        raise RuntimeError(f"{recipe.name} ended with {done.returncode}:\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}")
+    if not (reports := _reports(out)):
+        command = [sys.executable, "-c", OPTIMIZE, str(recipe), "--out", str(out), "--resume"]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ, text=True, capture_output=True, check=False)
+        if not (reports := _reports(out)):
+            said = f"{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+            raise RuntimeError(f"{recipe.name} ended with {done.returncode}:\n{said}")
     found: dict[str, Any] = json.loads(reports[0].read_text())
     return found
+
+
+def _reports(out: Path) -> list[Path]:
+    return sorted(out.parent.glob(f"{out.name}*/**/measurements.json"))
 
 
 def with_wheels(folder: Path, work: Path) -> None:

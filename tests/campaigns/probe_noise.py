@@ -1,6 +1,6 @@
 """What rounding on a GPU makes of the effect probe and of the hourly comparison: errors, and faint effects still told.
 
-    python -m tests.campaigns.probe_noise [--runs 1000]
+    python -m tests.campaigns.probe_noise [--runs 1000] [--kind free|steps|batch]
 
 Noise of .02 to .1 nats is put on the answers of an engine, in three ways (tests/support/rounding.py); the judging is
 the server's own code. A false refusal, a false admission and a false alarm of drift must each be rarer than 1 % with a
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from tests.campaigns.finished_streams import interval
 from tests.support.rounding import KINDS, admitted, alarms
@@ -27,9 +27,9 @@ CHANGES = (("0.2", 0.0), ("0.2", 0.05), ("0.5", 0.0), ("0.9", 0.0), ("0.9", 0.05
 SAME, CHANGED = "0.2", "0.9"
 
 
-async def rows(runs: int) -> AsyncIterator[tuple[str, int, int | None]]:
+async def rows(runs: int, kinds: Sequence[str]) -> AsyncIterator[tuple[str, int, int | None]]:
     """(what is counted, how often, how often of `runs` is an error; None where nothing is promised)."""
-    for kind in KINDS:
+    for kind in kinds:
         for nats in NATS:
             where = f"{kind}, noise of {nats:g} nats"
             for moves in EFFECTS:
@@ -42,10 +42,10 @@ async def rows(runs: int) -> AsyncIterator[tuple[str, int, int | None]]:
                 yield (f"{where}: .2, then {then}, kernels moved {moved:g}: an alarm", raised, wrong)
 
 
-async def run(runs: int) -> float:
+async def run(runs: int, kinds: Sequence[str]) -> float:
     """The highest bound of all errors that are promised to be rare."""
     worst = 0.0
-    async for what, count, wrong in rows(runs):
+    async for what, count, wrong in rows(runs, kinds):
         bound = 0.0 if wrong is None else interval(wrong, runs)[1]
         print(f"{what}: {count} of {runs}" + (f"; errors {wrong}, rarer than {bound:.2%}" if bound else ""), flush=True)
         worst = max(worst, bound)
@@ -55,7 +55,9 @@ async def run(runs: int) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--runs", type=int, default=1000)
-    worst = asyncio.run(run(parser.parse_args().runs))
+    parser.add_argument("--kind", action="append", choices=KINDS)
+    given = parser.parse_args()
+    worst = asyncio.run(run(given.runs, given.kind or KINDS))
     print(f"each error is rarer than {worst:.2%}, with a confidence of 95 %; {MOST:.0%} is promised")
     return int(worst >= MOST)
 

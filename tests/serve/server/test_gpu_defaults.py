@@ -79,6 +79,8 @@ def test_which_gpus_an_engine_takes(engine, numbers):
         ("l4", "meta-llama/Llama-3.1-8B-Instruct", {}, None),  # the default of 8
         ("a100-40", "Qwen/Qwen3-14B", {}, None),
         ("a100-80", "Qwen/Qwen3-14B", {}, 32),
+        ("a100-80", "Qwen/Qwen3-14B", {"max_lora_rank": 32}, 16),
+        ("h100", "meta-llama/Llama-3.1-8B-Instruct", {"max_lora_rank": 64}, 16),
         ("a100-80", "Qwen/Qwen3-14B", {"max_lora_rank": 64}, None),
         ("h100", "Qwen/Qwen3-14B", {"max_loras": 4}, 4),
         ("h100", "somebody/unknown", {}, None),
