@@ -31,7 +31,7 @@ STEPS: Mapping[str, dict[str, Any]] = {
     "quantize-awq": {"quantize": {"scheme": "w4a16", "method": "awq"}},
     "quantize-nvfp4": {"quantize": {"scheme": "nvfp4"}},
     "prune": {"prune": {"layers": 1, "mlp": 0.75}},
-    "tune": {"tune": {"train": "EXAMPLES", "epochs": 1, "rank": 8, "name": "tone"}},
+    "tune": {"tune": {"train": "EXAMPLES", "validation": "EXAMPLES", "epochs": 1, "rank": 8, "name": "tone"}},
 }
 # The command, without the server that it is a part of.
 OPTIMIZE = "import sys; from pathlib import Path; from optimize.cli import run; sys.exit(run(sys.argv[1:], Path))"
