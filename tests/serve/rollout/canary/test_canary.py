@@ -300,7 +300,9 @@ class Registered:
 
 
 def analysing(folder, candidate=None):
-    tries = SimpleNamespace(alpha=lambda name: 1.0, is_candidate=lambda name, version: version == candidate)
+    tries = SimpleNamespace(
+        alpha=lambda name: 1.0, begin=lambda *what: 1.0, is_candidate=lambda name, version: version == candidate
+    )
     return CanaryMonitor(folder, Registered(), Policies(), SimpleNamespace(alpha=lambda name: 0.01), tries, Events())
 
 
