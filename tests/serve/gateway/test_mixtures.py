@@ -143,11 +143,10 @@ async def test_a_guard_of_a_part_guards_the_mixture(connect, config, make_adapte
     async with connect(replace(guarded, admin_keys=keys_hashed([])), FakeBackend(config.model)) as client:
         for seed, name in enumerate(("tone", "legal", "plain")):
             await push(client, make_adapter(seed), name)
-        inference = client._transport.app.state.parts.inference
-        caller = inference._auth.caller({}, "inference")
-        names = inference._router.names_of("plain+tone", caller)
-        assert inference._guards.watched(names) == "tone"
-        assert inference._guards.watched(["plain"]) is None
+        parts = client._transport.app.state.parts
+        names = parts.router.names_of("plain+tone", parts.auth.caller({}, "inference"))
+        guards = parts.inference.intake.forwarder._guards
+        assert guards.watched(names) == "tone" and guards.watched(["plain"]) is None
         assert "have different guards" in await refused(client, "tone+legal")
 
 
