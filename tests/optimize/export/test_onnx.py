@@ -34,7 +34,7 @@ def exports() -> dict[str, tuple[Path, dict[str, Any]]]:
 @pytest.fixture
 def fp32(exports, job) -> tuple[Path, dict[str, Any]]:
     """One export in fp32 for all tests, and its notes: the exporter takes ten seconds."""
-    if not exports:
+    if "fp32" not in exports:
         exports["fp32"] = exported(job, "fp32", out="once")
     return exports["fp32"]
 
@@ -94,17 +94,25 @@ def exports_of_earlier_versions_run(folder, whole):
     assert torch.allclose(torch.from_numpy(session.step(IDS[:, 20:].numpy(), cache)[0]), whole[:, 20:], atol=1e-4)
 
 
-def test_matrices_that_are_written_one_at_a_time_are_what_onnxruntime_makes_of_the_whole_graph(fp32, job, monkeypatch):
+@pytest.fixture
+def int4(exports, job, monkeypatch) -> tuple[Path, dict[str, Any]]:
+    """One export in int4 for all tests, each matrix of it written in parts."""
+    if "int4" not in exports:
+        monkeypatch.setattr(streamed, "HELD", 5000)
+        exports["int4"] = exported(job, "int4")
+    return exports["int4"]
+
+
+def test_matrices_that_are_written_one_at_a_time_are_what_onnxruntime_makes_of_the_whole_graph(fp32, int4):
     import onnx as graphs
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    monkeypatch.setattr(streamed, "HELD", 5000)  # so that each is written in parts
     whole, _ = fp32
     right = MatMulNBitsQuantizer(
         graphs.load(whole / "model.onnx"), bits=4, block_size=32, is_symmetric=True, accuracy_level=4
     )
     right.process()
-    folder, _ = exported(job, "int4")
+    folder, _ = int4
     made, expected = graphs.load(folder / "model.onnx").graph, right.model.model.graph
     assert [node.SerializeToString() for node in made.node] == [node.SerializeToString() for node in expected.node]
     tensors, wanted = ({item.name: to_array(item) for item in graph.initializer} for graph in (made, expected))
@@ -113,8 +121,11 @@ def test_matrices_that_are_written_one_at_a_time_are_what_onnxruntime_makes_of_t
 
 
 @pytest.mark.parametrize(("precision", "shrinks"), [("fp16", 0.55), ("int8", 0.5), ("int4", 0.4)])
-def test_fewer_bits_are_smaller_and_say_what_they_lost(precision, shrinks, base, adapter, job):
-    folder, notes = exported(job, precision, adapters={"one": adapter(1)} if precision != "int8" else None)
+def test_fewer_bits_are_smaller_and_say_what_they_lost(precision, shrinks, base, adapter, job, request):
+    if precision == "int4":
+        folder, notes = request.getfixturevalue("int4")
+    else:
+        folder, notes = exported(job, precision, adapters={"one": adapter(1)} if precision == "fp16" else None)
     assert 0 < notes["logits_off"] < 3
     session, plain = Session(folder), opened(base, torch.float32)
     scores = compared([logits(plain, IDS)], [session.logits(IDS)], [IDS], lambda _: None)
