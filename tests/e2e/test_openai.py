@@ -9,7 +9,7 @@ import httpx
 import openai
 import pytest
 
-from tests.support.server import BASE, Answer, Server, refused
+from tests.support.server import AS_ON_A_GPU, BASE, Answer, Server, refused
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -375,6 +375,8 @@ def test_a_stream_by_the_short_way_is_vllms_own(server: Server, model: str, path
                 holder[next(key for key in holder if key in ("text", "content", "role"))] = "..."
         return shapes, said
 
+    if AS_ON_A_GPU:
+        stream()  # vLLM's layers round a prompt otherwise than what is cached of it; loradock's kernels do not
     short, said = stream()
     own, told = stream(echo=False)
     assert said == told and len(said) > 100
