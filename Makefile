@@ -198,11 +198,11 @@ adapter-cost: setup-dev ## a step of the CPU kernels without, with one and with 
 arm64: setup-dev ## steps and adapters by the kernels for arm64, in an emulator: Debian's g++-aarch64-linux-gnu, qemu-user and mmdebstrap; 10 minutes
 	@LORADOCK_TEST_ARM64=1 $(BIN)/python -m pytest tests/serve/cpu_kernels/test_arm64.py
 
-sanitize: setup-dev ## the tests of the CPU kernels and of the watcher's C++ code with AddressSanitizer and UndefinedBehaviorSanitizer; some minutes
+sanitize: setup-dev ## the tests of the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer; some minutes
 	@CXX=$(CURDIR)/tests/support/sanitizing-c++ ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD=$$(g++ -print-file-name=libasan.so):$$(g++ -print-file-name=libubsan.so) \
 	  $(BIN)/python -m pytest -m "not engine" --deselect tests/serve/cpu_kernels/test_punica.py::test_the_kernels_are_compiled_once_and_a_broken_compiler_is_said \
-	  $(or $(ARGS),tests/serve/cpu_kernels tests/serve/drift/test_native.py)
+	  $(or $(ARGS),tests/serve/cpu_kernels)
 
 gpu: ## all that was never measured on a GPU, in parts of some minutes, in any order, without a network (WHEELS=DIR, ARGS="--size 8B --part swap"; ARGS=--rehearse on a CPU); 25 minutes
 	@python=$$($(or $(PYTHON),$(wildcard $(BIN)/python),python3) -m tests.campaigns.gpu_environment $(if $(WHEELS),--wheels $(WHEELS)) | tail -1) && \

@@ -29,7 +29,7 @@ SHARES = (REFUSAL, CUT, REPETITION, LANGUAGE, NO_JSON)
 LONGER, SHORTER = "longer", "shorter"
 KINDS = dict.fromkeys(SHARES, Kind.SHARE) | {LONGER: Kind.RANK, SHORTER: Kind.LOW_RANK}
 # What harms most is seen a little sooner.
-WEIGHTS = {REFUSAL: 4.0, REPETITION: 2.0, SHORTER: 2.0}
+WEIGHTS = {REFUSAL: 6.0, REPETITION: 2.0, SHORTER: 2.0}
 # An answer loops if of the pairs among its last tokens so few are distinct; of a shorter one that cannot be told.
 LAST, FEWEST = 128, 32
 DISTINCT = 0.5

@@ -34,10 +34,9 @@ from serve.drift.features.features import (
     OUTPUT,
     PROMPTS,
     SIGNALS,
-    SINGLE_RUNS,
+    VECTORS,
 )
 from serve.drift.features.parameter_strata import ParameterStrata
-from serve.drift.features.token_runs import RUN, STRETCH
 from serve.drift.signal import NEEDED, Phase, Signal
 from serve.drift.state_arrays import below, prefixed
 from serve.drift.thinning import Thinning, inherited
@@ -106,11 +105,6 @@ class Baseline:
         if kind in self.strata:
             return self.strata[kind].counts()
         return self.signals[kind].samples, self.signals[kind].alarms
-
-    @property
-    def stretch(self) -> int:
-        """How long a stretch has to be that is left out of its prompts since some recent ones share it, in symbols."""
-        return RUN if self.provenance.features <= SINGLE_RUNS else STRETCH
 
     def every(self, kind: str) -> list[Signal]:
         """The signals of a kind: of each set of parameters, the one of `signals` first."""
@@ -193,6 +187,8 @@ class Baseline:
         provenance, arrays = _read(folder)
         older = provenance.features in EARLIER_FEATURES
         provenance.check(replace(expected, features=provenance.features) if older else expected)
+        if provenance.features == VECTORS:  # what is left of it is what today's rows have
+            provenance = replace(provenance, features=FEATURES)
         self = cls(provenance)
         try:
             for kind, signal in self.signals.items():

@@ -22,10 +22,12 @@ from serve.drift.answer_facts import REFUSAL as REFUSALS
 from serve.drift.answer_facts import REPETITION as REPETITIONS
 from serve.drift.detector.fixed_reference import Moved
 from serve.drift.features.features import FOLLOW_UP, LOGPROB, OUTPUT, PROMPT, PROMPTS
+from serve.drift.features.text_marks import SAID
 from serve.drift.features.traffic_profile import (
     TrafficProfile,
     TrafficProfiles,
     language_shares,
+    mark_shares,
     median_tokens,
     tenant_shares,
     topic_shares,
@@ -92,7 +94,6 @@ def movement(signal: Signal, row: NDArray[np.floating]) -> float:
     if reference is None or not len(rows):
         return 0.0
     change = rows.mean(axis=0) - reference
-    change[len(change) - signal.silent :] = 0  # counts of tokens: of a single request mostly noise
     return float((signal.raw(row) - reference) @ change / max(float(change @ change), 1e-12))
 
 
@@ -110,13 +111,15 @@ def _prompts(signal: Signal, before: TrafficProfile, recent: TrafficProfile) -> 
     languages = {"before": language_shares(reference), "now": language_shares(moved)}
     length_before, length_now = median_tokens(reference), median_tokens(moved)
     topics = _topics(before, recent, topic_shares(moved))
-    fields = {
+    fields: dict[str, Any] = {
         "language": languages,
         "length": {"unit": "tokens", "before": length_before, "now": length_now},
         "topics": topics,
+        "writing": {"before": mark_shares(reference), "now": mark_shares(moved)},
         "tenants": {"before": tenant_shares(reference), "now": tenant_shares(moved)},
     }
-    parts = [*_language_parts(languages), *_length_parts("median", length_before, length_now)]
+    parts = [*_language_parts(languages), *_mark_parts(fields["writing"])]
+    parts += _length_parts("median", length_before, length_now)
     named = [topic for topic in topics if topic["words"] and topic["share"] >= SHARE]
     if named:
         parts.append(f"about {', '.join(named[0]['words'])}")
@@ -146,6 +149,14 @@ def _language_parts(shares: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
     if rise[language] >= SHARE:
         was, now = shares["before"].get(language, 0.0), shares["now"][language]
         yield f"probably {NAMES.get(language, language)} ({_percent(was)} before, {_percent(now)} now)"
+
+
+def _mark_parts(shares: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    """How more of the prompts are written than before."""
+    for mark, now in shares["now"].items():
+        before = shares["before"].get(mark, 0.0)
+        if now - before >= SHARE:
+            yield f"{SAID[mark]} ({_percent(before)} before, {_percent(now)} now)"
 
 
 def _length_parts(what: str, before: float | None, now: float | None) -> Iterator[str]:

@@ -28,12 +28,9 @@ from serve.drift.features.last_turn import last_turn
 from serve.drift.features.parameter_strata import most_common
 from serve.drift.features.request_rows import reference_rows
 from serve.drift.features.request_text import RequestText
-from serve.drift.features.token_runs import SharedRuns
 from serve.drift.features.traffic_profile import TrafficProfile, TrafficProfiles
-from serve.drift.native import native
 from serve.drift.open_alarms import OpenAlarms, UnloadedAlarms
 from serve.drift.probe_comparison import ProbeAnswers
-from serve.drift.state_arrays import prefixed
 from serve.drift.watched_version import PROBE, DriftSettings, ProbeResult, WatchedVersion
 from serve.errors import ConfigError
 from serve.events import DriftAlarm, Events
@@ -209,7 +206,6 @@ class DriftMonitor(Collector):
 
     def learn(self, base: str, embedding: Embedding, tokenizer: str = "", text: RequestText | None = None) -> None:
         """Watch the versions of a base from now on; `tokenizer` is a digest, `text` decodes prompts."""
-        native()  # compiled before the first request
         with self._lock:
             known = self._models.get(base)
             if known and (known[0].digest, known[1]) == (embedding.digest, tokenizer):
@@ -310,15 +306,14 @@ class DriftMonitor(Collector):
             embedding, _ = self._models[base]
         generations = [exchange.generations[0] for exchange in exchanges if exchange.generations]
         stratum = most_common(generation.parameters for generation in generations)
-        shared, text = SharedRuns(embedding.numbers), self._texts.get(base)
+        text = self._texts.get(base)
         prompts = [
             last_turn(exchange.question, exchange.generations[0].prompt, text).tokens
             for exchange in exchanges
             if exchange.generations
         ]
-        rows = reference_rows(generations, prompts, embedding, stratum, shared)
+        rows = reference_rows(generations, prompts, embedding, stratum)
         baseline = Baseline.build(provenance, rows)
-        baseline.sampling = lambda: prefixed(shared.state(), "shared.")
         for kind, strata in baseline.strata.items():
             if kind in rows:
                 strata.built(stratum)

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.drift.features.token_runs import RUN
+from serve.drift.features.shared_ends import RUN
 
 # ln of the likelihood ratio from which on a fall is no accident.
 LEAST_EVIDENCE = math.log(1e6)

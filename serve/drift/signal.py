@@ -25,10 +25,9 @@ from serve.drift.detector.fixed_reference import FixedReference, Moved
 from serve.drift.detector.mean_rows import MeanRows, with_surprise
 from serve.drift.detector.recent_rows import RecentRows, Rows, all_finite, fade_in
 from serve.drift.detector.reference_structure import ReferenceStructure, fit, gauge_range
-from serve.drift.features.common_tokens import COMMON, CommonTokens
+from serve.drift.earlier_baselines import LAYOUT, current
 from serve.drift.features.embedding import DIMENSIONS
-from serve.drift.features.features import FOLLOW_UP, LOGPROB, OUTPUT, PROMPT, SIGNALS, Scale, names
-from serve.drift.features.token_scores import TokenScores
+from serve.drift.features.features import FOLLOW_UP, LOGPROB, OUTPUT, PROMPT, SIGNALS, Scale, columns, names
 from serve.drift.features.token_surprise import NAMES, SKETCH, TokenSurprise
 from serve.drift.state_arrays import below, own, prefixed
 from serve.drift.tolerance import Tolerance, beyond_error
@@ -37,15 +36,12 @@ from serve.drift.tolerance import Tolerance, beyond_error
 NEEDED = {PROMPT: 1000, OUTPUT: 1000, LOGPROB: 300, FOLLOW_UP: 400}
 # Requests at the beginning of a change that may be older than it.
 UNCERTAIN = 50
-_REFUSAL = names(OUTPUT, 0).index("refusal")
+_REFUSAL = names(OUTPUT).index("refusal")
 # Answers to first messages and to later ones of a conversation: each conversation counts once in either.
 FIRST, LATER = LANES = ("first", "later")
 # What a score of tokens weighs in the evidence; every other score weighs 1.
 SURPRISE_WEIGHT = 8.0
-# Learned directions turn after so many requests, where there are many scores and they are not in blocks.
-TURN = 4
 _EFFECT_FADE = 0.5 ** (1 / EFFECT_HALF_LIFE)
-_COMMON_NAMES = ("common_tokens",) * COMMON
 
 
 class Phase(Enum):
@@ -74,10 +70,10 @@ class Signal:
         self.needed = max(2, NEEDED[kind] if needed is None else needed)
         self.threshold = threshold
         self.tolerance = tolerance
-        self.names = names(kind, dimensions)
-        # Beside its three scores, a logprob row carries length and the prompt's row, which are regressed on.
-        self._columns = len(self.names) + (dimensions + 2 if kind == LOGPROB else 0)
-        self._tokens: TokenScores | None = None
+        self.names = names(kind)
+        self._dimensions = dimensions
+        self._columns = columns(kind, dimensions)
+        self._surprise: TokenSurprise | None = None
         self.samples = 0  # rows watched, the reference not among them
         self.alarms = 0
         self.alarmed_at: int | None = None  # in samples
@@ -90,7 +86,7 @@ class Signal:
         self._mean_rows: dict[int, NDArray[np.float32]] = {}
         self._detector: Drift | None = None
         self._scale: Scale | None = None
-        self._structure = ReferenceStructure(self._scores)
+        self._structure = ReferenceStructure(len(self.names))
         self._recent = np.zeros(0)
         self._weight = 0.0
         self._rows = RecentRows(self._columns)
@@ -239,7 +235,7 @@ class Signal:
         """How far requests were exchangeable in the reference, and what follows; empty while gathering."""
         if self._detector is None:
             return {}
-        report, means = self._structure.report(self.names + _COMMON_NAMES), self._detector.means
+        report, means = self._structure.report(self.names), self._detector.means
         return report if means is None else report | {"mean_rows": means.phase.value}
 
     def effects(self) -> dict[str, float]:
@@ -337,19 +333,19 @@ class Signal:
             arrays |= prefixed(self._structure.state(), "structure.")
             arrays |= prefixed(self._scale.arrays(), "scale.")
             arrays |= prefixed(self._detector.state(), "detector.")
-        if self._tokens is not None:
-            arrays |= prefixed(self._tokens.surprise.arrays(), "surprise.")
-            if self._tokens.common is not None:
-                arrays |= prefixed(self._tokens.common.arrays(), "common.")
+        if self._surprise is not None:
+            arrays |= prefixed(self._surprise.arrays(), "surprise.")
         for lane, fixed in self.fixed.items():
             arrays |= prefixed(fixed.state(), f"fixed.{lane}.")
         alarmed_at = -1 if self.alarmed_at is None else self.alarmed_at
         return arrays | {
-            "counts": np.array([self.needed, self.samples, self.alarms, alarmed_at, self._seed, self._began_at])
+            "counts": np.array([self.needed, self.samples, self.alarms, alarmed_at, self._seed, self._began_at]),
+            LAYOUT: np.array(1),
         }
 
     def restore(self, state: Mapping[str, NDArray]) -> None:
-        """Become the signal whose `state()` this was; this one's tolerance stays."""
+        """Become the signal whose `state()` this was, in whatever release; this one's tolerance stays."""
+        state = current(self.kind, state, self._dimensions)
         # Earlier releases kept neither the sixth count nor the rows.
         needed, samples, alarms, alarmed_at, seed, *began_at = (int(count) for count in state["counts"])
         self.needed = needed
@@ -361,10 +357,7 @@ class Signal:
         for lane, fixed in self.fixed.items():
             fixed.restore(below(state, f"fixed.{lane}."))  # earlier releases had none
         if "surprise.spread" in state:
-            # Earlier releases had no frequent tokens.
-            common = below(state, "common.")
-            surprise = TokenSurprise.from_arrays(below(state, "surprise."))
-            self._score_tokens(TokenScores(surprise, CommonTokens.from_arrays(common) if common else None))
+            self._score_tokens(TokenSurprise.from_arrays(below(state, "surprise.")))
         if "gathered" in state:
             rows = np.asarray(state["gathered"], np.float32)
             if len(rows) and rows.shape[1] != self._columns:
@@ -373,7 +366,7 @@ class Signal:
             return
         scale = Scale.from_arrays(below(state, "scale."))
         detector = Drift.from_state(below(state, "detector."))
-        shape = (self._columns, self._scores)
+        shape = (self._columns, len(self.names))
         fits = scale.matrix.shape == shape and scale.centre.shape == shape[:1]
         if not fits or len(detector.rank_shift) != len(self.names):
             raise ValueError(f"{self.kind} has a scale of {scale.matrix.shape}, not {shape}")
@@ -384,18 +377,18 @@ class Signal:
         self._recent, self._weight = own(self._columns, state["recent"]), float(state["weight"])
         self._rows = RecentRows(self._columns, state.get("rows"))
         # Earlier releases wrote neither.
-        self._structure = ReferenceStructure.from_state(below(state, "structure."), self._scores)
+        self._structure = ReferenceStructure.from_state(below(state, "structure."), len(self.names))
         self._usual = np.array(state["usual"] if "usual" in state else np.zeros(2))
 
     def _parts(self, rows: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """Rows (n, columns) as the scale takes them, and the sketches of their tokens where those are still needed."""
         columns = self._own_columns
         carried = rows[:, columns : columns + SKETCH] if rows.shape[1] >= columns + SKETCH else None
-        if carried is None and (rows.shape[1] != columns or self._tokens is not None):
+        if carried is None and (rows.shape[1] != columns or self._surprise is not None):
             raise ValueError(f"a row of {self.kind} has {columns} numbers; this one has {rows.shape[1]}")
         raw = rows[:, :columns]
-        if self._tokens is not None and carried is not None:
-            raw, carried = np.concatenate((raw, self._tokens(carried)), axis=1), None
+        if self._surprise is not None and carried is not None:
+            raw, carried = np.concatenate((raw, self._surprise(carried)), axis=1), None
         if not all_finite(raw):
             raise ValueError(f"a row of {self.kind} holds a number that is not finite; leave the request out")
         return raw, carried
@@ -403,13 +396,12 @@ class Signal:
     @property
     def _own_columns(self) -> int:
         """Numbers of a row before those that are made of its tokens."""
-        return self._columns if self._tokens is None else self._columns - self._tokens.columns
+        return self._columns - (0 if self._surprise is None else len(NAMES))
 
     def _means(self, rows: NDArray[np.float32], raws: NDArray[np.float32]) -> NDArray[np.float32] | None:
         """(n, numbers) what comes behind the sketches of the tokens, and what those became in `raws` of `_parts`."""
         means, own = rows[:, self._own_columns + SKETCH :], self._own_columns
-        surprises = None if self._tokens is None else raws[:, own : own + len(NAMES)]
-        return with_surprise(means, surprises) if means.size else None
+        return with_surprise(means, raws[:, own:] if self._surprise is not None else None) if means.size else None
 
     def _gather(self, raw: Rows, part: Rows | None, mean: Rows | None) -> None:
         if part is not None:
@@ -426,9 +418,9 @@ class Signal:
         rows = self._gathered
         if 2 * len(self._sketches) >= self.needed:
             rows = self._scored(sorted(self._sketches))
-        surprises = len(NAMES) if self._tokens is not None else 0
+        surprises = len(NAMES) if self._surprise is not None else 0
         self._scale, self._structure, reference = fit(
-            self.kind, rows, surprises=surprises, common=self.silent, seed=self._seed, ordered=self._ordered
+            self.kind, rows, surprises=surprises, seed=self._seed, ordered=self._ordered
         )
         weights = np.repeat((1.0, SURPRISE_WEIGHT), (len(self.names) - surprises, surprises))
         self._detector = Drift(
@@ -436,8 +428,6 @@ class Signal:
             threshold=self.threshold,
             weights=weights,
             margin=self._structure.margin,
-            silent=self.silent,
-            turn=TURN if self.silent and self._structure.block == 1 else 1,
             means=self._of_mean_rows(),
             seed=self._seed,
         )
@@ -465,33 +455,23 @@ class Signal:
         onto = self._scale.matrix[:, score]
         return name, onto / onto[score], 1 / float(onto[score])
 
-    def _scored(self, numbers: Sequence[int]) -> list[NDArray[np.float32]]:
+    def _scored(self, numbers: Sequence[int]) -> list[Rows]:
         """The gathered rows of these numbers, those since a restart, with the scores of their tokens, which every other
         one of them fits."""
         fitting = [self._sketches[number] for number in numbers[::2]]
         surprise, scores = TokenSurprise.fit(fitting)
-        tokens = TokenScores(surprise, CommonTokens.fit(fitting) if self.kind == PROMPT else None)
-        self._score_tokens(tokens)
-        scored = tokens(np.array([self._sketches[number] for number in numbers], np.float32))
-        scored[::2, : len(NAMES)] = scores  # as if they had not been among those that they fitted
+        self._score_tokens(surprise)
+        scored = surprise(np.array([self._sketches[number] for number in numbers], np.float32))
+        scored[::2] = scores  # as if they had not been among those that they fitted
         for number, row in zip(numbers, scored, strict=True):
             if number in self._mean_rows:
-                self._mean_rows[number] = with_surprise(self._mean_rows[number], row[: len(NAMES)])
+                self._mean_rows[number] = with_surprise(self._mean_rows[number], row)
         return [np.concatenate((self._gathered[number], row)) for number, row in zip(numbers, scored, strict=True)]
 
-    @property
-    def silent(self) -> int:
-        """How many of the last columns only help to learn directions."""
-        return 0 if self._tokens is None or self._tokens.common is None else COMMON
-
-    @property
-    def _scores(self) -> int:
-        return len(self.names) + self.silent
-
-    def _score_tokens(self, tokens: TokenScores) -> None:
+    def _score_tokens(self, surprise: TokenSurprise) -> None:
         """From now on rows carry a sketch of their tokens, which becomes their last columns."""
-        if self._tokens is None:
+        if self._surprise is None:
             self.names += NAMES
-            self._columns += tokens.columns
+            self._columns += len(NAMES)
             self._rows = RecentRows(self._columns)
-        self._tokens = tokens
+        self._surprise = surprise

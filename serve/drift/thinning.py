@@ -12,9 +12,9 @@ out too, so that what is accepted depends on a fixed span of the stream: were re
 would come first and rare ones later, and that would be a drift that the sampling makes itself. Until the first window
 is full nothing is accepted.
 
-What recent prompts share (`features.token_runs`) is learned all the time, a few requests ahead, and is no part of
-what is compared. Memory is bounded, and is passed on as arrays. Of a prompt hashes are kept; its tokens only until the
-few requests after it have come.
+What recent prompts begin or end with alike (`features.shared_ends`) is no part of what is compared; a few requests
+ahead help to know it. Memory is bounded, and is passed on as arrays. Of a prompt hashes are kept; its tokens only until
+the few requests after it have come.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from serve.drift.features.token_runs import AHEAD, MINIMA, STRETCH, Own, SharedRuns, Words
+from serve.drift.features.shared_ends import AHEAD, MINIMA, Own, Read, SharedEnds
 from serve.drift.share_watch import OpeningWatch, ShareWatch
 from serve.drift.state_arrays import below, prefixed
 
@@ -88,8 +88,7 @@ class _Waiting(NamedTuple, Generic[Item]):
     """A request whose followers are not all there yet. opening: as `offer` takes it."""
 
     item: Item
-    words: Words
-    runs: NDArray[np.uint64]
+    read: Read
     digest: bytes
     key: int | None
     now: float
@@ -107,7 +106,7 @@ class Taken(NamedTuple, Generic[Item]):
 class Thinning(Generic[Item]):
     """interval: seconds between two requests of one key (0: no limit). window, warm_up: in raw requests.
 
-    numbers: which tokens are made of digits (`Embedding.numbers`). stretch: as `SharedRuns` takes it.
+    numbers: which tokens are made of digits (`Embedding.numbers`).
     """
 
     def __init__(
@@ -118,7 +117,6 @@ class Thinning(Generic[Item]):
         warm_up: int = 0,
         ahead: int = AHEAD,
         numbers: NDArray[np.bool_] | None = None,
-        stretch: int = STRETCH,
     ) -> None:
         if window < 1 or warm_up < 0 or ahead < 0 or interval < 0:
             raise ValueError(
@@ -132,8 +130,8 @@ class Thinning(Generic[Item]):
         self._interval = interval
         self._window = window
         self._warm_up = warm_up
-        self._ahead, self._numbers = ahead, numbers
-        self._shared = SharedRuns(numbers, stretch)
+        self._ahead = ahead
+        self._shared = SharedEnds(numbers)
         self._waiting: deque[_Waiting[Item]] = deque()
         self._raw = 0
         self._prompts, self._bands = _Window(window), _Window(window)
@@ -156,16 +154,8 @@ class Thinning(Generic[Item]):
         """Take in a request. Returns the one that came `ahead` requests before, if it is accepted. opening: the runs of
         what stands before `tokens`, where that is known; else it is what the tokens share with those around them."""
         ids = np.array(tokens, np.int64)
-        self._waiting.append(_Waiting(item, *self._shared.read(ids), _digest(ids.tobytes()), key, now, opening))
+        self._waiting.append(_Waiting(item, self._shared.read(ids), _digest(ids.tobytes()), key, now, opening))
         return self._decide(self._waiting.popleft()) if len(self._waiting) > self._ahead else None
-
-    def share_as(self, stretch: int, sampling: Mapping[str, NDArray]) -> None:
-        """From now on what prompts share is cut out as it was for a reference: with this `stretch`, as `SharedRuns`
-        takes it, and what was fixed in its `sampling`, a `state()` or a part of one."""
-        self._shared.stretch = stretch
-        self._shared.fix_as(below(sampling, "shared."))
-        if self._steady:
-            self._shared.fix()
 
     def flush(self) -> list[Taken[Item]]:
         """Decide on those that wait, though nothing follows them."""
@@ -173,12 +163,10 @@ class Thinning(Generic[Item]):
         return [taken for taken in decided if taken is not None]
 
     def _decide(self, request: _Waiting[Item]) -> Taken[Item] | None:
-        own = self._shared.split(request.words, request.runs)
+        own = self._shared.split(request.read)
         reason = self._reason(request, own)
         if not self._steady:
-            if self._is_steady(request.now):
-                self._steady = True
-                self._shared.fix()
+            self._steady = self._is_steady(request.now)
             reason = WARMING_UP if reason == ACCEPTED else reason
         else:
             self._lately.append(reason)
@@ -188,7 +176,7 @@ class Thinning(Generic[Item]):
             return None
         named = request.opening is not None
         self.opening.update(own.shared_runs if request.opening is None else request.opening, request.now, named=named)
-        return Taken(request.item, own.tokens, request.words.tokens)
+        return Taken(request.item, own.tokens, request.read.words.tokens)
 
     def _reason(self, request: _Waiting[Item], own: Own) -> str:
         # All of it is learned from every request, also from one that is left out: a chain of near-duplicates stays out.
@@ -239,7 +227,7 @@ class Thinning(Generic[Item]):
 
     def state(self) -> dict[str, NDArray]:
         """What is remembered, as arrays; not the requests that wait."""
-        state = prefixed(self._shared.state(), "shared.")
+        state = {}
         for name, window in (("prompts", self._prompts), ("bands", self._bands)):
             state[name], state[f"{name}.raw"] = window.state()
         state["askers"] = np.array(list(self._askers), np.uint64)
@@ -253,7 +241,6 @@ class Thinning(Generic[Item]):
 
     def restore(self, state: Mapping[str, NDArray]) -> None:
         """Go on where the thinning was whose `state()` this is, or what an heir takes over of it (`inherited`)."""
-        self._shared = SharedRuns.from_state(below(state, "shared."), self._numbers, self._shared.stretch)
         for name, window in (("prompts", self._prompts), ("bands", self._bands)):
             window.restore(state[name], state[f"{name}.raw"])
         seen = zip(state["askers.raw"].tolist(), state["askers.seconds"].tolist(), strict=True)

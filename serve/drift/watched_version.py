@@ -45,7 +45,8 @@ from serve.drift.features.last_turn import Turn, last_turn
 from serve.drift.features.parameter_strata import LEGACY, Stratum
 from serve.drift.features.request_rows import follow_up_row, regress_on, rows_of_answer
 from serve.drift.features.request_text import TAIL, RequestText
-from serve.drift.features.token_runs import skipped
+from serve.drift.features.shared_ends import skipped
+from serve.drift.features.text_marks import marks_of
 from serve.drift.features.traffic_profile import Prompt, TrafficProfiles
 from serve.drift.features.word_counts import hashed
 from serve.drift.probe_comparison import ProbeAnswers, has_reference, noise_ratio, probe_arrays
@@ -211,8 +212,7 @@ class WatchedVersion:
     def __post_init__(self) -> None:
         self._shuffle = Shuffle(seed=self.settings.seed)
         self._follow_up_shuffle = Shuffle(FOLLOW_UPS_SHUFFLED, seed=self.settings.seed)
-        interval, stretch = self.settings.interval, self.baseline.stretch
-        self.thinning = Thinning(interval=interval, warm_up=WINDOW, numbers=self.numbers, stretch=stretch)
+        self.thinning = Thinning(interval=self.settings.interval, warm_up=WINDOW, numbers=self.numbers)
         if remembered := self.baseline.sampling():
             self.thinning.restore(remembered)
             self.follow_ups.restore(below(remembered, "follow_ups."))
@@ -341,10 +341,8 @@ class WatchedVersion:
         self.baseline.provenance = replace(self.baseline.provenance, origin="accepted")
 
     def replace_baseline(self, baseline: Baseline) -> None:
-        """Compare with this baseline from now on. The traffic is the same: what its thinning remembers stays, but for
-        what is cut out of every prompt."""
+        """Compare with this baseline from now on. The traffic is the same: what its thinning remembers stays."""
         self.thinning.acknowledge()
-        self.thinning.share_as(baseline.stretch, baseline.sampling())
         baseline.sampling = self._sampling
         self.baseline, self.unsaved = baseline, True
         self.alarmed.clear()
@@ -450,7 +448,7 @@ class WatchedVersion:
         text = self.text.last(tokens[-TAIL:].tolist()) if self.text is not None else ""
         language, words = read(text)
         counted = hashed(words, STOP_WORDS) if words and sample.words else {}
-        return Prompt(length, language, sample.tenant, counted, sample.asker or 0, vector)
+        return Prompt(length, language, sample.tenant, counted, sample.asker or 0, vector, marks_of(text))
 
     def _message(self, exchange: Exchange, turn: Turn, asker: int | None) -> _FollowUp | None:
         """None of one that begins a conversation, or repeats what was asked."""

@@ -39,11 +39,7 @@ def main(model: Path, requests: int) -> None:
     for kind in ("german", "medical"):
         for share in (1.0, 0.2):
             said(model, embedding, tokens["general"], tokens[kind], share, kind)
-    alone = 1 + embedding.dimensions  # without what comes behind
-    rows = {
-        kind: np.array([prompt_row(embedding, ids)[:alone] for ids in each], np.float32)
-        for kind, each in tokens.items()
-    }
+    rows = {kind: np.array([prompt_row(embedding, ids) for ids in each], np.float32) for kind, each in tokens.items()}
     for how in ("acknowledge", "accept"):
         print(f"{how}: {alarms(rows['general'], rows['german'], how, requests)} alarms in {requests} requests after")
     cost(model, embedding, tokens["general"])
@@ -104,7 +100,7 @@ def exchange(number: int, prompt: Sequence[int]) -> Exchange:
 def alarms(before: np.ndarray, after: np.ndarray, how: str, requests: int) -> int:
     """Alarms of one signal after a real change that is dealt with `how` 100 requests after each."""
     draw = np.random.default_rng(3)
-    signal = Signal(PROMPT, dimensions=before.shape[1] - 1)
+    signal = Signal(PROMPT)
     for row in before[draw.integers(len(before), size=1400)]:
         signal.update(row)
     first, waited = 0, 0

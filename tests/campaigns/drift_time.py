@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from typing import Any, TypeAlias
@@ -31,7 +32,9 @@ from tests.support.time_streams import (
     autoregression,
     mixed,
     noise,
+    of_scores,
     sessions,
+    signal_of_scores,
     synthetic,
     wave,
 )
@@ -53,9 +56,17 @@ class Outcome:
 
 def watch(rows: Rows, seed: int) -> Outcome:
     """A signal over `rows` up to its first alarm."""
-    signal = Signal(PROMPT, needed=REFERENCE, threshold=1e5, seed=seed)
-    for row in rows[:REFERENCE]:
-        signal.update(row)
+    with of_scores() if rows.shape[1] == SCORES else nullcontext():
+        return _watch(rows, seed)
+
+
+def _watch(rows: Rows, seed: int) -> Outcome:
+    if rows.shape[1] == SCORES:
+        signal = signal_of_scores(rows[:REFERENCE], seed)
+    else:
+        signal = Signal(PROMPT, needed=REFERENCE, threshold=1e5, seed=seed)
+        for row in rows[:REFERENCE]:
+            signal.update(row)
     began = time.process_time()
     alarm = next((i for i, row in enumerate(rows[REFERENCE:], 1) if signal.update(row)), None)
     seconds = (time.process_time() - began) / (alarm or len(rows) - REFERENCE)

@@ -22,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.drift.features import embedding
-from serve.drift.features.common_tokens import CommonTokens
 from serve.drift.features.features import Scale, prompt_row
 from serve.drift.features.token_surprise import BUCKETS, SAMPLED, TokenSurprise, sketch
 from serve.models.embedded import ensure
@@ -49,25 +48,22 @@ def features(reference: Texts) -> dict[str, Features]:
     """Those of today on one half of a reference, and others."""
     parts = np.array([sketch(ids) for ids in reference[::2]])
     surprise, scores = TokenSurprise.fit(parts)
-    common = CommonTokens.fit(parts)
 
     def raw(ids: Sequence[int], tokens: NDArray) -> NDArray:
         row = prompt_row(embedding := drift_streams.embedding(), ids)[: 1 + embedding.dimensions]
-        return np.concatenate((row, tokens, common(sketch(ids))))
+        return np.concatenate((row, tokens))
 
     fitting = np.array([raw(ids, tokens) for ids, tokens in zip(reference[::2], scores, strict=True)])
-    scale = Scale.fit("prompt", fitting, surprises=2, common=len(common.shares))
-    heard = fitting.shape[1] - len(common.shares)
+    scale = Scale.fit("prompt", fitting, surprises=2)
 
     def scored(texts: Texts) -> NDArray:
         return np.array([scale(raw(ids, surprise(sketch(ids)))) for ids in texts])
 
     return {
-        "length and vector": lambda texts: scored(texts)[:, : heard - 2],
-        "surprise of tokens and pairs": lambda texts: scored(texts)[:, heard - 2 : heard],
-        "these": lambda texts: scored(texts)[:, :heard],
-        "frequent tokens": lambda texts: scored(texts)[:, heard:],
-        "all that is looked at": scored,
+        "length": lambda texts: scored(texts)[:, :1],
+        "surprise of tokens and pairs": lambda texts: scored(texts)[:, 1:],
+        "all scores": scored,
+        "vector": lambda texts: np.array([drift_streams.embedding().vector(ids) for ids in texts]),
         "mean row": lambda texts: np.array([drift_streams.embedding().mean_row(ids) for ids in texts]),
         "mean embedding, not projected": means,
     }

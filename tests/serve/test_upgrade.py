@@ -128,7 +128,12 @@ async def test_baselines_and_the_canary_on_trial_go_on_where_they_were(opened, k
             assert (await ask(client, f"{name}@{was[0]['version']}")).status_code == 200
             now = await watched(client, name)
             assert now[0]["baseline"] == was[0]["baseline"]
-            assert known(now[0]["signals"], was[0]["signals"]) == was[0]["signals"]
+            # Numbers of vectors were scores: evidence, and the largest shift of ranks, are of those that are left.
+            for kind, signal in was[0]["signals"].items():
+                kept = {
+                    key: value for key, value in signal.items() if key not in ("log_evidence", "effects", "structure")
+                }
+                assert known(now[0]["signals"][kind], kept) == kept
 
 
 async def test_a_push_and_a_rollback_work_afterwards(opened, tmp_path):

@@ -5,12 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeAlias
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
+
+from serve.drift.features import features
+from serve.drift.features.features import PROMPT
+from serve.drift.signal import Signal
 
 Rows: TypeAlias = NDArray[np.floating]
 Draw: TypeAlias = Callable[[np.random.Generator, int], Rows]
@@ -19,6 +25,22 @@ REFERENCE = 1000
 SCORES = 33
 WANDERING = 5
 SESSION = 6
+NAMES = tuple(f"score_{i}" for i in range(SCORES))
+
+
+@contextmanager
+def of_scores() -> Iterator[None]:
+    """A signal of prompts takes rows of SCORES scores here, and nothing else."""
+    with patch.dict(features._LEADS, {PROMPT: NAMES}):
+        yield
+
+
+def signal_of_scores(rows: Rows, seed: int = 0) -> Signal:
+    """A signal whose reference these are."""
+    signal = Signal(PROMPT, needed=len(rows), threshold=1e5, seed=seed, dimensions=0)
+    for row in rows:
+        signal.update(row)
+    return signal
 
 
 def noise(rng: np.random.Generator, n: int, heavy: bool = False) -> Rows:

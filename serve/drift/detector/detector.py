@@ -12,13 +12,11 @@ heavy tails, ties and constants too. Three steps lead there.
    Algorithmic Learning in a Random World, 2022), independent and uniform while nothing changes. A full bag forgets one
    entry drawn by lot from all, the new one included: what remains tells nothing about the ranks that were given, so
    they stay independent.
-2. Histograms of the p-values so far and fixed bets bet against the next one (`detector.bets`); a bet multiplies by
-   e, E[e] = 1.
+2. Fixed bets are placed on the p-value (`detector.bets`); a bet multiplies by e, E[e] = 1.
 3. Shiryaev-Roberts: R <- (R + 1) e. R - t is a martingale, so the mean time until R >= c is at least c (Shin, Ramdas
-   and Rinaldo, E-detectors, 2022). The evidence is a weighted mean of R over bets and scores.
+   and Rinaldo, E-detectors, 2022). The evidence is a mean of R over bets and scores, by `weights`.
 
-Half of the weight lies on the k scores, by `weights`, and half on learned directions (`detector.directions`). Where
-there are mean rows, directions in which those move have half of the whole (`serve.drift.detector.mean_rows`).
+Where there are mean rows, directions in which those move have half of the evidence (`serve.drift.detector.mean_rows`).
 
 The promise is a theorem for one score. The mean over scores is exact as far as their p-values share one history; ranks
 of different scores in one bag can tell of one another in theory. `make drift-proof` measures what that amounts to.
@@ -37,15 +35,12 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from serve.drift.detector.bets import CELLS, Bank, Floats, State, cells
-from serve.drift.detector.directions import FARTHEST, HALF_LIVES, NORMAL, Directions, Draw
+from serve.drift.detector.bets import Bank, Floats, State
 from serve.drift.detector.effect_size import EFFECT_HALF_LIFE, EffectSize
 from serve.drift.detector.mean_rows import HALF_LIVES as MEAN_HALF_LIVES
-from serve.drift.detector.mean_rows import MeanRows, Phase
-from serve.drift.detector.native_steps import NativeSteps, Stage
+from serve.drift.detector.mean_rows import MeanRows
 from serve.drift.detector.recent_rows import RecentRows, all_finite
 from serve.drift.detector.score_bags import ScoreBags
-from serve.drift.native import at, native
 from serve.drift.state_arrays import below, own, prefixed
 from serve.drift.tolerance import less_error
 from serve.sequential.random_state import rng_from, rng_state
@@ -56,22 +51,18 @@ SIZED = 0.5
 # An evidence of so many thresholds is sure: the size was seen on requests that raised the evidence, so that an
 # evidence by chance is likely to come with one.
 SURE = 20.0
-# Rows that the gauges take at a time: nobody reads them at every request.
-GAUGED = 32
 # Rows that are kept: with fewer since a change, the gauges mostly hold what was before it.
 RECENT = 64
 
 
 class Drift:
-    """One detector over rows of k scores. Not thread-safe; `update` costs tens of microseconds.
+    """One detector over rows of k scores. Not thread-safe.
 
-    reference: (n, k), n >= 1; to D only its ranks matter, F also uses distances: unit scale serves it best.
-    threshold: c, the mean number of requests between false alarms. capacity: rows that the bag holds, by default as
-    many as the reference and at least 1,000; never fewer than the reference. weights: (k,) what each score weighs in
-    the evidence, by default the same. margin: by how much each may move unseen, in its unit; 0 by default. silent: so
-    many columns more, behind the scores, of zero mean and unit spread: they only help to learn directions, which
-    turn after every `turn` requests. means: what bets on the requests' mean rows. seed: of the random numbers that
-    break ties and choose what leaves the bag.
+    reference: (n, k), n >= 1; only its ranks matter. threshold: c, the mean number of requests between false alarms.
+    capacity: rows that the bag holds, by default as many as the reference and at least 1,000; never fewer than the
+    reference. weights: (k,) what each score weighs in the evidence, by default the same. margin: by how much each may
+    move unseen, in its unit; 0 by default. means: what bets on the requests' mean rows. seed: of the random numbers
+    that break ties and choose what leaves the bag.
     """
 
     def __init__(
@@ -82,8 +73,6 @@ class Drift:
         capacity: int | None = None,
         weights: ArrayLike | None = None,
         margin: ArrayLike | None = None,
-        silent: int = 0,
-        turn: int = 1,
         means: MeanRows | None = None,
         seed: int = 0,
     ) -> None:
@@ -98,30 +87,26 @@ class Drift:
             raise ValueError(
                 f"threshold {threshold} is below any evidence; it is the mean number of requests between alarms"
             )
-        n, k = len(rows), rows.shape[1] - silent
+        n, k = rows.shape
         self.threshold = float(threshold)
         self.capacity = max(n, 1000 if capacity is None else capacity)
         self.updates = 0
         self.crossed_at: int | None = None
         self._rng = np.random.Generator(np.random.PCG64(seed))
-        self._reference = np.ascontiguousarray(np.sort(rows[:, :k], axis=0).T)  # (k, n)
-        self._margin = np.zeros(rows.shape[1], np.float32) if margin is None else np.array(margin, np.float32)
-        self._bags = ScoreBags(self._reference, self.capacity, self._margin[:k])
-        self._directions = Directions(rows, self.capacity, self._margin, silent, turn) if rows.shape[1] > 1 else None
+        self._reference = np.ascontiguousarray(np.sort(rows, axis=0).T)  # (k, n)
+        self._margin = np.zeros(k, np.float32) if margin is None else np.array(margin, np.float32)
+        self._bags = ScoreBags(self._reference, self.capacity, self._margin)
         self._weights = np.ones(k) if weights is None else np.array(weights, np.float64)
-        directions = 0 if self._directions is None else len(HALF_LIVES)
-        self._bank = Bank(self._weights, directions, self._margin[:k] > 0)
+        self._bank = Bank(self._weights)
         self.means = means
-        self._effect = _effect_size(k, directions, n)
+        self._effect = _effect_size(k, n)
         self._sized = self._sure = False
         self.tolerated_share = 1.0
         self._moved = np.full(k, -np.inf)
         self._shift = np.zeros(k)
         self._seen = np.zeros(2)  # weight of the gauges, and of its squares
-        self._ungauged: list[NDArray[np.float32]] = []
-        self._rows = RecentRows(rows.shape[1])
+        self._rows = RecentRows(k)
         self._mean_rows: deque[NDArray[np.float32] | None] = deque(maxlen=RECENT)
-        self._native = self._native_parts()
 
     def update(self, row: ArrayLike, mean_row: NDArray[np.float32] | None = None) -> bool:
         """Take the scores of one request, and say whether the evidence has reached the threshold."""
@@ -141,71 +126,31 @@ class Drift:
             raise ValueError(f"{len(scores)} rows come with {len(mean_rows)} mean rows")
         if not all_finite(scores):
             raise ValueError("a score is not a finite number; leave the request out")
-        if self._native is None or not self._alike(mean_rows):
-            return self._steps(scores, mean_rows)
-        return self._native_steps(self._native, scores, mean_rows)
-
-    def _alike(self, mean_rows: Sequence[NDArray[np.float32] | None]) -> bool:
-        """Whether all of these mean rows are ranked, or there are none."""
-        known = sum(row is not None for row in mean_rows)
-        return known == 0 or self.means is None or (known == len(mean_rows) and self.means.phase is not Phase.GATHERING)
-
-    def _native_steps(
-        self, native: NativeSteps, scores: NDArray[np.float32], mean_rows: Sequence[NDArray[np.float32] | None]
-    ) -> Iterator[bool]:
-        """`_steps` in few calls: one ends where the evidence is first to be sized, and where it is that of a drift;
-        each later one takes a single row."""
-        ranked = self.means is not None and self.means.phase is Phase.RANKING and mean_rows[0] is not None
-        together, done = self.means.together(mean_rows) if ranked and self.means is not None else None, 0
-        while done < len(scores):
-            rows = scores[done : done + 1] if self.drifted else scores[done:]
-            means = None if together is None else together[done : done + len(rows)]
-            sized_from = self.threshold**SIZED
-            stage = Stage(self.updates, self._sized, self.drifted, sized_from, self.threshold, self.tolerated_share)
-            evidence = native(rows, self.means, means, stage).tolist()
-            self._note(rows[: len(evidence)], mean_rows[done : done + len(evidence)])
-            for each in evidence[-2:]:  # nothing follows from what was before, or it would have ended there
-                self._weigh(each)
-            done += len(evidence)
-            yield from [False] * (len(evidence) - 1)
-            yield self.drifted
+        return self._steps(scores, mean_rows)
 
     def _steps(self, scores: NDArray[np.float32], mean_rows: Sequence[NDArray[np.float32] | None]) -> Iterator[bool]:
-        directions, draws = self._directions, list[Draw]()
-        p, bounds = self._rank(scores, draws)
-        places, silent = cells(p), scores[:, p.shape[1] :]
-        bets = self._bank.prepare(p, places, bounds)
-        heard, taught = NORMAL.take(places), np.minimum(np.maximum(silent, -FARTHEST), FARTHEST)
-        for i, (row, mean_row) in enumerate(zip(scores, mean_rows, strict=True)):
-            if self._sized:  # before anything learns from it
+        lots = [self._bags.lots(self._rng, ahead) for ahead in range(len(scores))]
+        bets = self._bank.prepare(*self._bags.rank(scores, lots))
+        ranks = self._score_ranks(scores) - 0.5
+        for row, mean_row, bet, rank in zip(scores, mean_rows, bets, ranks, strict=True):
+            if self._sized:
                 self._effect.observe(*self._places(row, mean_row), self.tolerated_share)
-            self._note(row[None], [mean_row])
-            along = [] if directions is None else directions.ranked(row, draws[i])
-            multiple = self._bank.place(bets[i], self.updates, [min(int(each * CELLS), CELLS - 1) for each in along])
-            if directions is not None:
-                directions.taught(heard[i], multiple, silent[i], taught[i])
+            self._note(row, mean_row, rank)
+            self._bank.place(bet, self.updates)
             if self.means is not None and mean_row is not None:
                 self.means.observe(mean_row, self.updates)
             self._weigh(self._evidence())
             yield self.drifted
 
-    def _rank(self, scores: NDArray[np.float32], draws: list[Draw]) -> tuple[Floats, tuple[Floats, Floats] | None]:
-        """The p-values of several rows, as the bags have it. `draws` gets what the directions will need."""
-        lots = []
-        for ahead in range(len(scores)):
-            lots.append(self._bags.lots(self._rng, ahead))
-            if self._directions is not None:
-                draws.append(self._directions.draw(self._rng, ahead))
-        return self._bags.rank(scores[:, : len(self._bags)], lots)
-
-    def _note(self, scores: NDArray[np.float32], mean_rows: Sequence[NDArray[np.float32] | None]) -> None:
-        """What the gauges need of requests."""
-        self.updates += len(scores)
-        self._ungauged.append(scores)
-        self._rows.extend(scores, RECENT)
-        self._mean_rows.extend(mean_rows)
-        if sum(map(len, self._ungauged)) >= GAUGED:
-            self._gauge()
+    def _note(self, row: NDArray[np.float32], mean_row: NDArray[np.float32] | None, rank: Floats) -> None:
+        """What the gauges need of a request."""
+        self.updates += 1
+        self._rows.extend(row[None], RECENT)
+        self._mean_rows.append(mean_row)
+        self._shift *= _GAUGE_FADE
+        self._shift += rank
+        self._seen *= (_GAUGE_FADE, _GAUGE_FADE**2)
+        self._seen += 1
 
     @property
     def drifted(self) -> bool:
@@ -270,12 +215,11 @@ class Drift:
     @property
     def gauge_error(self) -> float:
         """Standard error of a mean over recent requests, of something with a standard deviation of 1."""
-        self._gauge()
         weight, squares = self._seen
         return math.sqrt(squares) / float(weight) if weight else math.inf
 
     def reset(self, *, effects: bool = False) -> None:
-        """Begin again at no evidence, after an alarm has been dealt with; what the bag and the bets learned stays.
+        """Begin again at no evidence, after an alarm has been dealt with; what the bag holds stays.
 
         effects: also forget how far recent requests lie from the reference.
         """
@@ -285,7 +229,6 @@ class Drift:
         if self.means is not None:
             self.means.reset(self.updates)
         if effects:
-            self._ungauged.clear()
             self._rows.clear()
             self._mean_rows.clear()
             self._shift[:] = 0
@@ -293,7 +236,6 @@ class Drift:
 
     def state(self) -> State:
         """All of it, as arrays for `numpy.savez`: no objects, nothing to unpickle."""
-        self._gauge()
         state = {
             "reference": self._reference.T.copy(),
             "bags": self._bags.sorted(),
@@ -310,8 +252,6 @@ class Drift:
         }
         state |= prefixed(self._effect.state(), "effect.")
         state |= prefixed(self._bank.state(), "bank.")
-        if self._directions is not None:
-            state |= prefixed(self._directions.state(), "directions.")
         if self.means is not None:
             state |= prefixed(self.means.state(), "means.")
         return {name: np.asarray(value) for name, value in state.items()}
@@ -325,39 +265,26 @@ class Drift:
         self.capacity, self.updates = capacity, updates
         self.crossed_at = None if crossed_at < 0 else crossed_at
         self._rng = rng_from(state["lots"])
-        learned, k = below(state, "directions."), len(state["bags"])
-        # The C++ code takes the addresses of arrays: whatever was read, they have their own shapes and types.
-        self._reference = own((k, len(state["reference"])), state["reference"].T, np.float32)
-        # Earlier releases had neither margins nor weights nor what comes after the evidence.
-        columns = learned["bag"].shape[1] if learned else k
-        self._margin = own(columns, state.get("margin", 0), np.float32)
-        self._bags = ScoreBags(state["bags"], capacity, self._margin[:k])
-        self._directions = Directions.from_state(learned, capacity, self._margin, columns - k) if learned else None
-        directions = len(HALF_LIVES) if learned else 0
-        self._weights = own(k, state.get("weights", 1))
-        self._bank = Bank(self._weights, directions, self._margin[:k] > 0)
+        k, n = len(state["bags"]), len(state["reference"])
+        self._reference = own((k, n), state["reference"].T, np.float32)
+        self._margin = own(k, state["margin"], np.float32)
+        self._bags = ScoreBags(state["bags"], capacity, self._margin)
+        self._weights = own(k, state["weights"])
+        self._bank = Bank(self._weights)
         self._bank.restore(below(state, "bank."))
         means = below(state, "means.")
         self.means = MeanRows.from_state(means) if means else None
-        self._effect, self.tolerated_share = _effect_size(k, directions, self._reference.shape[1]), 1.0
-        if "effect.seen" in state:
-            self._effect.restore(below(state, "effect."))
-        # Earlier releases looked for the size after the evidence alone, which was sure then.
-        self._sized, self._sure = (bool(stage) for stage in state.get("stages", (crossed_at >= 0,) * 2))
+        self._effect, self.tolerated_share = _effect_size(k, n), 1.0
+        if effect := below(state, "effect."):
+            self._effect.restore(effect)
+        self._sized, self._sure = (bool(stage) for stage in state["stages"])
         self._moved = own(k, state["moved"])
         self._shift = own(k, state["shift"])
         self._seen = own(2, state["seen"])
-        self._ungauged = []
-        rows = state.get("rows", np.empty((0, columns)))
-        self._rows = RecentRows(columns, own((len(rows), columns), rows, np.float32))
+        rows = state["rows"]
+        self._rows = RecentRows(k, own((len(rows), k), rows, np.float32))
         self._mean_rows = deque([None] * len(self._rows), maxlen=RECENT)
-        self._native = self._native_parts()
         return self
-
-    def _native_parts(self) -> NativeSteps | None:
-        code = native()
-        parts = (self._rng, self._margin, self._reference, self._bags, self._bank, self._directions, self._effect)
-        return None if code is None else NativeSteps(code, *parts)
 
     def _evidence(self) -> float:
         """The weighted mean of all R."""
@@ -366,7 +293,7 @@ class Drift:
         return (self._bank.evidence() + self.means.evidence()) / 2
 
     def _stream_weights(self) -> Floats:
-        """(streams,) with the sum 1, by their evidence: scores, directions, directions of mean rows."""
+        """(streams,) with the sum 1, by their evidence: scores, then directions of mean rows."""
         weights, rest = self._bank.weights(), np.zeros(len(MEAN_HALF_LIVES))
         if self.means is not None and (theirs := self.means.by_stream()).any():
             ours = self._bank.evidence()
@@ -375,7 +302,6 @@ class Drift:
         return np.concatenate((weights, rest))
 
     def _faded_rank_shift(self, error: float) -> Floats:
-        self._gauge()
         if self._seen[0] == 0:
             return np.zeros(len(self._shift))
         return less_error(self._shift / self._seen[0], error)
@@ -395,11 +321,8 @@ class Drift:
         """Look for the size of the effect from here on, where requests since the change let expect it."""
         since = min(max(self.updates - self.changed_at, 1), len(self._rows))
         rows, mean_rows = self._rows.last(since), list(self._mean_rows)[-since:]
-        if self._native is not None:
-            less, upto = self._native.places(rows, self.means, mean_rows)
-        else:
-            places = [self._places(*each) for each in zip(rows, mean_rows, strict=True)]
-            less, upto = np.array(places).transpose(1, 0, 2)
+        places = [self._places(*each) for each in zip(rows, mean_rows, strict=True)]
+        less, upto = np.array(places).transpose(1, 0, 2)
         self._effect.begin(self._stream_weights(), less, upto, self.tolerated_share)
 
     def _places(
@@ -407,46 +330,25 @@ class Drift:
     ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         """(streams,) each: how many of the reference alone lie below the scores, and how many not above them."""
         # Of a single row: faster than a search in each score's column.
-        known, row = self._reference, scores[: len(self._bags), None]
+        known, row = self._reference, scores[:, None]
         less, upto = np.count_nonzero(known < row, axis=1), np.count_nonzero(known <= row, axis=1)
-        parts = [(less, upto)]
-        if self._directions is not None:
-            parts.append(self._directions.reference_places(scores))
         size = known.shape[1]
         if self.means is not None and mean_row is not None:
-            parts.append(self.means.reference_places(mean_row, size))
+            below, above = self.means.reference_places(mean_row, size)
         else:
-            parts.append((np.zeros(len(MEAN_HALF_LIVES), np.intp), np.full(len(MEAN_HALF_LIVES), size)))
-        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+            below, above = np.zeros(len(MEAN_HALF_LIVES), np.intp), np.full(len(MEAN_HALF_LIVES), size)
+        return np.concatenate((less, below)), np.concatenate((upto, above))
 
     def _score_ranks(self, rows: NDArray[np.float32]) -> Floats:
         """(n, k) where the scores of rows lie in the reference, ties in their middle."""
         ranks = np.empty((len(self._reference), len(rows)))
-        columns = np.ascontiguousarray(rows[:, : len(ranks)].T)
+        columns = np.ascontiguousarray(rows.T)
         for known, column, rank in zip(self._reference, columns, ranks, strict=True):
             np.add(known.searchsorted(column, "left"), known.searchsorted(column, "right"), out=rank)
         ranks /= 2 * self._reference.shape[1]
         return ranks.T
 
-    def _gauge(self) -> None:
-        """Take in the rows that wait. One after another, so that it does not matter how many wait."""
-        if not self._ungauged:
-            return
-        rows, fade = np.concatenate(self._ungauged), _GAUGE_FADE
-        self._ungauged = []
-        if (code := native()) is not None:
-            known = self._reference
-            code.gauge(at(known), *known.shape, at(rows), rows.shape[1], len(rows), fade, at(self._shift))
-        else:
-            for row in np.ascontiguousarray(self._score_ranks(rows) - 0.5):
-                self._shift *= fade
-                self._shift += row
-        weight, squares = self._seen.tolist()
-        for _ in rows:
-            weight, squares = weight * fade + 1, squares * (fade * fade) + 1
-        self._seen[:] = weight, squares
 
-
-def _effect_size(scores: int, directions: int, size: int) -> EffectSize:
-    rising = directions + len(MEAN_HALF_LIVES)
+def _effect_size(scores: int, size: int) -> EffectSize:
+    rising = len(MEAN_HALF_LIVES)
     return EffectSize(scores + rising, size, rising)

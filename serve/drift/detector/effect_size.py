@@ -1,7 +1,7 @@
 """How far requests lie from the reference, seen on those that come after first evidence: they did not choose the bets.
 
-Which part of [0, 1) foreign requests fill is not known, so that many are tried: ends of the ranks of the scores and
-directions with the most evidence. How often a usual request lies in the part above k of m reference requests is not
+Which part of [0, 1) foreign requests fill is not known, so that many are tried: ends of the ranks of the streams with
+the most evidence. How often a usual request lies in the part above k of m reference requests is not
 known either, but how that chance varies from reference to reference: it is Beta(m + 1 - k, k) distributed, whatever the
 scores. If at most a share `tolerated` of the requests is foreign, each lies there with a probability of at most
 tolerated + (1 - tolerated) times that chance. The likelihood of the requests under more than that, divided by the
@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.drift.detector.bets import Floats, State
-from serve.drift.native import EffectView, at
 
 # Half-life of the gauges that say how far something moved, in requests.
 EFFECT_HALF_LIFE = 50.0
@@ -145,40 +144,14 @@ class EffectSize:
         self._usual[:], self._larger[:] = (np.log(usual), np.log1p(-usual)), (np.log(larger), np.log1p(-larger))
         self._tolerated = tolerated
 
-    def shown(self) -> EffectView:
-        """Where all of it lies, for `serve.drift.native`."""
-        return EffectView(
-            streams=len(self._counts), size=self._size, in_end=at(self._in_end), usual=at(self._usual[0]),
-            usual_not=at(self._usual[1]), larger=at(self._larger[0]), larger_not=at(self._larger[1]),
-            weights=at(self._weights), counts=at(self._counts), hits=at(self._hits), total=at(self._total),
-            seen=at(self._seen), fade=_FADE, most=_MOST, enough=1 / ALPHA, first=FIRST, every=EVERY,
-        )  # fmt: skip
-
-    def give(self, view: EffectView, tolerated: float) -> None:
-        """What a call needs besides the arrays."""
-        self._tolerate(tolerated)
-        view.betting, view.beyond = tolerated < 1, self._beyond
-
-    def take_back(self, view: EffectView) -> None:
-        """What a call changed besides the arrays."""
-        self._beyond = bool(view.beyond)
-
     def state(self) -> State:
         return {name: getattr(self, f"_{name}").copy() for name in _KEPT} | {"beyond": np.array([self._beyond])}
 
     def restore(self, state: Mapping[str, NDArray]) -> None:
-        """Go on where this `state()` was. Earlier releases had other bets: those begin anew, the estimate goes on."""
+        """Go on where this `state()` was."""
         for name in _KEPT:
-            kept, saved = getattr(self, f"_{name}"), state.get(name)
-            # Earlier releases had fewer streams.
-            if saved is not None and kept.shape[1:] == saved.shape[1:] and len(saved) <= len(kept):
-                kept[: len(saved)], kept[len(saved) :] = saved, 0
-        if "beyond" in state:
-            self._beyond = bool(state["beyond"][0])
-        elif self.requests:
-            by_stream = np.asarray(state["weights"], np.float64)
-            self._weights[: len(by_stream)] = (by_stream / (by_stream.sum() * ENDS * len(SHARES)))[:, None, None]
-            self._weights[len(by_stream) :] = 0
+            getattr(self, f"_{name}")[...] = state[name]
+        self._beyond = bool(state["beyond"][0])
 
 
 _KEPT = ("weights", "counts", "total", "hits", "seen")

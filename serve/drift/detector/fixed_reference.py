@@ -37,9 +37,11 @@ from serve.drift.state_arrays import own
 
 Floats: TypeAlias = NDArray[np.floating]
 
-# Rises that are bet on: of a share, in parts of 1; of the mean of a rank.
+# Rises that are bet on: of a share, in parts of 1; of the mean of a rank. And what each bet weighs: small rises take
+# long to be seen.
 RISES = np.array((0.03, 0.06, 0.12, 0.3))
 RANK_RISES = np.array((0.06, 0.12, 0.2, 0.3))
+BET_WEIGHTS = np.array((0.3, 0.4, 0.2, 0.1))
 # Shares that are tried for the reference's: so many, up to so many standard errors above the one that was seen.
 GRID, FARTHEST = 16, 6.0
 # Standard errors by which the mean of a rank may be off.
@@ -138,10 +140,11 @@ class FixedReference:
         """Numbers whose own part of the evidence is beyond the threshold, by as much as matters; the strongest
         first."""
         evidence, moved = self._evidence() * self._weights, []
-        for i, (name, kind) in enumerate(self.kinds.items()):
-            best = i, int(self._won[i].argmax())
+        kinds = list(self.kinds.items())
+        for i in np.flatnonzero(evidence >= math.exp(min(log_threshold, 700.0))).tolist():
+            (name, kind), best = kinds[i], (i, int(self._won[i].argmax()))
             count = int(self._count[best])
-            if not count or evidence[i] < math.exp(min(log_threshold, 700.0)):
+            if not count:
                 continue
             before, now = float(self._before[i]), float(self._sums[best] / count)
             if kind is Kind.SHARE:
@@ -167,7 +170,7 @@ class FixedReference:
 
     def _evidence(self) -> Floats:
         """(numbers,): the least of the grid's, 0 while a number has no reference."""
-        evidence: Floats = (self._run.mean(axis=2) * self._against).min(axis=1)
+        evidence: Floats = (self._run @ BET_WEIGHTS * self._against).min(axis=1)
         return evidence
 
     def _rank(self, i: int, value: float, kind: Kind) -> float:
@@ -231,19 +234,20 @@ class FixedReference:
 
 
 _KEPT = ("ready", "shares", "against", "stakes", "run", "before", "won", "since", "count", "sums", "rank_sums")
-# Of a share p, which lower ones are bet on with the reference, as parts of p.
-_LOWER = np.array((0.9, 0.75, 0.6, 0.4, 0.2))
+# Of a share p, which lower ones are bet on with the reference, as parts of p; and the part of the capital that is not.
+_LOWER = np.array((0.97, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2))
+_ASIDE = 0.1
 
 
 def _against(values: Floats, shares: Floats) -> Floats:
-    """(shares,): how much the reference speaks against each, an e-value of it; half of the capital stays aside."""
+    """(shares,): how much the reference speaks against each, an e-value of it."""
     stakes = _LOWER * shares[:, None] - shares[:, None]
     stakes /= (shares * (1 - shares))[:, None]
     # Numbers that are equal are many.
     levels, counts = np.unique(values, return_counts=True)
     factors = 1 + stakes[..., None] * (levels - shares[:, None])[:, None, :]
     capitals = np.exp(np.minimum((np.log(factors) * counts).sum(axis=-1), 700.0))
-    against: Floats = 0.5 + 0.5 * capitals.mean(axis=-1)
+    against: Floats = _ASIDE + (1 - _ASIDE) * capitals.mean(axis=-1)
     return against
 
 

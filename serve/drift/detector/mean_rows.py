@@ -15,14 +15,14 @@ teaches them and is in the bag itself: they depend on earlier rows alone.
 A row of the bag lies where it does also for what it did to the direction itself. A live one lies farther along it,
 because it taught; one of the reference less far, because it is in the mean that is taken off and in the covariance (its
 leverage; Sherman and Morrison, Annals of Mathematical Statistics 21, 1950). Both are made up for (leave one out), so
-that a new row is compared with where the others would lie if they were new. Only rising bets are placed
-(`serve.drift.detector.directions`). `tests/serve/drift/detector/test_mean_rows.py` measures what remains.
+that a new row is compared with where the others would lie if they were new. Only rising bets are placed.
+`tests/serve/drift/detector/test_mean_rows.py` measures what remains.
 
 Behind the mean of its tokens a row has the scores of how surprising they are (`with_surprise`): a close genre moves
 them too, and they explain a part of what the other numbers differ by among usual requests.
 
-Rows are in memory alone: of a few hundred numbers the words of a short prompt could be made out. After a restart the
-first `needed` rows are the reference anew, and the evidence goes on.
+A number of a row is kept in eight bits. Rows are in memory alone: of a few hundred numbers the words of a short prompt
+could be made out. After a restart the first `needed` rows are the reference anew, and the evidence goes on.
 """
 
 from __future__ import annotations
@@ -36,12 +36,9 @@ from numpy.typing import NDArray
 
 from serve.drift.detector.bets import CELLS, MANY_BETS, MOST, Floats, State
 from serve.drift.detector.reference_structure import autocorrelation_time, wandering
-from serve.drift.native import MeanRowsView, at, lots_at
 
 HALF_LIVES = (64.0, 256.0)  # in requests
 _FADES = np.array([[0.5 ** (1 / half_life)] for half_life in HALF_LIVES])
-# What a row weighs that is as old.
-_FADED = _FADES ** np.arange(4096.0)
 # Share of the mean variance that is added to every direction before whitening.
 RIDGE = 1.0
 # Directions turn after so many rows.
@@ -57,6 +54,8 @@ SAME = 2e-5
 # What a surprise of unit spread is multiplied by. The numbers of a mean row spread by some 2.5, whatever the model: so
 # whitening, with its ridge, leaves a surprise its whole weight.
 SURPRISE = 10.0
+# Of the spread of a number in the reference: rows are kept in eight bits a number.
+STEPS = 20
 # With fewer rows nothing is said: a covariance of hundreds of numbers needs some.
 FEWEST = 200
 
@@ -122,7 +121,7 @@ class MeanRows:
         it had `size` rows. Before there is one, a place in its middle."""
         if self.phase is not Phase.RANKING:
             return np.zeros(len(HALF_LIVES), np.intp), np.full(len(HALF_LIVES), size, np.intp)
-        known, own = self._reference_along(), (self._onto @ (row - self._centre))[:, None]
+        known, own = self._reference_along(), (self._onto @ self._small(row).astype(np.float32))[:, None]
         scale = size / known.shape[1]
         less, upto = np.count_nonzero(known < own - SAME, axis=1), np.count_nonzero(known <= own + SAME, axis=1)
         return (less * scale).astype(np.intp), np.ceil(upto * scale).astype(np.intp)
@@ -137,38 +136,6 @@ class MeanRows:
     def off(self) -> bool:
         """Whether nothing follows of this reference: its bets are none."""
         return self.phase is Phase.OFF
-
-    def together(self, rows: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32]:
-        """(n, width): some rows to rank."""
-        several, width = np.ascontiguousarray(rows, np.float32), self._bag.shape[1]
-        if several.shape[1:] != (width,):
-            raise ValueError(f"a mean row has {several.shape[-1]} numbers; those of the reference have {width}")
-        return several
-
-    def shown(self) -> MeanRowsView:
-        """Where all of it lies, for `serve.drift.native`, once it ranks."""
-        view = MeanRowsView(
-            width=self._bag.shape[1], capacity=self._capacity, known=len(self._reference), turn=TURN,
-            farthest=float(self._farthest), bets=at(MANY_BETS), ages=_FADED.shape[1], faded=at(_FADED),
-            lots=lots_at(self._rng), reference_along=at(self._known),
-        )  # fmt: skip
-        for name in _SHOWN:
-            setattr(view, name, at(getattr(self, f"_{name}")))
-        return view
-
-    def give(self, view: MeanRowsView) -> None:
-        """What a call needs besides the arrays."""
-        view.size = self._size
-        view.waiting = self._waiting
-        view.ranked = self._ranked
-        view.placed = self._placed
-
-    def take_back(self, view: MeanRowsView) -> None:
-        """What a call changed besides the arrays."""
-        self._size = view.size
-        self._waiting = view.waiting
-        self._ranked = view.ranked
-        self._placed = bool(view.placed)
 
     def state(self) -> State:
         """The evidence alone: no row."""
@@ -196,38 +163,40 @@ class MeanRows:
             self._r[:], self._page[:] = 0, 1
             return
         self._centre = rows.mean(axis=0)
-        self._whiten = _whitening(rows - self._centre)
-        self._reference = (rows - self._centre) @ self._whiten
-        n, width = self._reference.shape
+        self._step = np.maximum(rows.std(axis=0), 1e-9) / STEPS
+        self._reference = self._small(rows)
+        units = self._reference * self._step
+        self._whiten = self._step[:, None] * _whitening(units)
+        whitened = self._reference @ self._whiten
+        n, width = whitened.shape
         self._size, self._capacity = n, 2 * n
-        self._bag = np.empty((self._capacity + 1, width), np.float32)
+        self._bag = np.zeros((self._capacity + 1, width), np.int8)
         self._bag[:n] = self._reference
-        self._farthest = FARTHEST * np.sqrt((self._reference**2).sum() / n)
+        self._farthest = FARTHEST * np.sqrt((whitened**2).sum() / n)
         # When each row of the bag came, and the share of it that teaches; none of the reference. The leverage of that.
         self._times = np.zeros(self._capacity + 1)
         self._teaching = np.zeros(self._capacity + 1, np.float32)
         self._leverage = np.zeros(self._capacity + 1)
-        leverage = np.add.reduce(self._reference**2, axis=1) / n
+        leverage = np.add.reduce(whitened**2, axis=1) / n
         self._known_leverage = np.minimum(leverage, MOST_LEVERAGE).astype(np.float64)
         self._leverage[:n] = self._known_leverage
         # What each would move the directions towards itself by.
         self._pull = np.zeros(self._capacity + 1)
         self._along = np.zeros((len(HALF_LIVES), self._capacity + 1), np.float32)
-        self._towards = np.zeros((len(HALF_LIVES), width), np.float32)
         self._mean_part = np.zeros((len(HALF_LIVES), 1))
         self._onto = np.zeros((len(HALF_LIVES), width), np.float32)
         # Where the reference lies along the directions, while that is `_placed`: until they turn.
         self._known, self._placed = np.zeros((len(HALF_LIVES), n), np.float32), False
         # Rows that do not teach yet, and their places in the bag.
-        self._waiting_rows = np.zeros((TURN, width), np.float32)
+        self._waiting_rows = np.zeros((TURN, width), np.int8)
         self._waiting_places = np.zeros(TURN, np.int64)
         self._waiting = self._ranked = 0
         self.phase = Phase.RANKING
 
     def _rank(self, row: NDArray[np.float32]) -> list[float]:
         """Smoothed conformal p-values in the bag, which takes the row in."""
-        m, centred = self._size, row - self._centre
-        own = (self._onto @ centred)[:, None]
+        m, small = self._size, self._small(row)
+        own = (self._onto @ small.astype(np.float32))[:, None]
         along = self._along[:, :m]
         less = [np.count_nonzero(row) for row in along < own - SAME]
         upto = [np.count_nonzero(row) for row in along <= own + SAME]
@@ -239,7 +208,7 @@ class MeanRows:
             # At random among all m + 1, the new one included, as in the scores' bags.
             place = int(self._rng.integers(m + 1))
         self._along[:, place] = own[:, 0]
-        self._waiting_rows[self._waiting], self._waiting_places[self._waiting] = centred, place
+        self._waiting_rows[self._waiting], self._waiting_places[self._waiting] = small, place
         self._waiting += 1
         if self._waiting >= TURN:
             self._turn()
@@ -247,9 +216,9 @@ class MeanRows:
 
     def _turn(self) -> None:
         """Learn from the rows that wait, and rank along what was learned."""
-        places, rows = self._waiting_places[: self._waiting], self._waiting_rows[: self._waiting] @ self._whiten
+        places, rows = self._waiting_places[: self._waiting], self._waiting_rows[: self._waiting]
         self._waiting = 0
-        squares = np.add.reduce(rows * rows, axis=1)
+        squares = np.add.reduce((rows @ self._whiten) ** 2, axis=1)
         # Of two rows in one place the later one stays.
         self._bag[places] = rows
         self._times[places] = np.arange(self._ranked, self._ranked + len(rows))
@@ -259,35 +228,38 @@ class MeanRows:
         self._ranked += len(rows)
         m = self._size
         weights = _FADES ** (self._ranked - 1 - self._times[:m])  # (directions, m)
-        self._learn(weights)
+        bag = self._bag[:m].astype(np.float32)
+        self._learn(weights, bag)
         known = self._reference_along()
         centre, spread = known.mean(axis=1, keepdims=True), np.maximum(known.std(axis=1, keepdims=True), 1e-12)
         farther = FARTHER * (self._along[:, :m] - centre) / spread - FARTHER**2 / 2
         odds = SHARE / (1 - SHARE) * np.exp(np.minimum(farther, 20))
-        self._learn(weights * odds / (1 + odds))
-        self._onto[:] = (self._whiten @ self._towards.T).T
+        self._learn(weights * odds / (1 + odds), bag)
 
-    def _learn(self, weights: Floats) -> None:
+    def _learn(self, weights: Floats, bag: NDArray[np.float32]) -> None:
         """Directions of what the rows of the bag teach by `weights`, (directions, m), and where the rows lie along
         them."""
-        m = self._size
-        bag, leverage = self._bag[:m], self._leverage[:m]
+        m, leverage = self._size, self._leverage[: self._size]
         taught = (weights * self._teaching[:m]).astype(np.float32)
-        learned = taught @ bag
+        learned = taught @ bag @ self._whiten
         length = np.maximum(np.sqrt(np.add.reduce(learned**2, axis=1, keepdims=True)), 1e-12)
-        self._towards[:], self._placed = learned / length, False
+        self._onto[:], self._placed = learned / length @ self._whiten.T, False
         self._mean_part[:] = np.add.reduce(taught, axis=1, keepdims=True) / length
         own = weights * self._pull[:m] / length
-        self._along[:, :m] = (self._towards @ bag.T - own + self._mean_part * leverage) / (1 - leverage)
+        self._along[:, :m] = (self._onto @ bag.T - own + self._mean_part * leverage) / (1 - leverage)
 
     def _reference_along(self) -> NDArray[np.float32]:
         """(directions, n): where the reference lies, until they turn."""
         if not self._placed:
             leverage = self._known_leverage
             own = self._mean_part * leverage
-            self._known[:] = (self._towards @ self._reference.T + own) / (1 - leverage)
+            self._known[:] = (self._onto @ self._reference.astype(np.float32).T + own) / (1 - leverage)
             self._placed = True
         return self._known
+
+    def _small(self, rows: NDArray[np.float32]) -> NDArray[np.int8]:
+        """Numbers of eight bits: less the centre, in steps of their spread in the reference."""
+        return np.clip(np.rint((rows - self._centre) / self._step), -127, 127).astype(np.int8)
 
     def _bet(self, p: Sequence[float], now: int) -> None:
         e = MANY_BETS.take([min(int(each * CELLS), CELLS - 1) for each in p], axis=0)
@@ -298,12 +270,6 @@ class MeanRows:
         self._page *= e
         np.minimum(self._page, MOST, out=self._page)
         np.putmask(self._start, self._page <= 1, now)
-
-
-_SHOWN = (
-    "centre", "whiten", "reference", "bag", "along", "pull", "leverage", "known_leverage", "teaching", "times",
-    "towards", "onto", "mean_part", "waiting_rows", "waiting_places", "r", "page", "start",
-)  # fmt: skip
 
 
 def _exchangeable(rows: NDArray[np.float32], rng: np.random.Generator) -> bool:

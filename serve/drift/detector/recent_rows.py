@@ -8,8 +8,6 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.drift.native import at, native
-
 Rows: TypeAlias = NDArray[np.float32]
 
 
@@ -64,9 +62,6 @@ def all_finite(rows: NDArray[np.float32]) -> bool:
 
 def fade_in(sums: NDArray[np.float64], rows: Rows, centre: Rows, fade: float) -> None:
     """Add rows (n, columns), less their centre, to the sums of those before (columns,), which fade with each."""
-    if (code := native()) is not None and rows.strides[1] == centre.strides[0] == 4:
-        code.fade_in(at(sums), at(rows), rows.strides[0] // 4, *rows.shape, at(centre), fade)
-        return
     for moved in rows - centre:
         sums *= fade
         sums += moved

@@ -261,25 +261,25 @@ class Wander:
 
 
 def fit(
-    kind: str, rows: Sequence[NDArray], *, surprises: int = 0, common: int = 0, seed: int = 0, ordered: bool = True
+    kind: str, rows: Sequence[NDArray], *, surprises: int = 0, seed: int = 0, ordered: bool = True
 ) -> tuple[Scale, ReferenceStructure, NDArray[np.float32]]:
     """The scale, the structure and the units (m, k) to be ranked among, of the reference's raw rows of a signal.
 
-    surprises, common: how many columns are scores of tokens, and behind them of frequent ones. ordered: the rows are
-    in the order in which they came. One half fits the scale and the other is ranked (`serve.drift.features.features`).
-    Alternating, so that both span all the time: requests, or blocks of them.
+    surprises: how many columns are scores of tokens. ordered: the rows are in the order in which they came. One half
+    fits the scale and the other is ranked (`serve.drift.features.features`). Alternating, so that both span all the
+    time: requests, or blocks of them.
     """
     raw = np.array(rows)
-    scale = Scale.fit(kind, raw[::2], surprises=surprises, common=common)
+    scale = Scale.fit(kind, raw[::2], surprises=surprises)
     # One by one, as live rows will be: a product of many rows may round otherwise, and equal rows must stay ties.
-    scores = np.array([scale(row) for row in raw])
+    scores = scale.each(raw)
     if not ordered or len(raw) < FEWEST:
         return scale, ReferenceStructure(scores.shape[1]), scores[1::2]
     tau = autocorrelation_time(scores)
     block = block_length(tau, len(raw))
     if block > 1:
-        scale = Scale.fit(kind, raw[np.arange(len(raw)) // block % 2 == 0], surprises=surprises, common=common)
-        scores = np.array([scale(row) for row in raw])
+        scale = Scale.fit(kind, raw[np.arange(len(raw)) // block % 2 == 0], surprises=surprises)
+        scores = scale.each(raw)
     structure = ReferenceStructure(scores.shape[1], tau, block, len(raw))
     return scale, structure, structure.begin(scores, seed)[1::2]
 

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.drift.detector.bets import Floats
-from serve.drift.native import DetectorView, at
 
 
 class ScoreBags:
@@ -31,35 +30,16 @@ class ScoreBags:
         """How many scores there are."""
         return len(self._bags)
 
-    @property
-    def size(self) -> int:
-        """Entries of each bag."""
-        return self._size
-
     def sorted(self) -> NDArray[np.float32]:
         """(k, m): a copy."""
         return self._bags[:, : self._size].copy()
-
-    def show(self, view: DetectorView) -> None:
-        """Where the bags lie, for `serve.drift.native`."""
-        view.scores = len(self._bags)
-        view.capacity = self._capacity
-        view.bags = at(self._bags)
-
-    def give(self, view: DetectorView) -> None:
-        """What a call needs besides the arrays."""
-        view.bags_size = self._size
-
-    def take_back(self, view: DetectorView) -> None:
-        """What a call changed besides the arrays."""
-        self._size = view.bags_size
 
     def lots(self, rng: np.random.Generator, ahead: int) -> tuple[Floats, Sequence[int | None]]:
         """The random numbers of the row that comes after `ahead` others: where its ties lie, and which of a full bag's
         entries leaves, in the order of the sorted bag."""
         k = len(self._bags)
         ties = rng.random(k)
-        if self.size + ahead < self._capacity:
+        if self._size + ahead < self._capacity:
             return ties, [None] * k
         # At random among all, the new one included: if age decided, ranks would say something about later ones.
         return ties, rng.integers(self._capacity + 1, size=k).tolist()
@@ -69,7 +49,7 @@ class ScoreBags:
     ) -> tuple[Floats, tuple[Floats, Floats] | None]:
         """(n, k) smoothed conformal p-values of rows (n, k), which the bags take in one after another; and the least
         and the most that they can be where there are margins. lots: of each row."""
-        sizes = np.minimum(np.arange(self.size, self.size + len(scores)), self._capacity)[:, None] + 1
+        sizes = np.minimum(np.arange(self._size, self._size + len(scores)), self._capacity)[:, None] + 1
         leave = zip(*(out for _, out in lots), strict=True)
         within = self._margins(scores)
         less, upto = list[int](), list[int]()

@@ -18,14 +18,13 @@ import math
 import mmap
 import re
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from serve.drift.native import EmbeddingView, at
 from serve.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -71,17 +70,11 @@ class Embedding:
     digest: str
     numbers: NDArray[np.bool_] | None = None
     narrow: NDArray[np.int8] | None = None
-    # Where all of it lies, for `serve.drift.native`.
-    shown: EmbeddingView = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("table", "weights", "narrow"):
             array, dtype = getattr(self, name), np.int8 if name == "narrow" else np.float32
             object.__setattr__(self, name, None if array is None else np.ascontiguousarray(array, dtype))
-        shown = EmbeddingView(at(self.table), at(self.weights), vocabulary=len(self.table), dimensions=self.dimensions)
-        if self.narrow is not None:
-            shown.narrow, shown.width = at(self.narrow), self.narrow.shape[1]
-        object.__setattr__(self, "shown", shown)
 
     @property
     def dimensions(self) -> int:

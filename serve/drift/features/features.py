@@ -4,18 +4,18 @@
     rows = answer_rows(embedding, answer)                  # {"output": row}, and "logprob" where there are any
 
     prompt    log length; the pooled vector of the prompt: of the last message of the user's (`features.last_turn`),
-              and of that the tokens which it does not share with those around it (`features.token_runs`)
+              and of that the tokens which it does not share with those around it (`features.shared_ends`)
     follow_up the same of a block of messages that go on with one conversation; the length is the mean of a message
-    output    log length; ended by length; refused; distinct-1, distinct-2; the pooled vector of the answer
+    output    log length; ended by length; refused; distinct-1, distinct-2
     logprob   mean, minimum and standard deviation of the sampled tokens' logprobs, and the prompt's row to regress on
 
 Behind a prompt's and an output's row comes the sketch of their tokens (`features.token_surprise`), of which two more
-scores are made once there is a reference. Behind a prompt's sketch comes its mean row (`detector.mean_rows`).
+scores are made once there is a reference. Behind the sketch comes the mean row (`detector.mean_rows`).
 
-A `Scale` is fitted on one half of the reference and turns such raw rows into scores of unit scale: vectors are
-whitened, and the mean logprob becomes what is left of it after a regression on prompt and length. The other half is
-what new requests are ranked among: a row that the scale was fitted on lies nearer to its centre than any new one, so
-it may not be there.
+A `Scale` is fitted on one half of the reference and turns such raw rows into scores of unit scale: of a prompt's row
+its length and its surprises, and the mean logprob becomes what is left of it after a regression on prompt and length.
+The other half is what new requests are ranked among: a row that the scale was fitted on lies nearer to its centre than
+any new one, so it may not be there. No number of a prompt's vector is a score: the vector says what a prompt is about.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from ctypes import addressof
 from dataclasses import dataclass
 from typing import NamedTuple, Self, TypeAlias
 
@@ -32,25 +31,22 @@ from numpy.typing import ArrayLike, NDArray
 
 from serve.drift.features import token_surprise
 from serve.drift.features.embedding import Embedding
-from serve.drift.features.token_surprise import SKETCH
-from serve.drift.native import at, native
 
 Floats: TypeAlias = NDArray[np.floating]
 
 # Counts up when a row of the same request would come out otherwise: a baseline of another version does not fit.
-FEATURES = 4
+FEATURES = 5
 # With 1 a prompt's row is of all its tokens; with 2 frequent wording was cut out of it as if it were an opening; up to
 # 3 it is of the whole rendered prompt, and not of the last message. Such a baseline goes on as it began; the next
-# version gets one of its own.
-EARLIER_FEATURES = (ALL_TOKENS := 1, SINGLE_RUNS := 2, WHOLE_PROMPTS := 3)
+# version gets one of its own. Up to 4 vectors and frequent tokens were scores too (`earlier_baselines`).
+EARLIER_FEATURES = (ALL_TOKENS := 1, 2, WHOLE_PROMPTS := 3, VECTORS := 4)
 PROMPT, OUTPUT, LOGPROB, FOLLOW_UP = SIGNALS = ("prompt", "output", "logprob", "follow_up")
 # What is said of requests, not of answers.
 PROMPTS = frozenset({PROMPT, FOLLOW_UP})
-# How far from the centre a score may lie: one odd request should not turn a learned direction.
+# How far from the centre a score may lie.
 CLIP = 8.0
-# Share of the mean variance that is added to every direction before whitening; directions with next to none stay small.
-RIDGE = 0.02
-FREQUENT_RIDGE = 0.1
+# Shares of the mean variance of what log-probabilities are regressed on, of which the best is added to it.
+RIDGES = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 
 _LEADS = {
     PROMPT: ("length",),
@@ -83,9 +79,8 @@ def prompt_row(embedding: Embedding, tokens: ArrayLike, skipped: int = 0) -> Flo
     """(1 + dimensions,) of a prompt's own tokens, and all that comes behind them; `skipped` more are in its middle that
     were not looked at."""
     ids = np.asarray(tokens, np.int64)
-    row = _row(embedding, ids, 1, mean=True)
-    row[0] = math.log1p(ids.size + skipped)
-    return row
+    length = (math.log1p(ids.size + skipped),)
+    return np.concatenate((length, embedding.vector(ids), token_surprise.sketch(ids), embedding.mean_row(ids)))
 
 
 def beginning(answer: Answer, tokens: int) -> Answer:
@@ -105,10 +100,10 @@ def answer_rows(embedding: Embedding, answer: Answer) -> dict[str, Floats]:
     n = ids.size
     if not n:
         return {}
-    row = _row(embedding, ids, len(_LEADS[OUTPUT]), distinct=True)
-    row[0] = length = math.log1p(n)
-    row[1] = answer.finish_reason == "length"
-    row[2] = answer.text is not None and refuses(answer.text)
+    length, refused = math.log1p(n), answer.text is not None and refuses(answer.text)
+    pairs = _distinct(ids[:-1] << 32 | ids[1:]) if n > 1 else 1.0
+    leads = (length, answer.finish_reason == "length", refused, _distinct(ids), pairs)
+    row = np.concatenate((leads, token_surprise.sketch(ids), embedding.mean_row(ids)))
     rows = {OUTPUT: row}
     if answer.logprobs is not None:
         logprobs = np.asarray(answer.logprobs, np.float64)
@@ -126,49 +121,42 @@ def refuses(text: str) -> bool:
     return _REFUSES.match(text) is not None
 
 
-def names(signal: str, dimensions: int) -> tuple[str, ...]:
-    """What each score of a signal is called, in order."""
-    if signal == LOGPROB:
-        return _LEADS[signal]
-    return _LEADS[signal] + tuple(f"vector_{i}" for i in range(dimensions))
+def names(signal: str) -> tuple[str, ...]:
+    """What each score of a signal is called, in order, without those of its tokens."""
+    return _LEADS[signal]
+
+
+def columns(signal: str, dimensions: int) -> int:
+    """Numbers of a raw row, without those of its tokens: scores, and what they are regressed on or explained by."""
+    behind = {PROMPT: dimensions, FOLLOW_UP: dimensions, OUTPUT: 0, LOGPROB: dimensions + 2}
+    return len(_LEADS[signal]) + behind[signal]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scale:
     """Raw rows of one signal -> scores of about unit scale: (row - centre) @ matrix, clipped.
 
-    Every step of it is linear: standard scores for the leading numbers, whitening for a vector, ridge regression for
-    the mean logprob. centre: (columns,), matrix: (columns, scores).
+    Every step of it is linear: standard scores, and ridge regression for the mean logprob. centre: (columns,), matrix:
+    (columns, scores).
     """
 
     centre: Floats
     matrix: Floats
 
     @classmethod
-    def fit(cls, signal: str, rows: ArrayLike, *, surprises: int = 0, common: int = 0) -> Self:
-        """On raw rows (n, columns) of the fitting half; behind the vector are `surprises` columns that are scores of
-        tokens already, and `common` ones of frequent tokens."""
+    def fit(cls, signal: str, rows: ArrayLike, *, surprises: int = 0) -> Self:
+        """On raw rows (n, columns) of the fitting half; the last `surprises` columns are scores of tokens already."""
         raw = np.asarray(rows, np.float64)
-        lead = len(_LEADS[signal])
+        lead, last = len(_LEADS[signal]), raw.shape[1] - surprises
         centre = raw.mean(axis=0)
         centred = raw - centre
-        columns = raw.shape[1]
-        vector = slice(lead, columns - surprises - common)
-        frequent = slice(columns - common, columns)
+        centre[last:] = 0
+        matrix = np.zeros((raw.shape[1], lead + surprises))
+        matrix[:lead, :lead], matrix[last:, lead:] = np.eye(lead), np.eye(surprises)
         if signal == LOGPROB:
-            matrix = np.zeros((columns, lead))
-            matrix[:lead, :lead] = np.eye(lead)
             matrix[lead:, 0] = -_ridge(centred[:, lead:], centred[:, 0])
-        else:
-            matrix = np.eye(columns)
-            matrix[vector, vector] = _whitening(centred[:, vector])
-        if common:
-            matrix[frequent, frequent] = _whitening(centred[:, frequent], FREQUENT_RIDGE)
-        centre[vector.stop : frequent.start] = 0
-        spread = (centred @ matrix).std(axis=0)
         # A constant stays one: its ranks are ties, which say nothing.
-        floor = np.full(len(spread), 1e-3)
-        matrix[:, :lead] /= np.maximum(spread, floor)[:lead]
+        matrix[:, :lead] /= np.maximum((centred @ matrix[:, :lead]).std(axis=0), 1e-3)
         return cls(centre.astype(np.float32), matrix.astype(np.float32))
 
     def __call__(self, rows: ArrayLike) -> Floats:
@@ -189,46 +177,23 @@ class Scale:
         return cls(np.asarray(arrays["centre"], np.float32), np.asarray(arrays["matrix"], np.float32))
 
 
-def _row(
-    embedding: Embedding, ids: NDArray[np.int64], lead: int, *, mean: bool = False, distinct: bool = False
-) -> Floats:
-    """(columns,): `lead` numbers that are free, the vector of these tokens, their sketch, and if asked for their mean
-    row. distinct: the last of those that are free are the shares of distinct tokens and pairs."""
-    sketch = lead + embedding.dimensions
-    behind = sketch + SKETCH
-    row = np.empty(behind + (embedding.mean_width if mean else 0))
-    if (code := native()) is not None:
-        begin, ids = at(row), np.ascontiguousarray(ids)
-        code.features(
-            addressof(embedding.shown), at(ids), len(ids), begin + 8 * lead, begin + 8 * sketch,
-            begin + 8 * behind if len(row) > behind else None, begin + 8 * (lead - 2) if distinct else None,
-        )  # fmt: skip
-        return row
-    row[lead:sketch], row[sketch:behind] = embedding.vector(ids), token_surprise.sketch(ids)
-    if mean:
-        row[behind:] = embedding.mean_row(ids)
-    if distinct:
-        row[lead - 2], row[lead - 1] = _distinct(ids), _distinct(ids[:-1] << 32 | ids[1:]) if len(ids) > 1 else 1.0
-    return row
-
-
 def _distinct(ids: NDArray[np.int64]) -> float:
     return len(set(ids.tolist())) / ids.size
 
 
-def _whitening(centred: Floats, ridge: float = RIDGE) -> Floats:
-    """(d, d): symmetric, so that coordinates keep their meaning from one fit to the next."""
-    n, d = centred.shape
-    covariance = centred.T @ centred / max(n - 1, 1)
-    covariance += (ridge * np.trace(covariance) / d + 1e-9) * np.eye(d)
-    # With few rows the directions that they do not fill are guessed from the mean variance.
-    blend = d / (n + d)
-    covariance = (1 - blend) * covariance + blend * np.trace(covariance) / d * np.eye(d)
-    values, vectors = np.linalg.eigh(covariance)
-    return (vectors / np.sqrt(values)) @ vectors.T
-
-
 def _ridge(inputs: Floats, target: Floats) -> Floats:
-    gram = inputs.T @ inputs
-    gram += (1e-3 * np.trace(gram) / len(gram) + 1e-9) * np.eye(len(gram))
-    return np.linalg.solve(gram, inputs.T @ target)
+    """Of RIDGES the one whose regression predicts each row best from the others (Allen's PRESS, 1974): with as many
+    numbers as rows the least one fits noise."""
+    n, d = inputs.shape
+    values, vectors = np.linalg.eigh(inputs.T @ inputs)
+    turned = inputs @ vectors
+    along, squares = turned.T @ target, turned**2
+    best, errors = np.zeros(d), math.inf
+    for ridge in RIDGES:
+        shrunk = 1 / (np.maximum(values, 0) + ridge * values.mean() + 1e-9)
+        # Each row is also in the means that were taken off.
+        leverage = squares @ shrunk + 1 / n
+        left = (target - turned @ (shrunk * along)) / np.maximum(1 - leverage, 1e-6)
+        if (error := float(left @ left)) < errors:
+            best, errors = vectors @ (shrunk * along), error
+    return best

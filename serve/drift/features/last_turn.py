@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.drift.features.token_runs import NUMBER, RUN, hashed_runs
+from serve.drift.features.shared_ends import NUMBER, RUN, hashed_runs
 
 # Characters at either end of a longer message that are looked at, and words of a system prompt.
 MOST_CHARACTERS, MOST_WORDS = 16_384, 1024

@@ -20,7 +20,7 @@ from serve.drift.features.features import (
     prompt_row,
 )
 from serve.drift.features.parameter_strata import Stratum
-from serve.drift.features.token_runs import SharedRuns, Words, own_tokens, skipped
+from serve.drift.features.shared_ends import Words, own_tokens, skipped
 
 
 def reference_rows(
@@ -28,12 +28,11 @@ def reference_rows(
     prompts: Sequence[NDArray[np.int64]],
     embedding: Embedding,
     stratum: Stratum,
-    shared: SharedRuns,
 ) -> dict[str, list[Floats]]:
     """The rows of each signal that a reference is made of, of answers and the last turns of their `prompts`; what those
-    share is left out of them as it is live, and learned by `shared`."""
+    share is left out of them as it is live."""
     rows: dict[str, list[Floats]] = {}
-    for generation, prompt, own in zip(generations, prompts, own_tokens(prompts, shared), strict=True):
+    for generation, prompt, own in zip(generations, prompts, own_tokens(prompts, embedding.numbers), strict=True):
         each = rows_of_answer(generation, embedding, stratum)
         each[PROMPT] = prompt_row(embedding, own, skipped(prompt))
         regress_on(each[PROMPT][: 1 + embedding.dimensions], each)
@@ -46,8 +45,7 @@ def rows_of_answer(generation: Generation, embedding: Embedding, stratum: Stratu
     """The rows that as much of an answer gives as the stratum looks at, without its prompt's numbers."""
     tokens = np.asarray(generation.output, np.int64)
     answer = Answer(tokens, generation.finish_reason, generation.text, generation.logprobs)
-    counted = beginning(answer, stratum.tokens)
-    return answer_rows(embedding, counted)
+    return answer_rows(embedding, beginning(answer, stratum.tokens))
 
 
 def follow_up_row(embedding: Embedding, turns: Sequence[NDArray[np.int64]]) -> Floats:

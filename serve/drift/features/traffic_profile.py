@@ -31,7 +31,8 @@ HALF_LIFE = 64.0
 
 
 class Prompt(NamedTuple):
-    """One request. words: by their hashes, empty where they may not be counted; vector: (dimensions,)."""
+    """One request. words: by their hashes, empty where they may not be counted; vector: (dimensions,). marks: how it is
+    written (`features.text_marks`)."""
 
     tokens: int
     language: str
@@ -39,10 +40,17 @@ class Prompt(NamedTuple):
     words: Mapping[int, str]
     asker: int
     vector: NDArray[np.floating]
+    marks: tuple[str, ...] = ()
 
 
-# Tokens, language, tenant and number of the topic of one request.
-Seen = tuple[int, str, str, int]
+class Seen(NamedTuple):
+    """What is remembered of one request. topic: its number."""
+
+    tokens: int
+    language: str
+    tenant: str
+    topic: int
+    marks: Sequence[str] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -75,7 +83,7 @@ class TrafficProfile:
         words.add(prompt.words, prompt.asker)
         centre = self.centres[number]
         centre += (prompt.vector - centre) / words.requests
-        self.seen.append((prompt.tokens, prompt.language, prompt.tenant, number))
+        self.seen.append(Seen(prompt.tokens, prompt.language, prompt.tenant, number, prompt.marks))
 
     def nearest(self, vector: NDArray[np.floating]) -> int:
         """The number of the topic whose centre lies nearest."""
@@ -109,9 +117,8 @@ class TrafficProfile:
         self.topics = [WordCounts.from_state(topic) for topic in state["topics"]]
         if self.topics:
             self.centres = np.array([topic["centre"] for topic in state["topics"]], np.float64)
-        self.seen.extend(
-            (int(tokens), language, tenant, int(topic)) for tokens, language, tenant, topic in state["seen"]
-        )
+        # Earlier releases did not look at how prompts are written.
+        self.seen.extend(Seen(*request) for request in state["seen"])
         return self
 
 
@@ -137,22 +144,28 @@ class TrafficProfiles:
 
 def median_tokens(requests: Sequence[Seen]) -> int | None:
     """The median length of the prompts; None of nothing."""
-    return int(np.median([tokens for tokens, *_ in requests])) if requests else None
+    return int(np.median([request.tokens for request in requests])) if requests else None
 
 
 def language_shares(requests: Sequence[Seen]) -> dict[str, float]:
     """Of the requests whose language could be told, the most frequent first."""
-    return _shares(language for _, language, *_ in requests if language)
+    return _shares(request.language for request in requests if request.language)
 
 
 def tenant_shares(requests: Sequence[Seen]) -> dict[str, float]:
     """By tenant, the one with most requests first."""
-    return _shares(tenant for _, _, tenant, _ in requests)
+    return _shares(request.tenant for request in requests)
 
 
 def topic_shares(requests: Sequence[Seen]) -> dict[int, float]:
     """By the topic's number, the one with most requests first."""
-    return _shares(topic for *_, topic in requests)
+    return _shares(request.topic for request in requests)
+
+
+def mark_shares(requests: Sequence[Seen]) -> dict[str, float]:
+    """Of all requests those that are written in a way that stands out."""
+    counts = Counter(mark for request in requests for mark in request.marks)
+    return {mark: round(count / len(requests), 3) for mark, count in counts.most_common()}
 
 
 def _shares(values: Iterable[Value]) -> dict[Value, float]:

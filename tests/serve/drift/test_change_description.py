@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 
 from serve.drift.change_description import describe, describe_probe, for_tenant, movement
@@ -13,9 +15,9 @@ from serve.drift.signal import Signal
 NO_WORDS: frozenset[str] = frozenset()
 
 
-def prompt(rng, number, *, tokens=100, language="en", tenant="acme", words=(), centre=0.0):
+def prompt(rng, number, *, tokens=100, language="en", tenant="acme", words=(), centre=0.0, marks=()):
     vector = rng.standard_normal(32) + centre
-    return Prompt(int(tokens + rng.integers(-9, 9)), language, tenant, hashed(words, NO_WORDS), number, vector)
+    return Prompt(int(tokens + rng.integers(-9, 9)), language, tenant, hashed(words, NO_WORDS), number, vector, marks)
 
 
 def profiles(rng, before, now, n=200, m=60):
@@ -38,7 +40,7 @@ def moved_signal(rng, kind, before, now, n=200, m=60):
 
 
 def prompt_row(shift):
-    return lambda rng: rng.standard_normal(33) + shift * (np.arange(33) == 4)
+    return lambda rng: rng.standard_normal(33) + shift * (np.arange(33) == 0)
 
 
 def test_a_language_a_length_and_a_topic_are_named():
@@ -54,6 +56,19 @@ def test_a_language_a_length_and_a_topic_are_named():
     assert said["length"]["before"] > 90 > 40 > said["length"]["now"] and said["requests"] >= 30
 
 
+def test_how_prompts_are_written_is_named():
+    rng = np.random.default_rng(7)
+    signal = moved_signal(rng, PROMPT, prompt_row(0.0), prompt_row(3.0))
+    reference, recent = profiles(rng, {"marks": ("lower",)}, {"marks": ("lower", "jailbreak")})
+    again = TrafficProfile.from_state(json.loads(json.dumps(recent.state())))
+    for profile in (recent, again):
+        said = describe(signal, TrafficProfiles(reference, profile), None)
+        assert (
+            "with phrases that jailbreaks use (0 % before, 100 % now)" in said["text"] and "lower" not in said["text"]
+        )
+        assert said["writing"] == {"before": {"lower": 1.0}, "now": {"lower": 1.0, "jailbreak": 1.0}}
+
+
 def test_what_stands_out_nowhere_is_not_made_up():
     rng = np.random.default_rng(2)
     signal = moved_signal(rng, PROMPT, prompt_row(0.0), prompt_row(3.0))
@@ -65,7 +80,7 @@ def test_what_stands_out_nowhere_is_not_made_up():
 
 def output_row(tokens=50.0, cut=0.0, refusal=0.02, repeats=0.0):
     def row(rng):
-        values = rng.standard_normal(37)
+        values = rng.standard_normal(5)
         flags = (float(rng.random() < cut), float(rng.random() < refusal), 0.9, 0.95 - repeats)
         values[:5] = (np.log1p(tokens) + 0.1 * rng.standard_normal(), *flags)
         return values

@@ -6,8 +6,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from serve.drift.features.token_runs import RUN, STRETCH, SharedRuns, own_tokens
-from serve.drift.state_arrays import prefixed
 from serve.drift.thinning import COUNTS, MOST_BETWEEN, Shuffle, Thinning, inherited
 
 RNG = np.random.default_rng(0)
@@ -157,35 +155,6 @@ def test_what_a_half_share_is_cut_out_always_or_never():
     assert kept == [20] * len(kept) and len(kept) > 2500
 
 
-@pytest.mark.parametrize("steady", [False, True])
-def test_what_is_cut_out_of_a_reference_that_comes_from_elsewhere_is_cut_out_of_live_prompts_and_nothing_else(steady):
-    rng, theirs, ours = np.random.default_rng(4), prompt(12), prompt(12)
-
-    def some(count, often, seldom):
-        begins = rng.choice([0, 1, 2], count, p=[0.3, 0.2, 0.5])
-        pairs = [(often, seldom, prompt(0))[begin] for begin in begins]
-        return [np.concatenate((HEAD, begin, prompt(20, rng), HEAD)) for begin in pairs]
-
-    shared = SharedRuns()
-    assert {len(own) for own in own_tokens(some(600, theirs, ours), shared)} == {20, 32}
-    thinning: Thinning = Thinning(warm_up=64, interval=0)
-    if steady:
-        offered(thinning, some(200, ours, theirs))
-    thinning.share_as(STRETCH, prefixed(shared.state(), "shared."))
-    restarted: Thinning = Thinning(warm_up=64, interval=0)
-    restarted.restore(thinning.state())
-    for each in (thinning, restarted):
-        lengths = [
-            (len(result.own), result.item)
-            for tokens in some(600, ours, theirs)
-            if (result := each.offer(tokens[6 : len(tokens) - 26].tolist(), tokens=tokens, now=0.0))
-        ]
-        assert len(lengths) > 500
-        assert all(length == (32 if begin == ours.tolist() else 20) for length, begin in lengths)
-    thinning.share_as(RUN, {})
-    assert not thinning._shared._fixed.any()
-
-
 def test_a_short_system_prompt_that_is_new_is_no_part_of_what_is_compared():
     thinning, kept = Thinning(warm_up=64, interval=0), []
     for i, (tokens, own) in enumerate(wordings(np.random.default_rng(2), 600)):
@@ -208,18 +177,6 @@ def test_a_popular_long_prompt_is_no_opening():
         if result and len(result.own) != 20:
             taken.append((result.item, len(result.own)))
     assert taken == [(i, 60) for i in came] and len(taken) > 10
-
-
-def test_an_opening_of_few_is_cut_out_though_others_took_the_place_of_some_of_its_runs():
-    """Ten tenants' openings are more runs than a tenth of the table: one in twenty or so finds its place taken."""
-    rng, kept = np.random.default_rng(5), []
-    openings = [prompt(600) for _ in range(10)]
-    thinning: Thinning = Thinning(warm_up=64, interval=0)
-    for _ in range(1500):
-        tokens = np.concatenate((openings[rng.integers(10)], prompt(20, rng)))
-        if result := thinning.offer(0, tokens=tokens, now=0.0):
-            kept.append(len(result.own))
-    assert len(kept) > 1350 and np.mean(np.array(kept) == 20) > 0.98
 
 
 def test_a_system_prompt_with_the_time_in_it_is_shared_too():
@@ -276,17 +233,20 @@ def test_it_goes_on_where_it_was_from_its_arrays():
     system, pool = prompt(100, rng), [prompt(15, rng) for _ in range(150)]
     stream = [np.concatenate((system, pool[rng.integers(150)])) for _ in range(900)]
     keys = rng.integers(0, 200, 900).tolist()
-    whole: Thinning = Thinning(warm_up=64, interval=50, ahead=0)
-    first: Thinning = Thinning(warm_up=64, interval=50, ahead=0)
+    whole: Thinning = Thinning(warm_up=64, interval=50)
+    first: Thinning = Thinning(warm_up=64, interval=50)
     expected = [whole.offer(i, tokens=t, now=float(i), key=keys[i]) for i, t in enumerate(stream)]
     for i in range(450):
         first.offer(i, tokens=stream[i], now=float(i), key=keys[i])
+    first.flush()
     state = {name: value.copy() for name, value in first.state().items()}
     assert sum(value.nbytes for value in state.values()) < 400_000
-    second: Thinning = Thinning(warm_up=64, interval=50, ahead=0)
+    second: Thinning = Thinning(warm_up=64, interval=50)
     second.restore(state)
     after = [second.offer(i, tokens=stream[i], now=float(i), key=keys[i]) for i in range(450, 900)]
-    assert [result and result.item for result in after] == [result and result.item for result in expected[450:]]
+    later = [result.item for result in expected if result and result.item >= 450]
+    assert [result.item for result in after if result] == later and len(later) > 50
+    assert whole.flush() and second.flush()
     assert second.counts == whole.counts
     heir: Thinning = Thinning(warm_up=64)
     heir.restore(inherited(state))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from serve.drift.baseline import Signal
-from serve.drift.detector import bets
 from serve.drift.detector.detector import SURE, Drift
 from serve.drift.features.features import prompt_row
 from serve.drift.thinning import WINDOW, Shuffle, Thinning
@@ -16,7 +15,6 @@ from tests.support.prompts import Unreachable, pool
 
 # `make drift-proof` runs many more streams at higher thresholds.
 STREAMS = int(os.environ.get("LORADOCK_TEST_DRIFT_STREAMS", 300))
-SILENT = 40
 THRESHOLD = float(os.environ.get("LORADOCK_TEST_DRIFT_THRESHOLD", 100))
 
 
@@ -48,19 +46,10 @@ def mixed(rng, n):
     return rng.standard_normal((n, 6)) + far * rng.standard_normal((n, 6)) * 50
 
 
-def counted(rng, n):
-    """Three scores, and behind them forty counts that only teach directions; some are rare."""
-    expected = np.geomspace(0.02, 2, SILENT)
-    return np.concatenate(
-        (rng.standard_normal((n, 3)), (rng.poisson(expected, (n, SILENT)) - expected) / expected**0.5), 1
-    )
-
-
 def time_to_alarm(draw, size, seed, *, capacity=None, limit=8):
     """Requests until the alarm, or `limit` thresholds: cutting it short can only make the mean smaller."""
     rng = np.random.default_rng(seed)
-    silent = SILENT if draw is counted else 0
-    detector = Drift(draw(rng, size), threshold=THRESHOLD, capacity=capacity, silent=silent, seed=seed)
+    detector = Drift(draw(rng, size), threshold=THRESHOLD, capacity=capacity, seed=seed)
     while detector.updates < limit * THRESHOLD:
         if any(detector.update(row) for row in draw(rng, 64)):
             break
@@ -69,16 +58,14 @@ def time_to_alarm(draw, size, seed, *, capacity=None, limit=8):
 
 # Kind of stream -> draw, reference, capacity, and the requests to its first alarm about nothing, by seed.
 FALSE_ALARMS = {
-    "one score": (single, 3, None, (22, 180, 438, 69, 326, 53, 82, 667)),
-    "heavy tails": (heavy, 40, None, (104, 342, 137, 168, 321, 82, 25, 47)),
-    "discrete": (discrete, 30, None, (381, 93, 256, 92, 430, 210, 586, 575)),
-    "five references": (correlated, 5, None, (20, 109, 122, 394, 78, 201, 256, 20)),
-    "full bag": (correlated, 60, 60, (144, 289, 72, 397, 32, 85, 176, 41)),
-    "two references": (skewed, 2, None, (53, 252, 109, 107, 209, 236, 628, 147)),
-    "ties, full bag": (skewed, 500, 500, (40, 319, 7, 46, 60, 55, 151, 56)),
-    "outliers, full bag": (mixed, 20, 20, (24, 103, 606, 226, 112, 33, 317, 340)),
-    "silent scores": (counted, 60, None, (76, 334, 263, 119, 156, 121, 326, 21)),
-    "silent scores, full bag": (counted, 60, 60, (85, 196, 83, 176, 143, 791, 273, 21)),
+    "one score": (single, 3, None, (19, 186, 126, 69, 40, 62, 82, 171)),
+    "heavy tails": (heavy, 40, None, (100, 340, 126, 168, 654, 292, 148, 47)),
+    "discrete": (discrete, 30, None, (238, 321, 196, 184, 37, 109, 111, 224)),
+    "five references": (correlated, 5, None, (20, 109, 122, 366, 78, 131, 155, 20)),
+    "full bag": (correlated, 60, 60, (142, 96, 71, 134, 433, 59, 98, 41)),
+    "two references": (skewed, 2, None, (75, 245, 35, 89, 208, 235, 131, 55)),
+    "ties, full bag": (skewed, 500, 500, (60, 72, 96, 46, 61, 95, 121, 74)),
+    "outliers, full bag": (mixed, 20, 20, (92, 198, 51, 252, 183, 123, 282, 398)),
 }
 
 
@@ -105,12 +92,16 @@ def test_a_false_alarm_takes_at_least_the_threshold_in_the_mean(kind):
     assert lower >= THRESHOLD
 
 
+def rank(detector, scores):
+    return detector._bags.rank(scores, [detector._bags.lots(detector._rng, 0)])[0][0, 0]
+
+
 def test_ranks_are_uniform_and_independent_also_when_the_bag_forgets():
     rng = np.random.default_rng(3)
     p = []
-    for seed in range(300):
+    for seed in range(200):
         detector = Drift(rng.integers(0, 3, (4, 1)), capacity=1, seed=seed)  # the reference fills the bag
-        p.append([detector._rank(rng.integers(0, 3, (1, 1)).astype(np.float32), [])[0][0, 0] for _ in range(40)])
+        p.append([rank(detector, rng.integers(0, 3, (1, 1)).astype(np.float32)) for _ in range(40)])
     ranks = np.array(p)
     cells = np.histogram(ranks, 10, (0, 1))[0] / ranks.size
     assert np.abs(cells - 0.1).max() < 4 * np.sqrt(0.09 / ranks.size)
@@ -132,37 +123,19 @@ def test_a_shift_in_one_score_is_found_named_and_dated():
     assert detector.rank_shift[7] > 0.1 and np.abs(np.delete(detector.rank_shift, 7)).max() < 0.1
 
 
-def test_a_change_along_no_single_score_is_found_by_its_direction():
-    rng = np.random.default_rng(2)
-    direction = rng.choice([-1, 1], 32) / np.sqrt(32)
-    detector = Drift(rng.standard_normal((500, 32)), threshold=1e5, seed=1)
-    for row in rng.standard_normal((1000, 32)) + 2 * direction:
-        if detector.update(row):
-            break
-    assert detector.drifted and detector.updates < 200
-
-
 @pytest.mark.parametrize(("share", "shift"), [(1.0, 3.0), (0.3, 3.0), (0.1, 4.0)])
 def test_the_share_of_foreign_requests_is_estimated_from_below(share, shift):
     shares = []
-    for seed in range(12):
+    for seed in range(7):
         rng = np.random.default_rng(seed)
         detector = Drift(rng.standard_normal((1000, 10)), threshold=1e5, seed=seed)
-        for row in rng.standard_normal((100, 10)):
-            detector.update(row)
+        list(detector.steps(rng.standard_normal((100, 10)), [None] * 100))
         assert detector.foreign_share is None
         detector.tolerated_share = 0.03
-        for _ in range(1000):
-            row = rng.standard_normal(10)
-            row[3] += shift * (rng.random() < share)
-            detector.update(row)
-            if detector.beyond_tolerated_share:
-                break
-        assert detector.beyond_tolerated_share
-        for _ in range(300):
-            row = rng.standard_normal(10)
-            row[3] += shift * (rng.random() < share)
-            detector.update(row)
+        rows = rng.standard_normal((1300, 10))
+        rows[:, 3] += shift * (rng.random(1300) < share)
+        now = next(now for now, row in enumerate(rows) if detector.update(row) and detector.beyond_tolerated_share)
+        list(detector.steps(rows[now + 1 : now + 301], [None] * 300))
         shares.append(detector.foreign_share)
     print(f"{share:.0%}: {np.median(shares):.1%}, at most {max(shares):.1%}")
     assert share / 3 < np.median(shares) <= share and max(shares) <= 1.3 * share
@@ -170,7 +143,7 @@ def test_the_share_of_foreign_requests_is_estimated_from_below(share, shift):
 
 def test_the_size_of_a_change_is_mostly_known_when_its_evidence_is_sure():
     waits = []
-    for seed in range(12):
+    for seed in range(7):
         rng = np.random.default_rng(seed)
         detector = Drift(rng.standard_normal((1000, 10)), threshold=1e5, seed=seed)
         detector.tolerated_share, sure_at = 0.03, None
@@ -190,7 +163,7 @@ def test_the_size_of_a_change_is_mostly_known_when_its_evidence_is_sure():
 def test_a_share_that_is_tolerated_is_seldom_called_larger():
     """Two in a hundred requests are foreign, three are tolerated; the evidence was there before."""
     called = 0
-    for seed in range(60):
+    for seed in range(30):
         rng = np.random.default_rng(seed)
         detector = Drift(rng.standard_normal((500, 4)), threshold=2, seed=seed)
         detector.tolerated_share = 0.03
@@ -200,8 +173,8 @@ def test_a_share_that_is_tolerated_is_seldom_called_larger():
             if detector.beyond_tolerated_share:
                 called += 1
                 break
-    print(f"{called} of 60")
-    assert called <= 12
+    print(f"{called} of 30")
+    assert called <= 7
 
 
 @pytest.mark.parametrize("updates", [0, 1, 1203])
@@ -221,14 +194,12 @@ def test_a_restored_detector_goes_on_bit_for_bit(updates, tmp_path):
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("draw", [discrete, counted, heavy])
-def test_several_rows_at_once_are_those_rows_one_by_one_to_the_bit(draw, monkeypatch):
-    monkeypatch.setattr(bets, "SMALLEST_UNIT", 0.95)  # histograms are written anew within blocks too
+@pytest.mark.parametrize("draw", [discrete, heavy])
+def test_several_rows_at_once_are_those_rows_one_by_one_to_the_bit(draw):
     rng = np.random.default_rng(8)
     known = {"seed": 3, "capacity": 1000, "threshold": 1e3}
-    known |= {"silent": SILENT, "turn": 4} if draw is counted else {}
     reference, rows = draw(rng, 990), draw(rng, 120)  # the bags fill on the way
-    rows[70:] += 1  # the evidence is there within a block
+    rows[70:] += 1 if draw is discrete else 99  # the evidence is there within a block
     known["margin"] = np.where(np.arange(reference.shape[1]) == 1, 0.5, 0)
     alone, together = Drift(reference, **known), Drift(reference, **known)
     one_by_one = [alone.update(row) for row in rows]
@@ -276,7 +247,7 @@ MEASURED = {
 }
 LONG = "LORADOCK_TEST_DRIFT_STREAMS" in os.environ
 TESTED = MEASURED if LONG else {key: MEASURED[key] for key in (("medical", 1.0), ("german", 1.0), ("german", 0.2))}
-DELAY_STREAMS = 24 if LONG else 7
+DELAY_STREAMS = 24 if LONG else 3
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +268,7 @@ def rows(small_checkpoint):
             except Unreachable as missing:
                 pytest.skip(str(missing))
             encoded = tokenizer.encode_batch(list(prompts))
-            made[kind] = [(prompt_row(embedding, text.ids)[:33], text.ids) for text in encoded]
+            made[kind] = [(prompt_row(embedding, text.ids), text.ids) for text in encoded]
         return made[kind]
 
     return of
@@ -366,7 +337,8 @@ def test_repeated_prompts_alarm_unless_they_are_thinned(rows):
         for again in range(repeats):
             near = [*tokens, 30 + again] if again % 2 else tokens
             asked += 1
-            bare.update(row)
+            if not bare.drifted:
+                bare.update(row)
             if taken := thinning.offer(row, tokens=near, now=request * 10.0, key=request):
                 for shuffled in shuffle.add(taken.item):
                     thinned.update(shuffled)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 
@@ -16,6 +14,7 @@ from serve.drift.features.features import (
     Answer,
     Scale,
     answer_rows,
+    columns,
     names,
     prompt_row,
     refuses,
@@ -30,11 +29,12 @@ def embedding():
 
 def test_rows_have_the_scores_that_their_names_say(embedding):
     prompt = prompt_row(embedding, [5, 6, 7])
-    assert prompt.shape == (len(names(PROMPT, 32)) + SKETCH + embedding.mean_width,)
-    assert prompt[0] == pytest.approx(np.log(4))
+    assert prompt.shape == (columns(PROMPT, 32) + SKETCH + embedding.mean_width,)
+    assert prompt[0] == pytest.approx(np.log(4)) and names(PROMPT) == ("length",)
+    assert np.array_equal(prompt[1:33], embedding.vector([5, 6, 7]))
     rows = answer_rows(embedding, Answer([9, 9, 9, 8], "length", "I cannot help with that.", [-1, -2, -3, -2]))
-    assert rows[OUTPUT].shape == (37 + SKETCH,)
-    output = dict(zip(names(OUTPUT, 32), rows[OUTPUT][:37], strict=True))
+    assert rows[OUTPUT].shape == (columns(OUTPUT, 32) + SKETCH + embedding.mean_width,)
+    output = dict(zip(names(OUTPUT), rows[OUTPUT][:5], strict=True))
     assert (output["ended_by_length"], output["refusal"]) == (1, 1)
     assert output["distinct_1"] == 0.5 and output["distinct_2"] == pytest.approx(2 / 3)
     assert rows[LOGPROB][:3] == pytest.approx([-2, -3, np.std([-1, -2, -3, -2])])
@@ -64,13 +64,8 @@ def test_refusals_are_known_by_how_they_begin(text, expected):
     assert refuses(text) is expected
 
 
-def test_a_scale_whitens_its_vector_and_explains_the_mean_logprob_away():
+def test_a_scale_explains_the_mean_logprob_away():
     rng = np.random.default_rng(1)
-    mixing = np.eye(8) + 0.3 * rng.standard_normal((8, 8))
-    raw = np.concatenate((rng.standard_normal((4000, 1)), rng.standard_normal((4000, 8)) @ mixing), axis=1)
-    scores = Scale.fit(PROMPT, raw[::2])(raw[1::2])
-    assert np.abs(np.cov(scores.T) - np.eye(9)).max() < 0.2
-
     length, vector = rng.standard_normal((4000, 1)), rng.standard_normal((4000, 9))
     mean = vector @ np.linspace(-1, 1, 9) + 0.5 * length[:, 0] + 0.1 * rng.standard_normal(4000)
     raw = np.column_stack((mean, mean - 1, np.ones(4000), length, vector))
@@ -79,16 +74,25 @@ def test_a_scale_whitens_its_vector_and_explains_the_mean_logprob_away():
     assert abs(np.corrcoef(residual, mean[1::2])[0, 1]) < 0.2
 
 
-def test_scores_of_tokens_are_left_as_they_are():
+def test_few_log_probabilities_that_no_prompt_explains_are_explained_by_none():
+    """45 rows and 34 numbers: the regression that fits them best is noise, and spreads later ones by more than half."""
+    rng = np.random.default_rng(5)
+    raw = rng.standard_normal((1000, 37))
+    scale = Scale.fit(LOGPROB, raw[:45])
+    onto = scale.matrix[:, 0] / scale.matrix[0, 0]
+    assert (raw[45:] @ onto).std() < 1.15
+
+
+def test_of_a_prompt_length_and_surprises_are_scores_and_its_vector_is_none():
     raw = np.random.default_rng(3).standard_normal((400, 12)) * 3 + 1
     scale = Scale.fit(PROMPT, raw, surprises=2)
-    assert np.allclose(scale(raw[7])[-2:], np.clip(raw[7, -2:], -CLIP, CLIP), atol=1e-6)
-    alone = Scale.fit(PROMPT, raw[:, :-2])
-    assert np.allclose(scale(raw[7])[:-2], alone(raw[7, :-2]))
+    scores = scale(raw[7])
+    assert scores.shape == (3,) and np.allclose(scores[-2:], np.clip(raw[7, -2:], -CLIP, CLIP), atol=1e-6)
+    assert scores[0] == pytest.approx((raw[7, 0] - raw[:, 0].mean()) / raw[:, 0].std(), abs=1e-4)
 
 
 def test_a_constant_stays_one_and_an_odd_row_is_clipped():
-    raw = np.random.default_rng(2).standard_normal((100, 37))
+    raw = np.random.default_rng(2).standard_normal((100, 5))
     raw[:, 1] = 1
     scale = Scale.fit(OUTPUT, raw)
     again = Scale.from_arrays(scale.arrays())
@@ -96,17 +100,3 @@ def test_a_constant_stays_one_and_an_odd_row_is_clipped():
     assert scale(row)[1] == 0
     assert np.array_equal(scale(row), again(row))
     assert np.abs(scale(row * 1e6)).max() == CLIP
-
-
-def test_a_request_costs_little():
-    table = np.random.default_rng(0).standard_normal((49_152, 64)).astype(np.float32)
-    embedding = Embedding.project(table)
-    rng = np.random.default_rng(1)
-    tokens, answer = rng.integers(0, 49_000, 200), Answer(rng.integers(0, 49_000, 100), "stop", "Yes", -rng.random(100))
-    times = []
-    for _ in range(300):
-        start = time.perf_counter()
-        prompt_row(embedding, tokens), answer_rows(embedding, answer)
-        times.append(time.perf_counter() - start)
-    print(f"{np.median(times) * 1e6:.0f} us")
-    assert np.median(times) < 1e-3  # 60 us on an idle core; ten times that is another algorithm
