@@ -178,7 +178,15 @@ class Membership:
 
     def failed(self, peer: Peer) -> None:
         """It could not be reached, or does not serve now."""
+        if not peer.unreachable_until:
+            log.warning("%s at %s takes no requests that are sent on: they are answered here", peer.id, peer.address)
         peer.leave_alone(self._clock() + UNREACHABLE_SECONDS)
+
+    def answered(self, peer: Peer) -> None:
+        """It took a request."""
+        if peer.unreachable_until:
+            log.info("%s takes requests again", peer.id)
+            peer.leave_alone(0.0)
 
     def _reachable(self, place: int, now: float) -> bool:
         peer = self._places[place]

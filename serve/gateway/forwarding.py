@@ -75,7 +75,9 @@ class Forwarding(Collector):
     def ended(self, call: ForwardedCall) -> None:
         """Count it; a peer that did not take it is left alone for a while, unless it is only full."""
         self._counts["home" if call.taken else "here"] += 1
-        if not call.taken and not call.full:
+        if call.taken:
+            self._membership.answered(call.peer)
+        elif not call.full:
             self._membership.failed(call.peer)
 
     def _http(self) -> httpx.AsyncClient:

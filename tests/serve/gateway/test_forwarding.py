@@ -237,6 +237,27 @@ async def test_a_home_that_has_stopped_costs_no_request(two, make_adapter):
     assert len(asked_here(one)) + len(asked_here(other)) - before == 20 * len(NAMES)
 
 
+async def test_a_home_that_cannot_be_reached_is_told_of_once(two, make_adapter, caplog, monkeypatch):
+    one, other = two
+    await push(one, make_adapter, AWAY)
+    (peer,) = one.membership.peers
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        nobody = f"http://127.0.0.1:{free.getsockname()[1]}"
+    there = other.membership.address
+    other.membership.address = nobody
+    assert await settled(lambda: peer.address == nobody, 5)
+    for _ in range(3):
+        assert (await ask(one.client, AWAY)).status_code == 200
+    assert len(asked_here(one)) == 3 and not asked_here(other)
+    assert caplog.text.count("takes no requests that are sent on") == 1
+    other.membership.address = there
+    assert await settled(lambda: peer.address == there, 5)
+    monkeypatch.setattr(one.membership, "_clock", lambda: peer.unreachable_until + 1)
+    assert (await ask(one.client, AWAY)).status_code == 200
+    assert len(asked_here(other)) == 1
+    assert await settled(lambda: not peer.unreachable_until, 5)
+
+
 async def test_a_home_without_room_leaves_the_request_to_whoever_got_it(two, make_adapter, monkeypatch):
     from serve.errors import Overloaded
 
