@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-without-engine test-engine check lint types chaos kills cluster recovery overload watch watch-cost equality socket drift-proof drift-time drift-delays drift-real drift-streams bench monitoring clean setup setup-dev first-hour clients tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base vllm-diff cuda-wheel probe-noise as-on-a-gpu gpu gpu-wheels gpu-torch gpu-torch-wheels arm64
+.PHONY: help serve test test-without-engine test-engine check lint types chaos kills cluster recovery overload watch watch-cost equality socket front-end drift-proof drift-time drift-delays drift-real drift-streams bench monitoring clean setup setup-dev first-hour clients tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base vllm-diff cuda-wheel probe-noise as-on-a-gpu gpu gpu-wheels gpu-torch gpu-torch-wheels arm64
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -229,6 +229,9 @@ start: setup-dev ## how soon a server is ready, against other checkouts in turns
 
 socket: setup-dev ## what is lost between an engine's step and the socket: the engine in one process against the server; some minutes
 	@$(BIN)/python -m tests.campaigns.socket_cost $(ROUNDS)
+
+front-end: setup-dev ## the server's CPU for a token over a scripted engine, 1,000 streams, against vllm serve and other checkouts (ARGS="--against DIR"); 10 minutes
+	@$(BIN)/python -m tests.campaigns.front_end $(ARGS)
 
 tiers: setup-dev ## 1,000 adapters on one engine: a Zipf-distributed load, 1,000 loads and unloads that leak nothing; 10 minutes
 	@LORADOCK_TEST_ADAPTERS=$(or $(ADAPTERS),1000) $(BIN)/python -m pytest -s tests/e2e/test_tiers.py

@@ -35,6 +35,10 @@ class CancellableCall:
         self._limit = asyncio.timeout(None)
         self._running = False
 
+    @property
+    def is_cut(self) -> bool:
+        return self._cut.is_set()
+
     def cut(self, error: LoradockError) -> None:
         if not self._cut.is_set():
             self._error = error

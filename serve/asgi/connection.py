@@ -10,6 +10,21 @@ from starlette.types import Scope
 CONNECTION = "loradock.connection"
 
 
+# Where it leaves the body of the request's answer, if that can be written to without waiting.
+BODY = "loradock.body"
+
+
+class AnswerBody(Protocol):
+    """The body of one answer, past the messages of ASGI."""
+
+    @property
+    def is_open(self) -> bool:
+        """The answer has begun, in pieces, and has not ended, and its client is there."""
+
+    def write(self, piece: bytes) -> None:
+        """Send a piece, in order with all that is sent by messages. Call it only while `is_open`."""
+
+
 class Connection(Protocol):
     def recognise(self) -> None:
         """Whoever sends on this connection showed a key that the server takes, or needs none."""

@@ -120,6 +120,10 @@ class Config:
         "on a CPU: what a step may take for prompts while answers wait for their next token:"
         " auto (some 2.8 times what it takes without), or seconds (0: any)",
     )
+    coalesce_ms: FromZero = _setting(
+        0.0,
+        "milliseconds that tokens of a stream, but the first, may wait to go out together (0: each at once)",
+    )
     vllm_patches: Texts = _setting(
         ("all",),
         "what loradock changes in vLLM: all, or correctness (and security, nothing for speed); no-NAME leaves one out",

@@ -66,6 +66,8 @@ class InFlight:
     send: Send
     tap: Tap
     deadline: Deadline
+    # A guard has put something of its own in the answer's way.
+    is_guarded: bool = False
 
     @asynccontextmanager
     async def wanted(self) -> AsyncIterator[None]:
@@ -238,7 +240,9 @@ class Forwarder:
         self._wants_logprobs = wants_logprobs
 
     async def answer(self, scope: Scope, in_flight: InFlight) -> None:
+        send = in_flight.send
         async with self._guarded(scope["path"], in_flight) as in_flight.send:
+            in_flight.is_guarded = in_flight.send is not send
             await self._answer_leased(scope, in_flight)
 
     @asynccontextmanager
@@ -286,7 +290,8 @@ class Forwarder:
             if recorded:
                 send = recorded.send
             call = CancellableCall(receive, HonestStatus(send).send, route.engine.failing)
-            fast_stream = FastStream.of(scope, fields, call.send)
+            seen = recorded is not None or in_flight.is_guarded  # somebody looks at each piece of the answer
+            fast_stream = FastStream.of(scope, fields, call.send, None if seen else call)
             tap.streams(fast_stream)
             with route.lease.watched(tap.watch), route.engine.alarm(call.cut), in_flight.deadline.hand_over(call):
                 await call.run(route.app, scope, fast_stream.send if fast_stream else None)

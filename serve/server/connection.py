@@ -28,9 +28,9 @@ from http import HTTPStatus
 from ipaddress import ip_address
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from serve.asgi.connection import CONNECTION
+from serve.asgi.connection import BODY, CONNECTION
 from serve.asgi.fast_stream import FLOW
 
 log = logging.getLogger(__name__)
@@ -128,6 +128,25 @@ class Connections:
             oldest.transport.abort()
 
 
+class ChunkedBody:
+    """The body of an answer whose length is not known ahead, as uvicorn writes it."""
+
+    __slots__ = ("_cycle", "_write")
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._write = cycle.transport.write
+
+    @property
+    def is_open(self) -> bool:
+        cycle = self._cycle
+        begun = cycle.response_started and not cycle.response_complete
+        return bool(begun and cycle.chunked_encoding and not cycle.disconnected)
+
+    def write(self, piece: bytes) -> None:
+        self._write(b"%x\r\n%b\r\n" % (len(piece), piece))
+
+
 class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP with a deadline for each phase; see the module. Made by `guarded`."""
 
@@ -207,6 +226,9 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._refused:
             return
         super().on_headers_complete()
+        if self.cycle is not None and self.cycle.scope is self.scope:
+            extensions: dict[str, Any] = self.scope.setdefault("extensions", {})
+            extensions[BODY] = ChunkedBody(self.cycle)
         self._in_body, self._body_bytes = True, 0
         if self._body_timer is None:
             self._body_timer = self.loop.call_later(self.seconds * SLACK, self._check_body)

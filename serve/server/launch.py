@@ -168,7 +168,7 @@ def _run(config: Config, sock: socket, output: Log) -> int:
         failures.append(error)
         server.should_exit = True
 
-    backends = [VLLMBackend(base.model, base.name, base.engine) for base in config.bases]
+    backends = [VLLMBackend(base.model, base.name, base.engine, config.coalesce_ms) for base in config.bases]
     app = build_app(config, backends, fail)
     server = Server(
         uvicorn.Config(

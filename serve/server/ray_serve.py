@@ -280,7 +280,7 @@ class Replica:
         from serve.server.assembly import build_app
         from serve.vllm_backend.backend import VLLMBackend
 
-        backends = [VLLMBackend(base.model, base.name, base.engine) for base in config.bases]
+        backends = [VLLMBackend(base.model, base.name, base.engine, config.coalesce_ms) for base in config.bases]
         self._app = build_app(
             config,
             backends,

@@ -39,10 +39,12 @@ from serve.errors import AdapterRejected, ConfigError, Conflict, EngineUnavailab
 from serve.models import engine_memory, hardware
 from serve.names import response_owner
 from serve.vllm_backend import announce, building, first_error, forkserver, gpu_memory
+from serve.vllm_backend.coalescing import Coalescing
+from serve.vllm_backend.detokenizer import TokenTexts
 from serve.vllm_backend.engine_arguments import parse
 from serve.vllm_backend.engine_processes import Member, cause_of_death, end, members, processes_of, resident_bytes
 from serve.vllm_backend.output_processor import Outputs
-from serve.vllm_backend.patches import applying, response_store, titles
+from serve.vllm_backend.patches import applying, response_models, response_store, titles
 from serve.vllm_backend.patches.error_translation import answer_unknown_paths, rejecting, sentence
 from serve.vllm_backend.patches.tokenizer_copies import shared_copy
 from serve.vllm_backend.structured_outputs import Engine
@@ -66,8 +68,9 @@ class VLLMBackend:
 
     version = VLLM_VERSION
 
-    def __init__(self, model: str, name: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, model: str, name: str, options: Mapping[str, Any], coalesce_ms: float = 0.0) -> None:
         self.name = name
+        self._coalesce_ms = coalesce_ms
         self.model = model
         self._options = options
         self.args = parse(model, name, options)
@@ -198,7 +201,7 @@ class VLLMBackend:
 
     def another(self, model: str | None = None) -> VLLMBackend:
         """One more with the same options, over the same model or another; not started."""
-        return VLLMBackend(model or self.model, self.name, self._options)
+        return VLLMBackend(model or self.model, self.name, self._options, self._coalesce_ms)
 
     async def start(self) -> None:
         """Load the base model; minutes for a large one. The event loop stays free meanwhile."""
@@ -207,10 +210,7 @@ class VLLMBackend:
         try:
             self._llm = llm = await building.built(self._build, _discard)
             self._members = members(self._pids())
-            llm.output_processor.__class__ = Outputs
-            llm.output_processor.plain = self._tells_plainly()
-            llm.output_processor.step_times = self._pulse.step_times
-            llm.output_processor.counts_drafts = llm.vllm_config.speculative_config is None
+            self._take_outputs(llm)
             tasks = await llm.get_supported_tasks()
             self._generates = "generate" in tasks
             self._seats = self.ranks * int(llm.vllm_config.scheduler_config.max_num_seqs)
@@ -242,15 +242,36 @@ class VLLMBackend:
         await self._rpc("loradock_settle")
         pages.release()
 
+    def _take_outputs(self, llm: Engine) -> None:
+        """Have what the engine says come by us."""
+        llm.output_processor.__class__ = Outputs
+        outputs = cast(Outputs, llm.output_processor)
+        outputs.plain = self._tells_plainly()
+        outputs.parses = applying.is_on("parsed-streams") and self._adds_nothing()
+        outputs.calls_tools = bool(self.args.enable_auto_tool_choice)
+        outputs.step_times = self._pulse.step_times
+        outputs.counts_drafts = llm.vllm_config.speculative_config is None
+        if applying.is_on("token-table"):
+            outputs.texts = TokenTexts.of(outputs.tokenizer)
+        if applying.is_on("step-stats") and llm.logger_manager is not None:
+            outputs.lean_stats = True
+            self._pulse.observe_waits(llm.logger_manager.stat_loggers)
+        if applying.is_on("response-models"):
+            response_models.install()
+        if self._coalesce_ms:
+            outputs.coalescing = Coalescing(self._coalesce_ms / 1000)
+
     def _tells_plainly(self) -> bool:
         """vLLM's server puts nothing between the tokens of a plain stream, and takes nothing out."""
         args = self.args
         parser = ToolParserManager.get_tool_parser(args.tool_call_parser) if args.tool_call_parser else None
         rewrites = args.reasoning_parser or getattr(parser, "engine_based_streaming", False)
-        rewrites = rewrites or args.enable_force_include_usage
-        if not applying.is_on("fast-stream"):
-            return False
-        return not (rewrites or args.enable_log_outputs or args.sse_keep_alive_interval > 0)
+        return applying.is_on("fast-stream") and self._adds_nothing() and not rewrites
+
+    def _adds_nothing(self) -> bool:
+        """vLLM's server tells nothing of its own between the pieces of a stream."""
+        args = self.args
+        return not (args.enable_force_include_usage or args.enable_log_outputs or args.sse_keep_alive_interval > 0)
 
     def _build(self) -> Engine:
         engine_args = AsyncEngineArgs.from_cli_args(self.args)

@@ -8,18 +8,23 @@ from __future__ import annotations
 import hashlib
 import logging
 from copy import copy
+from functools import partial
 from typing import Any, cast
 
+from vllm.entrypoints.generate.base.protocol import DeltaMessage
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
-from vllm.v1.metrics.stats import RequestStateStats
+from vllm.v1.metrics.stats import IterationStats, RequestStateStats
 
 from serve.asgi.exchange import Generation, Parameters, watching
 from serve.asgi.fast_stream import FastStream
 from serve.errors import LoradockError
+from serve.vllm_backend.coalescing import Coalescing
+from serve.vllm_backend.detokenizer import TokenTexts, look_up
+from serve.vllm_backend.parsed_stream import Handover, ParsedDeltas
 from serve.vllm_backend.step_times import StepTimes
 
 log = logging.getLogger(__name__)
@@ -54,10 +59,18 @@ class Outputs(OutputProcessor):
 
     # Whether vLLM's way adds nothing to a plain stream; its backend knows.
     plain = False
+    # Whether it adds nothing to a stream but what its parser makes of the text, and whether that may call tools.
+    parses = calls_tools = False
     # Who is charged for the engine's time; its backend hands it in.
     step_times: StepTimes | None = None
     # Whether drafts are counted for us and no answer tells of them; its backend knows.
     counts_drafts = False
+    # The texts of single tokens, where those make up an answer's text; its backend knows.
+    texts: TokenTexts | None = None
+    # Whether a token is counted here, without vLLM's look into the environment for each; its backend knows.
+    lean_stats = False
+    # Where the tokens of streams wait for one another, if they do; its backend knows.
+    coalescing: Coalescing | None = None
 
     def add_request(self, request: EngineCoreRequest, *args: Any, **kwargs: Any) -> None:
         watch = watching.get()
@@ -72,6 +85,9 @@ class Outputs(OutputProcessor):
             return
         state.background = watch is None or watch.background
         state.watched = None
+        state.fast_stream = None
+        if self.texts is not None:
+            look_up(state.detokenizer, self.texts)
         if watch is None:
             return
         sequence = _Sequence(state, parameters_of(request.sampling_params, watch.tools))
@@ -79,37 +95,103 @@ class Outputs(OutputProcessor):
         state.watched = sequence
         if watch.logprobs:
             ask_logprobs(request, state)
-        fast_stream = watch.fast_stream
-        if self.plain and fast_stream is not None and not fast_stream.taken and _alone(state):
-            fast_stream.taken = True
-            state.fast_stream = fast_stream
+        if watch.fast_stream is not None and not watch.fast_stream.taken and _alone(state):
+            self._take_stream(state, watch.fast_stream)
+        if self.coalescing is not None and state.fast_stream is None:
+            self.coalescing.collect(state.queue)
+
+    def _take_stream(self, state: Any, stream: FastStream) -> None:
+        """Have the stream send a sequence's tokens, if it can. vLLM's way looks for strings that end an answer."""
+        stops = getattr(state.detokenizer, "stop", True)
+        if stream.has_logprobs and stream.parser is None:
+            stream.parser = ParsedDeltas()
+        if self.plain and not stream.has_tools and not stream.has_logprobs:
+            stream.taken = True
+            state.fast_stream, state.runs_on = stream, not stops
             state.stream_interval = NEVER
+        elif self.parses and stream.parser is not None and not stops and (self.calls_tools or not stream.has_tools):
+            stream.taken = stream.parsed = True
+            state.fast_stream, state.runs_on = stream, False
 
     def process_outputs(
         self,
         engine_core_outputs: list[EngineCoreOutput],
         engine_core_timestamp: float | None = None,
-        *args: Any,
-        **kwargs: Any,
+        iteration_stats: IterationStats | None = None,
+        weight_version: str | None = None,
     ) -> OutputProcessorOutput:
-        # Before: those that end here are forgotten by then.
-        sequences = [
-            (state, output, state.is_prefilling)
-            for output in engine_core_outputs
-            if (state := self.request_states.get(output.request_id)) is not None
-        ]
-        if self.counts_drafts:
-            for state, output, _ in sequences:
-                _count_drafts(state, output)
-        done = super().process_outputs(engine_core_outputs, engine_core_timestamp, *args, **kwargs)
+        # States before: those that end here are forgotten by then.
+        computed: list[tuple[Any, int]] = []
+        others: list[tuple[Any, EngineCoreOutput, bool]] = []
+        for output in engine_core_outputs:
+            state = cast(Any, self.request_states.get(output.request_id))
+            if state is None:
+                continue
+            if state.fast_stream is not None and state.fast_stream.parsed and not state.runs_on:
+                _begin_parsed(state)
+            if state.fast_stream is not None and _goes_on(state, output):
+                self._update_stats_from_output(state, output, engine_core_timestamp, iteration_stats)
+                _take(state, output, weight_version)
+                self._send_on(state)
+                computed.append((state, len(output.new_token_ids)))
+            else:
+                others.append((state, output, state.is_prefilling))
+        done = self._process_others(others, engine_core_timestamp, iteration_stats, weight_version)
         if self.step_times is not None and engine_core_timestamp is not None:
-            computed = [(state, _tokens(state, output, began)) for state, output, began in sequences]
+            computed += [(state, _tokens(state, output, began)) for state, output, began in others]
             self.step_times.computed(computed, engine_core_timestamp)
-        for state, output, _ in sequences:
-            fast_stream = getattr(state, "fast_stream", None)
-            if fast_stream is not None and output.request_id in self.request_states:
-                _forward(state, fast_stream)
         return done
+
+    def _process_others(
+        self, others: list[tuple[Any, EngineCoreOutput, bool]], *arguments: Any
+    ) -> OutputProcessorOutput:
+        """By vLLM's own way."""
+        if self.counts_drafts:
+            for state, output, _ in others:
+                _count_drafts(state, output)
+        done = super().process_outputs([output for _, output, _ in others], *arguments)
+        for state, output, _ in others:
+            if state.fast_stream is not None and output.request_id in self.request_states:
+                self._send_on(state)
+        return done
+
+    def _send_on(self, state: Any) -> None:
+        if state.fast_stream.parsed and not state.runs_on:
+            return
+        if self.coalescing is None:
+            _forward(state, state.fast_stream)
+        else:
+            self.coalescing.hold(state.request_id, partial(self._release, state))
+
+    def _release(self, state: Any) -> None:
+        """Of a sequence that has ended meanwhile, vLLM's way has told the rest."""
+        if state.fast_stream is not None and self.request_states.get(state.request_id) is state:
+            _forward(state, state.fast_stream)
+
+    def _update_stats_from_output(
+        self,
+        req_state: RequestState,
+        engine_core_output: EngineCoreOutput,
+        engine_core_timestamp: float | None,
+        iteration_stats: IterationStats | None,
+    ) -> None:
+        stats = req_state.stats
+        if (
+            not self.lean_stats
+            or iteration_stats is None
+            or stats is None
+            or engine_core_timestamp is None
+            or req_state.is_prefilling
+            or engine_core_output.events is not None
+            or engine_core_output.num_nans_in_logits
+        ):
+            super()._update_stats_from_output(req_state, engine_core_output, engine_core_timestamp, iteration_stats)
+            return
+        count = len(engine_core_output.new_token_ids)
+        iteration_stats.num_generation_tokens += count
+        stats.num_generation_tokens += count
+        iteration_stats.inter_token_latencies_iter.append(engine_core_timestamp - stats.last_token_ts)
+        stats.last_token_ts = engine_core_timestamp
 
     def _update_stats_from_finished(
         self, req_state: RequestState, finish_reason: FinishReason | None, *args: Any
@@ -140,15 +222,41 @@ def _alone(state: RequestState) -> bool:
     return streams and state.parent_req is None and not state.streaming_input and state.stream_interval == 1
 
 
-def _forward(state: RequestState, fast_stream: FastStream) -> None:
+def _goes_on(state: Any, output: EngineCoreOutput) -> bool:
+    """An output in the middle of a stream: tokens, and nothing else that vLLM's way would do something with."""
+    return (
+        state.runs_on
+        and output.finish_reason is None
+        and output.events is None
+        and state.sent_tokens_offset > 0
+        and output.routed_experts is None
+        and output.new_sampling_mask is None
+        and output.new_prompt_logprobs_tensors is None
+        and output.spec_decode_metrics is None
+    )
+
+
+def _take(state: Any, output: EngineCoreOutput, weight_version: str | None) -> None:
+    """The tokens' text, and their log-probabilities for the watcher."""
+    if weight_version is not None and output.new_token_ids:
+        state.track_weight_version(weight_version)
+    state.detokenizer.update(output.new_token_ids, False)
+    if output.new_logprobs is not None:
+        state.logprobs_processor.update_from_output(output)
+
+
+def _forward(state: Any, fast_stream: FastStream) -> None:
     """Send on what this sequence said since, if it has its turn; what has not, goes with what comes next."""
+    if fast_stream.parsed:
+        _forward_parsed(state, fast_stream)
+        return
     if state.queue.output is not None:
         fast_stream.in_order = False
         return
     if not fast_stream.in_order:
         waiting = state.detokenizer.num_output_tokens() - state.sent_tokens_offset
         if waiting > PATIENCE and not fast_stream.learned:
-            del state.fast_stream
+            state.fast_stream = None
             _go_round(state)
     elif fast_stream.blocked:
         fast_stream.in_order = False
@@ -159,8 +267,45 @@ def _forward(state: RequestState, fast_stream: FastStream) -> None:
             fast_stream.write(text)
         except Exception:  # of one stream; all others pass here too
             log.exception("a stream goes on without its fast stream")
-            del state.fast_stream
+            state.fast_stream = None
             _go_round(state)
+
+
+def _begin_parsed(state: Any) -> None:
+    """Once vLLM's way has told all that it was given, and a chunk was seen: what comes now is for the fast stream."""
+    stream = state.fast_stream
+    if stream.learned and stream.parser.begun and state.queue.output is None and not stream.blocked:
+        state.sent_tokens_offset = state.detokenizer.num_output_tokens()
+        state.stream_interval = NEVER
+        state.runs_on = True
+
+
+def _forward_parsed(state: Any, stream: FastStream) -> None:
+    if state.queue.output is not None:
+        return
+    if stream.blocked:
+        _go_round(state)
+        state.stream_interval = NEVER
+        return
+    parser = cast(ParsedDeltas, stream.parser)
+    tokens = state.detokenizer.output_token_ids[state.sent_tokens_offset + parser.ahead :]
+    text = state.detokenizer.get_next_output_text(finished=False, delta=True)
+    try:
+        delta = parser.parse(text, tokens)
+        logprobs = b""
+        if stream.has_logprobs:
+            values = state.logprobs_processor.logprobs
+            logprobs = parser.logprobs(tokens, values[len(values) - len(tokens) :])
+            delta = DeltaMessage() if delta is None else delta
+        if delta is not None:
+            stream.write_delta(delta.model_dump_json(exclude_unset=True).encode(), logprobs)
+    except Handover:
+        _go_round(state)
+        state.stream_interval = NEVER
+    except Exception:  # of one stream; all others pass here too
+        log.exception("a stream goes on without its fast stream")
+        state.fast_stream = None
+        _go_round(state)
 
 
 def _go_round(state: RequestState) -> None:

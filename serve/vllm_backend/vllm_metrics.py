@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +14,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
-from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerBase
 
 from serve.vllm_backend.patches.applying import State
 from serve.vllm_backend.step_times import StepTimes
@@ -29,6 +30,14 @@ class Pulse(StatLoggerBase):
         self.last = 0.0
         self.waiting = 0
         self.step_times = StepTimes()
+        self._waits: Mapping[int, Any] = {}
+
+    def observe_waits(self, loggers: Iterable[Any]) -> None:
+        """Of vLLM's loggers, beside which this one stands first, take over the histogram of waits between tokens: what
+        they observe token by token is observed here once a step."""
+        for logger in loggers:
+            if isinstance(logger, PrometheusStatLogger):
+                self._waits = logger.histogram_inter_token_latency
 
     def record(
         self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
@@ -37,8 +46,18 @@ class Pulse(StatLoggerBase):
         self.step_times.ended(engine_idx)
         if scheduler_stats is not None:
             self.waiting = scheduler_stats.num_waiting_reqs
+        if iteration_stats is not None and engine_idx in self._waits:
+            observe_all(self._waits[engine_idx], iteration_stats.inter_token_latencies_iter)
+            iteration_stats.inter_token_latencies_iter = []
 
     def log_engine_initialized(self) -> None: ...
+
+
+def observe_all(histogram: Any, values: Iterable[float]) -> None:
+    """What prometheus_client's `observe` does for each value; those of a step are nearly all alike."""
+    for value, count in Counter(values).items():
+        histogram._sum.inc(value * count)
+        histogram._buckets[bisect_left(histogram._upper_bounds, value)].inc(count)
 
 
 class CpuSteps(Collector):

@@ -29,7 +29,9 @@ async def in_process(config: Config, port: int) -> AsyncIterator[Any]:
     from serve.server.assembly import build_app
     from serve.vllm_backend.backend import VLLMBackend
 
-    app = build_app(config, [VLLMBackend(base.model, base.name, base.engine) for base in config.bases])
+    app = build_app(
+        config, [VLLMBackend(base.model, base.name, base.engine, config.coalesce_ms) for base in config.bases]
+    )
     http = guarded(config.client_timeout)
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", access_log=False, http=http))
     serving = asyncio.create_task(server.serve())

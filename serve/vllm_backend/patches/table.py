@@ -340,6 +340,91 @@ SPEED: tuple[Patch, ...] = (
         process="server",
     ),
     Patch(
+        "token-table",
+        "speed",
+        "the text of each token is decoded anew with the tokens before it, also where it stands in a table",
+        (
+            Function(
+                "vllm.v1.engine.detokenizer:FastIncrementalDetokenizer.decode_next",
+                "78289b2d431c",
+                via="serve.vllm_backend.detokenizer",
+            ),
+            Function(
+                "vllm.v1.engine.detokenizer:FastIncrementalDetokenizer._protected_step",
+                "b5dd0b9717d8",
+                via="serve.vllm_backend.detokenizer",
+            ),
+        ),
+        process="server",
+    ),
+    Patch(
+        "step-stats",
+        "speed",
+        "it reads the environment for each token, and looks for its bucket in a histogram one by one",
+        (
+            Function(
+                "vllm.v1.engine.output_processor:OutputProcessor._update_stats_from_output",
+                "89ee1f1093f1",
+                via="serve.vllm_backend.output_processor",
+            ),
+            Function(
+                "vllm.v1.metrics.stats:IterationStats.update_from_output",
+                "72a00441e816",
+                changed={"0.33.0": "ed005353147e"},
+                via="serve.vllm_backend.output_processor",
+            ),
+            Function(
+                "vllm.v1.metrics.loggers:PrometheusStatLogger.record",
+                "7d7325b6ec6c",
+                via="serve.vllm_backend.vllm_metrics",
+            ),
+            Function(
+                "vllm.v1.metrics.loggers:StatLoggerManager.record",
+                "41e50fad15a2",
+                via="serve.vllm_backend.vllm_metrics",
+            ),
+        ),
+        process="server",
+    ),
+    Patch(
+        "response-models",
+        "speed",
+        "each piece of each chunk of an answer is searched for fields that a request may not have, in Python",
+        (
+            Function(
+                "vllm.entrypoints.serve.engine.protocol:OpenAIBaseModel.__log_extra_fields__",
+                "8d7ea26b74d5",
+                via="serve.vllm_backend.patches.response_models",
+            ),
+        ),
+        process="server",
+    ),
+    Patch(
+        "parsed-streams",
+        "speed",
+        "the pieces that a parser makes of tools and reasoning pass through three models and four generators each",
+        (
+            Function(
+                "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat._make_parser",
+                "367a2c9f7ed1",
+                f"{_HERE}.parsed_stream:make_parser",
+            ),
+            Function(
+                "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat._create_chat_logprobs",
+                "a324767e69e3",
+                f"{_HERE}.parsed_stream:create_chat_logprobs",
+            ),
+            Function(
+                "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.chat_completion_stream_generator",
+                "c1996c089597",
+                changed={"0.33.0": "69495145508e"},
+                via="serve.vllm_backend.output_processor",
+            ),
+        ),
+        needs=("fast-stream",),
+        process="server",
+    ),
+    Patch(
         "fork-server",
         "speed",
         "each process imports vLLM for itself, one after the other",

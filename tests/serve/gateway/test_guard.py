@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -92,6 +93,19 @@ async def test_a_flagged_answer_is_refused_whole_also_where_it_was_to_be_streame
         assert refused.status_code == 400 and refused.json()["error"]["code"] == "content_policy_violation"
         assert "knife" not in refused.text
         assert await counted(client, "answer", "refused") == 1
+
+
+async def test_an_answer_that_is_held_back_is_not_written_past_its_guard(guarding, monkeypatch):
+    calls = {}
+
+    def note(scope, fields, send, call):
+        calls[fields["model"].partition("@")[0]] = call
+
+    monkeypatch.setattr("serve.gateway.inference.FastStream", SimpleNamespace(of=note))
+    async with guarding(answer="watch") as client:
+        assert (await chat(client, stream=True)).status_code == 200
+        assert (await client.post(CHAT, json={"model": "watch", "messages": []})).status_code == 200
+    assert calls["tone"] is None and calls["watch"] is not None
 
 
 @pytest.mark.parametrize("stream", [False, True])

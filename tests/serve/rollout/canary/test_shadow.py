@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -72,6 +73,18 @@ async def test_a_stream_is_compared_in_one_piece(client, backend, pairs, make_ad
     assert await until(lambda: pairs)
     assert pairs[0].live.decode() == streamed.text and live in streamed.text
     assert json.loads(pairs[0].candidate) == {"model": candidate}
+
+
+async def test_an_answer_that_is_compared_passes_piece_by_piece(client, monkeypatch, make_adapter):
+    """Others may be written past whoever looks at them."""
+    calls = []
+    fast_stream = SimpleNamespace(of=lambda scope, fields, send, call: calls.append(call))
+    monkeypatch.setattr("serve.gateway.inference.FastStream", fast_stream)
+    await push_two(client, make_adapter)
+    await said(client)
+    await shadow(client, 1)
+    await said(client)
+    assert calls[0] is not None and calls[1] is None
 
 
 async def test_a_shadow_that_fails_is_counted_and_hurts_nobody(client, backend, pairs, make_adapter):
