@@ -29,7 +29,10 @@ class _Parser(FlexibleArgumentParser):
 
 def parse(model: str, name: str, options: Mapping[str, Any]) -> argparse.Namespace:
     """vLLM's own namespace for these options, checked by vLLM's own parser."""
-    parser = make_arg_parser(_Parser(prog="loradock serve"))
+    try:
+        parser = make_arg_parser(_Parser(prog="loradock serve"))
+    except RuntimeError as error:  # of a driver without its libraries
+        raise ConfigError(f"vLLM finds no device here ({sentence(error)}): does `nvidia-smi` list a GPU?") from error
     actions = {action.dest: action for action in parser._actions}
     words = ["--model", model, "--served-model-name", name, "--enable-lora"]
     words += ["--worker-extension-cls", "serve.vllm_backend.worker_extension.Worker"]

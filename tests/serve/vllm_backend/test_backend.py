@@ -313,6 +313,17 @@ def test_a_second_engine_beside_the_first_is_refused_where_its_gpus_are_full(tin
     VLLMBackend(str(tiny_model), "base", {}).check_room()
 
 
+def test_a_driver_without_its_libraries_is_a_sentence(tiny_model, monkeypatch):
+    """As vLLM says it where a container sees a GPU's file and has no library of its driver."""
+
+    def parser(_):
+        raise RuntimeError("Failed to infer device type")
+
+    monkeypatch.setattr("serve.vllm_backend.engine_arguments.make_arg_parser", parser)
+    with pytest.raises(ConfigError, match="finds no device here .Failed to infer device type.*nvidia-smi"):
+        VLLMBackend(str(tiny_model), "base", {})
+
+
 def test_what_a_check_of_gpus_rests_on():
     assert "init_snapshot.total_memory * cache_config.gpu_memory_utilization" in inspect.getsource(request_memory)
     assert callable(Platform.visible_device_id_to_physical_device_id)
