@@ -24,7 +24,6 @@ Every message is a sentence to whoever must act: what came, what is taken, what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 
@@ -180,9 +179,3 @@ class Overloaded(LoradockError):
 
     def headers(self) -> dict[str, str]:
         return {"Retry-After": str(self.retry_after)}
-
-
-def invalid(errors: Sequence[Any]) -> BadRequest:
-    """The first of pydantic's errors about a body, as ours."""
-    where = ".".join(str(part) for part in errors[0]["loc"] if part != "body") or "the body"
-    return BadRequest(f"{where}: {errors[0]['msg']}", param=where)

@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
@@ -93,6 +93,13 @@ class Room:
             self.written -= nbytes
             self._ledger.move(self, self.written)
 
+    def taken(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """The same pieces, each taken before it is handed on, whatever the bounds say: what they are made of is on the
+        disk already, and goes."""
+        for piece in pieces:
+            self.count(self.written + len(piece))
+            yield piece
+
     def count(self, nbytes: int) -> int:
         """So much is on the disk, whatever the bounds say; how much more than before that is."""
         with self._lock:
@@ -134,6 +141,36 @@ class Room:
     def _check_open(self) -> None:
         if self._closed:  # whoever takes goes on in a thread that nobody waits for any more
             raise RuntimeError("the room is closed")
+
+
+class Rooms:
+    """Rooms of one kind that last longer than a call, each by what it is for. From any thread."""
+
+    def __init__(self, ledger: ByteLedger, kind: Kind) -> None:
+        self._ledger = ledger
+        self._kind = kind
+        self._rooms: dict[str, Room] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def ids(self) -> set[str]:
+        """What there are some for."""
+        with self._lock:
+            return set(self._rooms)
+
+    def of(self, id: str, tenant: str) -> Room:
+        """The one for this, which is empty at first."""
+        with self._lock:
+            if id not in self._rooms:
+                self._rooms[id] = self._ledger.room(tenant, self._kind)
+            return self._rooms[id]
+
+    def close(self, id: str) -> None:
+        """What it was for is gone, or has a row that is counted instead."""
+        with self._lock:
+            room = self._rooms.pop(id, None)
+        if room is not None:
+            room.close()
 
 
 class ByteLedger:

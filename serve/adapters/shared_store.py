@@ -93,6 +93,11 @@ class SharedStore:
         with self._translated(id):
             self._system.get_file(f"{self._root}/{FILES_FOLDER}/{id}", str(path))
 
+    def file_size(self, id: str) -> int:
+        """NotFound, if there is none."""
+        with self._translated(id):
+            return int(self._system.size(f"{self._root}/{FILES_FOLDER}/{id}"))
+
     def has_file(self, id: str) -> bool:
         with self._translated(id):
             return bool(self._system.exists(f"{self._root}/{FILES_FOLDER}/{id}"))

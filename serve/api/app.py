@@ -29,12 +29,13 @@ from serve.api.reference.pages import reference_pages
 from serve.api.routes import routers
 from serve.asgi.error_shapes import as_anthropic, error_body, is_anthropic
 from serve.asgi.origin import OriginCheck, origins
+from serve.asgi.wrong_field import refused
 from serve.auth.audit import Audit, Audited
 from serve.auth.auth import Auth
-from serve.auth.rate_limits import RouteBudgets
+from serve.auth.rate_limits import Meters, RouteBudgets
 from serve.auth.token_check import TokenCheck
 from serve.config import Config
-from serve.errors import LoradockError, invalid
+from serve.errors import LoradockError
 from serve.gateway.inference import Inference
 from serve.gateway.request import PATHS, STORED
 from serve.rollout.registry_sync import RegistrySync
@@ -55,6 +56,7 @@ class Parts(Protocol):
     tokens: Tokens | None
     follower: RegistrySync | None
     inference: Inference
+    meters: Meters
 
     def running(self) -> AbstractAsyncContextManager[None]: ...
     def doubted(self, error: LoradockError) -> LoradockError: ...
@@ -105,6 +107,7 @@ def _middleware(parts: Parts) -> list[Middleware]:
             Entrance,
             auth=parts.auth,
             budgets=RouteBudgets(parts.config.changes_per_minute, parts.config.reads_per_minute),
+            bodies=parts.meters.bodies,
             fresh=parts.follower.fresh if parts.follower else None,
         ),
     ]
@@ -170,4 +173,4 @@ async def _answer_nobody(request: Request, error: Exception) -> Response:
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return JSONResponse(invalid(error.errors()).body(), status_code=400)
+    return JSONResponse(refused(error.errors()).body(), status_code=400)

@@ -21,6 +21,7 @@ from serve.asgi.json_weight import check
 from serve.asgi.origin import READS
 from serve.asgi.request_body import read, replayed
 from serve.auth.auth import Auth, Caller
+from serve.auth.body_memory import BodyMemory
 from serve.auth.rate_limits import RouteBudgets
 from serve.errors import ClientLeft, LoradockError
 
@@ -40,11 +41,17 @@ class Entrance:
     """`fresh` returns once this server sees the keys that others issued or revoked before."""
 
     def __init__(
-        self, app: ASGIApp, auth: Auth, budgets: RouteBudgets, fresh: Callable[[], Awaitable[None]] | None = None
+        self,
+        app: ASGIApp,
+        auth: Auth,
+        budgets: RouteBudgets,
+        bodies: BodyMemory,
+        fresh: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._app = app
         self._auth = auth
         self._budgets = budgets
+        self._bodies = bodies
         self._fresh = fresh
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,8 +68,8 @@ class Entrance:
             return
         recognise(scope)
         try:
-            receive = await self._admitted(scope, receive, caller)
-            with in_the_name_of(caller.tenant):
+            with in_the_name_of(caller.tenant), self._bodies.held(caller.tenant) as take:
+                receive = await self._admitted(scope, receive, caller, take)
                 async with cancelled_on_disconnect(receive) if reads else nullcontext():
                     await self._app(scope, replayed(b"", receive) if reads else receive, send)
         except ClientLeft:
@@ -70,8 +77,8 @@ class Entrance:
         except LoradockError as error:
             await JSONResponse(error.body(), error.status, error.headers())(scope, receive, send)
 
-    async def _admitted(self, scope: Scope, receive: Receive, caller: Caller) -> Receive:
-        """What a route may read of the body; RateLimited, TooLarge or BadRequest."""
+    async def _admitted(self, scope: Scope, receive: Receive, caller: Caller, take: Callable[[int], None]) -> Receive:
+        """What a route may read of the body; RateLimited, Overloaded, TooLarge or BadRequest."""
         reads = scope["method"] in READS
         if not caller.operator:
             kind = "reads" if reads or scope["path"] in READING_POSTS else "changes"
@@ -83,7 +90,7 @@ class Entrance:
         if STREAMED.fullmatch(request) and not is_json:  # a push by address is JSON
             return receive
         is_baseline = bool(BASELINE.fullmatch(request))
-        body = await read(receive, headers, BASELINE_BYTES if is_baseline else BODY_BYTES, scope["path"])
+        body = await read(receive, headers, BASELINE_BYTES if is_baseline else BODY_BYTES, scope["path"], take)
         if not is_baseline:
             check(body)
         return replayed(body, receive)

@@ -164,6 +164,8 @@ def _complete(operation: dict[str, Any], route: APIRoute, method: str) -> None:
     operation["tags"] = [_group(route.path_format)]
     operation["security"] = security(scope)
     parameters = operation.get("parameters", [])
+    # Those of the path come first and in its order, whichever dependency takes them.
+    parameters.sort(key=lambda each: (each["in"] != "path", route.path_format.find(f"{{{each['name']}}}")))
     if matched in dependencies:
         operation["parameters"] = parameters = [*parameters, _IF_MATCH]
     body = any(isinstance(call, BodyReader) for call in dependencies)

@@ -10,8 +10,17 @@ from serve.errors import ClientLeft, TooLarge
 from serve.names import shown
 
 
-async def read(receive: Callable[[], Awaitable[Message]], headers: Mapping[str, str], limit: int, path: str) -> bytes:
-    """The whole body; TooLarge as soon as it states or has more, ClientLeft if the client left before its end."""
+async def read(
+    receive: Callable[[], Awaitable[Message]],
+    headers: Mapping[str, str],
+    limit: int,
+    path: str,
+    take: Callable[[int], None] = lambda nbytes: None,
+) -> bytes:
+    """The whole body; TooLarge as soon as it states or has more, ClientLeft if the client left before its end.
+
+    `take(nbytes)` hears of each piece that is kept, and may refuse it.
+    """
     stated = headers.get("content-length", "")
     if stated.isdecimal() and int(stated[:20]) > limit:
         raise _too_large(path, limit)
@@ -22,10 +31,12 @@ async def read(receive: Callable[[], Awaitable[Message]], headers: Mapping[str, 
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientLeft("the client left before its request was whole")
-        chunks.append(message.get("body", b""))
-        size += len(chunks[-1])
+        piece = message.get("body", b"")
+        size += len(piece)
         if size > limit:
             raise _too_large(path, limit)
+        take(len(piece))
+        chunks.append(piece)
         more = message.get("more_body", False)
     return b"".join(chunks)
 

@@ -16,6 +16,7 @@ from time import monotonic
 from starlette.datastructures import MutableHeaders
 from starlette.types import Message, Send
 
+from serve.auth.body_memory import BodyMemory
 from serve.errors import RateLimited
 
 # Above this many meters, those that remember nothing are dropped.
@@ -169,9 +170,13 @@ class RateLimitHeaders:
 
 
 class Meters:
-    """The meter of each key that has limits; those without have none. As many as there are keys in use, at most."""
+    """The meter of each key that has limits; those without have none. As many as there are keys in use, at most.
 
-    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+    `bodies` has what the requests of all keys hold in memory.
+    """
+
+    def __init__(self, clock: Callable[[], float] = monotonic, *, bodies: BodyMemory | None = None) -> None:
+        self.bodies = bodies or BodyMemory()
         self._clock = clock
         self._meters: dict[str, Meter] = {}
         self._tidy_at = _MANY

@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from serve.adapters.byte_ledger import ByteLedger, Kind, Room
+from serve.adapters.byte_ledger import ByteLedger, Kind, Rooms
 from serve.asgi.exchange import Exchange
 from serve.errors import OutOfSpace, QuotaExceeded
 from serve.files import write_whole
@@ -67,8 +67,7 @@ class Capture:
         # The file of this hour, and its size; closed every minute, so that one that was deleted begins again.
         self._file: BinaryIO | None = None
         self._size = self._opened = 0
-        self._ledger = ledger
-        self._rooms: dict[str, Room] = {}
+        self._rooms = Rooms(ledger, Kind.TEXT) if ledger else None
         # By file: the bytes of each tenant.
         self._sizes: dict[str, Counter[str]] = {}
         # Exchanges that were left out because their hour's file is full, or their tenant has no more room.
@@ -169,25 +168,20 @@ class Capture:
     def _has_room(self, tenant: str, nbytes: int) -> bool:
         """Whether the tenant may have so many bytes more; they are counted then."""
         try:
-            if self._ledger is not None:
-                self._room(self._ledger, tenant).take(nbytes)
+            if self._rooms is not None:
+                self._rooms.of(tenant, tenant).take(nbytes)
         except (QuotaExceeded, OutOfSpace):
             return False
         self._sizes.setdefault(str(self._opened), Counter())[tenant] += nbytes
         return True
 
-    def _room(self, ledger: ByteLedger, tenant: str) -> Room:
-        if tenant not in self._rooms:
-            self._rooms[tenant] = ledger.room(tenant, Kind.TEXT)
-        return self._rooms[tenant]
-
     def _recount(self) -> None:
         """Tell the ledger what the files have."""
-        if self._ledger is None:
+        if self._rooms is None:
             return
         totals = sum(self._sizes.values(), Counter[str]())
-        for tenant in {*totals, *self._rooms}:
-            self._room(self._ledger, tenant).count(totals[tenant])
+        for tenant in {*totals, *self._rooms.ids}:
+            self._rooms.of(tenant, tenant).count(totals[tenant])
 
     def _open(self) -> BinaryIO:
         """The file of this hour; unbuffered, so that a line that a full disk cuts short can be taken back."""

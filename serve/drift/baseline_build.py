@@ -1,7 +1,6 @@
 """Builds a version's baseline from prompts that no client sent, before its first traffic.
 
-It answers them as a shadow does: through vLLM's own app, with a lease, behind every client in the engine's queue. No
-metric of traffic counts it.
+It answers them as a shadow does: through vLLM's own app, in the background (serve.engine.background).
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ from serve.adapters.adapter import Adapter
 from serve.adapters.store import Store
 from serve.asgi.exchange import Exchange, Watch
 from serve.asgi.internal_client import post
-from serve.engine.engine import LOW_PRIORITY, Lease
+from serve.engine.background import background_lease
+from serve.engine.engine import Lease
 from serve.engine.fleet import Fleet
 from serve.engine.payer import Payer
 from serve.errors import BadRequest
@@ -41,17 +41,8 @@ class BaselineBuild:
         """
         room = asyncio.Semaphore(AT_ONCE)
         base = self._fleet.of(adapter.name)
-        path = await self._store.bring(adapter.digest)
-        await base.available()
-        engine = base.engine
-        async with engine.lease(
-            adapter.id,
-            path,
-            payer=payer,
-            priority=LOW_PRIORITY,
-            sequences=min(AT_ONCE, len(prompts)),
-            for_client=False,
-        ) as lease:
+        sequences = min(AT_ONCE, len(prompts))
+        async with background_lease(base, self._store, adapter, payer, sequences=sequences) as lease:
             asking = [
                 asyncio.create_task(self._ask(lease, room, number, adapter, prompt, max_tokens))
                 for number, prompt in enumerate(prompts, 1)

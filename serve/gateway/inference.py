@@ -168,11 +168,12 @@ class Intake:
         if stored is not None:
             check_response_owner(stored, caller.tenant)
         meter = self._meters.of(caller.key, caller.limits)
-        with in_the_name_of(caller.tenant), meter.request() if meter else nullcontext():
+        metered = meter.request() if meter else nullcontext()
+        with in_the_name_of(caller.tenant), metered, self._meters.bodies.held(caller.tenant) as take:
             request, fan_out = None, FanOut()
             if stored is None:
                 limit = body_limit(scope["path"], self._media)
-                request = InferenceRequest(await read(connection.read, headers, limit, scope["path"]))
+                request = InferenceRequest(await read(connection.read, headers, limit, scope["path"], take))
                 if scope["path"] == INVOCATIONS:
                     scope = {**scope, "path": request.invoked(headers)}
                 tap.asked(request.fields, len(request.body))

@@ -6,13 +6,11 @@ answer's perplexity, from 0 to 1. Asked in the gaps of traffic and behind every 
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,7 +19,7 @@ from serve.adapters.adapter import Adapter
 from serve.adapters.store import Store
 from serve.asgi.exchange import Watch
 from serve.asgi.internal_client import post
-from serve.engine.engine import LOW_PRIORITY
+from serve.engine.background import background_lease, gap
 from serve.engine.fleet import Fleet
 from serve.engine.payer import Cause, Payer
 from serve.engine.supervisor import Supervisor
@@ -29,8 +27,6 @@ from serve.errors import EngineUnavailable
 from serve.names import shown
 
 MAX_ANSWER = 64 << 20
-# While clients are answered an example waits, but no longer than this; then it goes behind them in the engine's queue.
-GAP_SECONDS, LOOK_SECONDS = 2.0, 0.05
 _TOKENIZE, _COMPLETE = "/tokenize", "/v1/completions"
 
 
@@ -70,23 +66,15 @@ class LikelihoodScorer:
         EngineUnavailable if the engine does not answer: that says nothing about the version.
         """
         base = self._fleet.of(version.name)
-        path = await self._store.bring(version.digest)
         found: list[float | None] = []
         for example in examples:
-            await _gap(base)
-            await base.available()
-            found.append(await self._score(base, version, path, example))
+            await gap(base)
+            found.append(await self._score(base, version, example))
         return found
 
-    async def _score(self, base: Supervisor, version: Adapter, path: Path, example: Example) -> float | None:
-        engine = base.engine
-        async with engine.lease(
-            version.id,
-            path,
-            payer=Payer(version.tenant, Cause.LOOP, None),
-            priority=LOW_PRIORITY,
-            for_client=False,
-        ) as lease:
+    async def _score(self, base: Supervisor, version: Adapter, example: Example) -> float | None:
+        payer = Payer(version.tenant, Cause.LOOP, None)
+        async with background_lease(base, self._store, version, payer) as lease:
 
             async def ask(where: str, fields: Mapping[str, Any]) -> dict[str, Any]:
                 body = {**fields, "model": lease.model}
@@ -151,11 +139,3 @@ def _mean(rows: Sequence[Mapping[str, Mapping[str, Any]] | None], tokens: _Token
     ids = tokens.ids[max(1, tokens.answer) :]
     total = math.fsum(float(row[str(id)]["logprob"]) for row, id in zip(found, ids, strict=True))
     return math.exp(min(0.0, total / len(ids)))
-
-
-async def _gap(base: Supervisor) -> None:
-    """Wait while clients are answered, but not for long."""
-    loop = asyncio.get_running_loop()
-    end = loop.time() + GAP_SECONDS
-    while base.leases > base.background and loop.time() < end:
-        await asyncio.sleep(LOOK_SECONDS)

@@ -30,6 +30,7 @@ from serve.asgi.exchange import Exchange
 from serve.asgi.exchange_worker import DroppedExchanges, ExchangeWorker
 from serve.auth.audit import Audit
 from serve.auth.auth import Auth, Caller
+from serve.auth.body_memory import PART, BodyMemory
 from serve.auth.keys import Keys
 from serve.auth.rate_limits import Meter, Meters
 from serve.config import Config
@@ -80,6 +81,7 @@ from serve.loop.metrics import LoopMetrics
 from serve.loop.tries import LoopTries
 from serve.models.checkpoint import takes_media
 from serve.models.hardware import node, on_cpu
+from serve.models.host import Host
 from serve.models.language import language_of
 from serve.rollout.admit import VersionAdmission
 from serve.rollout.alertmanager import Alerts
@@ -171,7 +173,7 @@ class Server:
         self.auth = Auth(
             config.api_keys, config.admin_keys, issued, locked, config.metrics_keys, self.keys.holder, self.tokens
         )
-        self.meters = Meters()
+        self.meters = Meters(bodies=BodyMemory(Host().total_memory() // PART))
         self.audit = Audit(config.data_dir / "audit.jsonl", max_bytes=config.audit_bytes, days=config.audit_days)
 
     def _answer(self, backends: Sequence[Backend]) -> None:

@@ -7,7 +7,6 @@ requests of clients, lines of batches, prompts of baselines, golden sets and rep
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -19,11 +18,9 @@ from fastapi.routing import APIRoute
 from pydantic_core import SchemaValidator
 from pydantic_core.core_schema import no_info_before_validator_function
 
-from serve.errors import BadRequest
-from serve.names import shown
-from serve.vllm_backend.tagged_unions import CHOICE, OTHER, tagged
+from serve.asgi.wrong_field import CHOICE, refused
+from serve.vllm_backend.tagged_unions import OTHER, tagged
 
-MAX_MESSAGE = 500
 # No model of vLLM's has so many fields.
 MOST_KEYS = 200
 # Schemas of what holds any number of items.
@@ -96,16 +93,3 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
         if isinstance(each, BaseException):
             each.__traceback__ = each.__cause__ = each.__context__ = None
     return JSONResponse(refusal.body(), status_code=refusal.status)
-
-
-def refused(errors: Sequence[Any]) -> BadRequest:
-    """Of the errors about one body the one that looked deepest into it."""
-    deepest = max(errors, key=lambda error: len(_where(error)))
-    where = shown(".".join(_where(deepest)), MAX_MESSAGE) or "the body"
-    return BadRequest(f"{where}: {shown(deepest['msg'], MAX_MESSAGE)}", param=where)
-
-
-def _where(error: Any) -> list[str]:
-    """The fields and numbers of items that lead to it, without the choices of unions between them."""
-    where = [part for part in map(str, error["loc"]) if not part.startswith(CHOICE)]
-    return where[1:] if where[:1] == ["body"] else where

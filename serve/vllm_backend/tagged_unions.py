@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-# Before each part of an error's location that is a choice of a union, and no field of a body.
-CHOICE = "\0"
+from serve.asgi.wrong_field import CHOICE
+
 _KEYS = ("type", "role")
 _NO_DICT, _ABSENT, _UNKNOWN = (CHOICE + what for what in ("no object", "absent", "unknown"))
 # What of a schema holds no schemas.

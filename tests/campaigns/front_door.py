@@ -36,9 +36,10 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from serve.asgi.wrong_field import refused
 from serve.config import keys_hashed, load
 from serve.server.garbage import collect_in_quiet
-from serve.vllm_backend.first_error import refused, validator
+from serve.vllm_backend.first_error import validator
 from serve.vllm_backend.request_schemas import REQUESTS, request_type
 from tests.support import tiny
 from tests.support.app import Started, issued

@@ -283,6 +283,12 @@ async def _(target: Target) -> Outcome:
     return await crowd(target, 300, target.head(CHAT, True, "Content-Length: 1000") + b'\r\n{"model":')
 
 
+@kind("100 connections with all of 4 MiB but the end, and a key")
+async def _(target: Target) -> Outcome:
+    most = 4_190_000
+    return await crowd(target, 100, target.head(CHAT, True, f"Content-Length: {most}") + b"\r\n" + b" " * (most - 1))
+
+
 @kind("300 connections with half a second request")
 async def _(target: Target) -> Outcome:
     return await crowd(target, 300, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /hea")

@@ -279,9 +279,3 @@ def adapter_of(name: str, row: Any) -> Adapter:
 def missing(public: str) -> NotFound:
     """The error for a name or version that does not exist, as OpenAI says it."""
     return NotFound(f"The model `{shown(public)}` does not exist.", code="model_not_found", param="model")
-
-
-def live_version(registry: SnapshotReader, name: str) -> int | None:
-    """The number of the version of this adapter that is live, if there is such an adapter and version."""
-    live = registry.live(name) if name in registry else None
-    return live.version if live else None

@@ -24,7 +24,7 @@ from serve.api.parts import (
     TheRegistry,
     TheRemoval,
 )
-from serve.api.routes.callers import Expected, Manager, agreed, described, owned, summary
+from serve.api.routes.callers import Expected, Manager, OneAdapter, TheAdapter, agreed, described, summary
 from serve.api.schemas import Pin, Promote, Rename, Rollback, Visibility, Weight
 from serve.auth.auth import Caller
 from serve.engine.fleet import Fleet
@@ -116,12 +116,10 @@ async def _listed(
 
 
 @router.get("/v1/adapters/{name:path}")
-async def adapter(
-    name: str, caller: Manager, response: Response, registry: TheRegistry, fleet: TheFleet, recent: TheRecent
-) -> dict[str, Any]:
+async def adapter(adapter: TheAdapter, response: Response, registry: TheRegistry, recent: TheRecent) -> dict[str, Any]:
     """One adapter: its versions, which is live, its recent latency, its history. The ETag is the live version."""
-    full = owned(registry, name, caller)
-    described = summary(registry, fleet, full, caller)
+    full = adapter.full
+    described = adapter.summary(full)
     # For a change's If-Match; of no use to a cache, since more changes here than what is live.
     response.headers.update({"etag": f'"{described["live"] or 0}"', "cache-control": "no-store"})
     for version in described["versions"]:
@@ -131,103 +129,90 @@ async def adapter(
 
 @router.post("/v1/adapters/{name:path}/promote")
 async def promote(
-    name: str,
-    request: Request,
     caller: Manager,
+    adapter: TheAdapter,
     matching: Expected,
-    registry: TheRegistry,
-    fleet: TheFleet,
     admission: TheAdmission,
     policies: ThePolicies,
     body: Annotated[Promote, JsonBody(Promote)],
 ) -> dict[str, Any]:
     """Make a version live. With `expected_version` (or `If-Match`), 409 when another version is live by then."""
-    request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
-    full, expected = owned(registry, name, caller), agreed(body.expected_version, matching)
-    version, policy = registry.get(full, body.version), policies[full]
+    adapter.about(f"@v{body.version}")
+    full, expected = adapter.full, agreed(body.expected_version, matching)
+    version, policy = adapter.version(body.version), policies[full]
     await admission.admit(
         version, policy.at_once if body.at_once else policy, caller.name, why=body.why, expected=expected
     )
-    return described(registry, fleet, version, caller)
+    return adapter.described(version)
 
 
 @router.post("/v1/adapters/{name:path}/rollback")
 async def rollback(
-    name: str,
     request: Request,
     caller: Manager,
+    adapter: TheAdapter,
     matching: Expected,
-    registry: TheRegistry,
-    fleet: TheFleet,
     lifecycle: TheLifecycle,
     body: Annotated[Rollback, JsonBody(Rollback, required=False)],
 ) -> dict[str, Any]:
     """Make the version live that was live before this one. The body may be left out."""
     expected = agreed(body.expected_version, matching)
-    request.state.subject = spelled(name, caller.tenant)
-    full = owned(registry, name, caller)
-    done = await lifecycle.rollback(full, by=caller.name, expected=expected, why=body.why)
+    done = await lifecycle.rollback(adapter.full, by=caller.name, expected=expected, why=body.why)
     request.state.subject = done.tag
-    return described(registry, fleet, done, caller)
+    return adapter.described(done)
 
 
 @router.post("/v1/adapters/{name:path}/canary")
 async def canary(
-    name: str,
-    request: Request,
-    caller: Manager,
+    adapter: TheAdapter,
     expected: Expected,
-    registry: TheRegistry,
-    fleet: TheFleet,
     lifecycle: TheLifecycle,
     body: Annotated[Weight, JsonBody(Weight)],
 ) -> dict[str, Any]:
     """Give a version a share of the name's traffic, for the same askers each time; a weight of 0 ends it."""
-    return await _dealt("canary", name, body, request, caller, expected, registry, fleet, lifecycle)
+    return await _dealt("canary", adapter, body, expected, lifecycle)
 
 
 @router.post("/v1/adapters/{name:path}/shadow")
 async def shadow(
-    name: str,
-    request: Request,
-    caller: Manager,
+    adapter: TheAdapter,
     expected: Expected,
-    registry: TheRegistry,
-    fleet: TheFleet,
     lifecycle: TheLifecycle,
     body: Annotated[Weight, JsonBody(Weight)],
 ) -> dict[str, Any]:
     """Let a version answer a share of the requests without showing its answers; a weight of 0 ends it."""
-    return await _dealt("shadow", name, body, request, caller, expected, registry, fleet, lifecycle)
+    return await _dealt("shadow", adapter, body, expected, lifecycle)
+
+
+async def _dealt(
+    kind: str, adapter: OneAdapter, body: Weight, expected: int | None, lifecycle: Lifecycle
+) -> dict[str, Any]:
+    """A share of the name's traffic for a version."""
+    adapter.about(f"@v{body.version}")
+    full, by = adapter.full, adapter.caller.name
+    await lifecycle.share(full, kind, body.version, body.weight, by=by, why=body.why, expected=expected)
+    return adapter.summary(full)
 
 
 @router.post("/v1/adapters/{name:path}/visibility")
 async def visibility(
-    name: str,
-    request: Request,
     caller: Manager,
+    adapter: TheAdapter,
     expected: Expected,
-    registry: TheRegistry,
-    fleet: TheFleet,
     lifecycle: TheLifecycle,
     body: Annotated[Visibility, JsonBody(Visibility)],
 ) -> dict[str, Any]:
     """Let every tenant ask this adapter (`shared`), or its own tenant alone (`private`)."""
-    request.state.subject = spelled(name, caller.tenant)
-    full = owned(registry, name, caller)
-    shared = body.visibility == "shared"
+    full, shared = adapter.full, body.visibility == "shared"
     await lifecycle.publish(full, shared, by=caller.name, why=body.why, expected=expected)
-    return summary(registry, fleet, full, caller)
+    return adapter.summary(full)
 
 
 @router.post("/v1/adapters/{name:path}/rename")
 async def rename(
-    name: str,
-    request: Request,
     caller: Manager,
+    adapter: TheAdapter,
     expected: Expected,
-    registry: TheRegistry,
-    fleet: TheFleet,
     lifecycle: TheLifecycle,
     golden: TheGolden,
     removal: TheRemoval,
@@ -238,77 +223,60 @@ async def rename(
     Its versions, history, aliases and golden set go along; latency and drift begin again. 409 while it has a canary or
     a shadow.
     """
-    request.state.subject = f"{spelled(name, caller.tenant)} -> {body.to}"
-    full = owned(registry, name, caller)
+    adapter.about(f" -> {body.to}")
+    full = adapter.full
     new = full_name(tenant_of(full), check_name(body.to))
     before = await give_name(lifecycle, full, new, by=caller.name, why=body.why, expected=expected)
     await asyncio.to_thread(golden.results.refresh)
     await removal.forget(before)
-    return summary(registry, fleet, new, caller)
+    return adapter.summary(new)
 
 
 @router.post("/v1/adapters/{name:path}/pin")
 async def pin(
-    name: str,
-    request: Request,
     caller: Manager,
+    adapter: TheAdapter,
     expected: Expected,
-    registry: TheRegistry,
-    fleet: TheFleet,
     lifecycle: TheLifecycle,
     body: Annotated[Pin, JsonBody(Pin, required=False)],
 ) -> dict[str, Any]:
     """Keep a version in the engine's memory. The body may be left out: the live version is pinned then."""
-    request.state.subject = spelled(name, caller.tenant) + (f"@v{body.version}" if body.version else "")
-    full = owned(registry, name, caller)
+    adapter.about(f"@v{body.version}" if body.version else "")
+    full = adapter.full
     await lifecycle.pin(full, body.version, by=caller.name, why=body.why, expected=expected)
-    return summary(registry, fleet, full, caller)
+    return adapter.summary(full)
 
 
 @router.delete("/v1/adapters/{name:path}/pin")
-async def unpin(
-    name: str,
-    request: Request,
-    caller: Manager,
-    expected: Expected,
-    registry: TheRegistry,
-    fleet: TheFleet,
-    lifecycle: TheLifecycle,
-) -> dict[str, Any]:
+async def unpin(caller: Manager, adapter: TheAdapter, expected: Expected, lifecycle: TheLifecycle) -> dict[str, Any]:
     """End the pin."""
-    request.state.subject = spelled(name, caller.tenant)
-    full = owned(registry, name, caller)
+    full = adapter.full
     await lifecycle.unpin(full, by=caller.name, expected=expected)
-    return summary(registry, fleet, full, caller)
+    return adapter.summary(full)
 
 
 @router.delete("/v1/adapters/{name:path}/versions/{number}")
 async def remove_version(
-    name: str,
     number: int,
-    request: Request,
     caller: Manager,
+    adapter: TheAdapter,
     expected: Expected,
-    registry: TheRegistry,
     lifecycle: TheLifecycle,
     removal: TheRemoval,
     force: bool = False,
     why: str = "",
 ) -> dict[str, Any]:
     """Remove a version; its last answers end first. A live version goes only with `force=true`."""
-    request.state.subject = f"{spelled(name, caller.tenant)}@v{number}"
-    gone = await lifecycle.remove(
-        owned(registry, name, caller), number, by=caller.name, force=force, expected=expected, why=why
-    )
+    adapter.about(f"@v{number}")
+    gone = await lifecycle.remove(adapter.full, number, by=caller.name, force=force, expected=expected, why=why)
     await removal.forget(gone)
-    return {"name": name, "deleted": [version.version for version in gone]}
+    return {"name": adapter.name, "deleted": [version.version for version in gone]}
 
 
 @router.delete("/v1/adapters/{name:path}")
 async def remove(
-    name: str,
-    request: Request,
     caller: Manager,
+    adapter: TheAdapter,
     expected: Expected,
     registry: TheRegistry,
     lifecycle: TheLifecycle,
@@ -316,28 +284,10 @@ async def remove(
     why: str = "",
 ) -> dict[str, Any]:
     """Remove an adapter with all its versions; of one that was renamed, the old name alone."""
-    request.state.subject = old = spelled(name, caller.tenant)
+    old = spelled(adapter.name, caller.tenant)
     if registry.moved_to(old) and manages(caller, old):
         await asyncio.to_thread(registry.end_move, old, by=caller.name)
-        return {"name": name, "deleted": []}
-    gone = await lifecycle.remove(owned(registry, name, caller), by=caller.name, expected=expected, why=why)
+        return {"name": adapter.name, "deleted": []}
+    gone = await lifecycle.remove(adapter.full, by=caller.name, expected=expected, why=why)
     await removal.forget(gone)
-    return {"name": name, "deleted": [version.version for version in gone]}
-
-
-async def _dealt(
-    kind: str,
-    name: str,
-    body: Weight,
-    request: Request,
-    caller: Caller,
-    expected: int | None,
-    registry: Registry,
-    fleet: Fleet,
-    lifecycle: Lifecycle,
-) -> dict[str, Any]:
-    """A share of the name's traffic for a version."""
-    request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version}"
-    full = owned(registry, name, caller)
-    await lifecycle.share(full, kind, body.version, body.weight, by=caller.name, why=body.why, expected=expected)
-    return summary(registry, fleet, full, caller)
+    return {"name": adapter.name, "deleted": [version.version for version in gone]}

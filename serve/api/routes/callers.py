@@ -10,12 +10,12 @@ from serve.adapters.adapter import Adapter
 from serve.adapters.provenance import measured, provenance_of
 from serve.adapters.registry.registry import Registry
 from serve.adapters.registry.snapshot import Share
-from serve.api.parts import TheAuth, TheConfig, TheFollower
+from serve.api.parts import TheAuth, TheConfig, TheFleet, TheFollower, TheRegistry
 from serve.auth.auth import Caller, Scope, allowed
 from serve.auth.rate_limits import Meters
 from serve.engine.fleet import Fleet
 from serve.engine.payer import Cause, Payer
-from serve.errors import BadRequest, NotFound
+from serve.errors import BadRequest, Conflict, NotFound
 from serve.gateway.router import manages
 from serve.names import short_name, shown, spelled, tenant_of
 
@@ -60,6 +60,55 @@ def owned(registry: Registry, name: str, caller: Caller) -> str:
     if full not in registry or not manages(caller, full):
         raise NotFound(f"The adapter `{shown(name)}` does not exist.", code="model_not_found", param="name")
     return full
+
+
+class OneAdapter:
+    """The adapter that the path of a request names, as its caller may see and change it.
+
+    What the audit log says the request is about is the adapter, whatever becomes of it.
+    """
+
+    def __init__(self, name: str, request: Request, caller: Caller, registry: Registry, fleet: Fleet) -> None:
+        self.name = name
+        self.caller = caller
+        self.registry = registry
+        self.fleet = fleet
+        self._request = request
+        self.about("")
+
+    def about(self, more: str) -> None:
+        """The request is about this of the adapter."""
+        self._request.state.subject = spelled(self.name, self.caller.tenant) + more
+
+    @property
+    def full(self) -> str:
+        """Its full name; NotFound, if the caller may not change it."""
+        return owned(self.registry, self.name, self.caller)
+
+    def version(self, number: int | None) -> Adapter:
+        """The version of this number; without one the live version, or Conflict if there is none."""
+        full = self.full
+        if number is None and (live := self.registry.live(full)):
+            return live
+        if number is None:
+            raise Conflict("no version of this adapter is live: say which one is meant", param="version")
+        return self.registry.get(full, number)
+
+    def described(self, version: Adapter) -> dict[str, Any]:
+        return described(self.registry, self.fleet, version, self.caller)
+
+    def summary(self, full: str) -> dict[str, Any]:
+        """What the answer to a change says; `full` is its name now."""
+        return summary(self.registry, self.fleet, full, self.caller)
+
+
+async def _one_adapter(
+    name: str, request: Request, caller: Manager, registry: TheRegistry, fleet: TheFleet
+) -> OneAdapter:
+    return OneAdapter(name, request, caller, registry, fleet)
+
+
+TheAdapter = Annotated[OneAdapter, Depends(_one_adapter)]
 
 
 def described(registry: Registry, fleet: Fleet, adapter: Adapter, caller: Caller) -> dict[str, Any]:

@@ -10,11 +10,10 @@ import msgspec
 from fastapi import APIRouter, Query, Request
 
 from serve.adapters.adapter import Adapter
-from serve.adapters.registry.registry import Registry
 from serve.api.captures import Captures
 from serve.api.json_body import JsonBody
 from serve.api.parts import TheCaptures, TheFiles, TheGolden, TheLoops, TheMeters, ThePolicies, TheRegistry
-from serve.api.routes.callers import Manager, owned, paying
+from serve.api.routes.callers import Manager, OneAdapter, TheAdapter, paying
 from serve.api.schemas import DataBuild, Replay
 from serve.auth.auth import Caller
 from serve.auth.rate_limits import Meters
@@ -23,7 +22,7 @@ from serve.dataset.replay import Replayed, chosen, replay, report
 from serve.engine.payer import Cause
 from serve.errors import Conflict, Forbidden, NotFound
 from serve.jobs.batches.files import Files
-from serve.names import short_name, shown, spelled, tenant_of
+from serve.names import short_name, shown, tenant_of
 from serve.rollout.golden.golden import Golden
 
 router = APIRouter()
@@ -33,10 +32,8 @@ LOOKED_AT = 10_000
 
 @router.post("/v1/adapters/{name:path}/data")
 async def build_data(
-    name: str,
-    request: Request,
     caller: Manager,
-    registry: TheRegistry,
+    adapter: TheAdapter,
     captures: TheCaptures,
     stored_files: TheFiles,
     body: Annotated[DataBuild, JsonBody(DataBuild, required=False)],
@@ -46,8 +43,7 @@ async def build_data(
     `training_file`, `validation_file` and `preferences_file` are files of the tenant's with the purpose `fine-tune`, or
     null where there is no such example; `card` says how much came from where, and what was dropped.
     """
-    request.state.subject = spelled(name, caller.tenant)
-    full = _own(registry, name, caller)
+    full = _own(adapter)
     wanted = {field: value for field, value in msgspec.structs.asdict(body).items() if field != "bases"}
     options = Options(full, caller.tenant, **wanted)
     datasets = captures.datasets
@@ -55,39 +51,35 @@ async def build_data(
         async with datasets.folder(caller.tenant) as (folder, room):
             built = await datasets.build(options, folder, room, bases=body.bases)
             files = await asyncio.to_thread(_adopted, stored_files, caller, built)
-    return {"object": "data.build", "name": name, **files, "card": built.described}
+    return {"object": "data.build", "name": adapter.name, **files, "card": built.described}
 
 
 @router.get("/v1/adapters/{name:path}/data/conversations")
 async def conversations(
-    name: str,
-    caller: Manager,
-    registry: TheRegistry,
-    captures: TheCaptures,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    adapter: TheAdapter, captures: TheCaptures, limit: Annotated[int, Query(ge=1, le=1000)] = 100
 ) -> dict[str, Any]:
     """The latest captured conversations with an adapter: ids, numbers and times, without what was said."""
-    full = _own(registry, name, caller)
+    full = _own(adapter)
     datasets = captures.datasets
     rows = await asyncio.to_thread(datasets.traffic.listed, full, limit)
     return {"object": "list", "learns": datasets.learns(full), "data": rows}
 
 
 @router.get("/v1/adapters/{name:path}/data/progress")
-async def progress(name: str, caller: Manager, registry: TheRegistry, captures: TheCaptures) -> dict[str, Any]:
+async def progress(adapter: TheAdapter, captures: TheCaptures) -> dict[str, Any]:
     """How far the build of an adapter's data is; `doing` is null while there is none."""
-    doing, done, of = captures.datasets.progress(_own(registry, name, caller)) or (None, 0, 0)
+    doing, done, of = captures.datasets.progress(_own(adapter)) or (None, 0, 0)
     return {"object": "data.progress", "doing": doing, "done": done, "of": of}
 
 
 @router.delete("/v1/adapters/{name:path}/data/conversations/{id}")
 async def delete_conversation(
-    name: str, id: str, request: Request, caller: Manager, registry: TheRegistry, captures: TheCaptures, loops: TheLoops
+    id: str, caller: Manager, adapter: TheAdapter, captures: TheCaptures, loops: TheLoops
 ) -> dict[str, Any]:
     """Delete a captured conversation, by its id or that of one of its answers; no later build has any of it, and no
     reference of a loop."""
-    request.state.subject = f"{spelled(name, caller.tenant)} {shown(id)}"
-    full, forget = _own(registry, name, caller), loops.forget_conversation
+    adapter.about(f" {shown(id)}")
+    full, forget = _own(adapter), loops.forget_conversation
     try:
         gone = await captures.datasets.forget(full, caller.key, id)
     except NotFound:
@@ -101,10 +93,10 @@ async def delete_conversation(
 
 @router.post("/v1/adapters/{name:path}/versions/{number}/replay")
 async def replay_version(
-    name: str,
     number: int,
     request: Request,
     caller: Manager,
+    adapter: TheAdapter,
     registry: TheRegistry,
     policies: ThePolicies,
     golden: TheGolden,
@@ -118,17 +110,17 @@ async def replay_version(
     bounds the version's mean rating lies; `judge` grades both, if the golden set has one for shadows; `examples` are
     those that differ most. Takes as long as the answers do; nothing of it is kept.
     """
-    full = _own(registry, name, caller)
+    adapter.about(f"@v{number}")
+    full = _own(adapter)
     version = registry.get(full, number)
-    request.state.subject = version.tag
     live = registry.live(full) if body.against == "live" else None
     if body.against == "live" and (live is None or live == version):
         raise Conflict("there is no other version that is live: compare with the kept answers", param="against")
     with captures.datasets.alone("replay", caller.tenant):
         replayed, refused = await _replayed(golden, captures, meters, request, caller, version, live, body)
-    return {"object": "replay", "name": name, "version": number, "against": body.against} | await asyncio.to_thread(
-        report, replayed, refused, 0 if policies[version.name].guard.withholds else body.examples
-    )
+    shown_examples = 0 if policies[full].guard.withholds else body.examples
+    compared = await asyncio.to_thread(report, replayed, refused, shown_examples)
+    return {"object": "replay", "name": adapter.name, "version": number, "against": body.against, **compared}
 
 
 async def _replayed(
@@ -167,12 +159,11 @@ async def _replayed(
         )
 
 
-def _own(registry: Registry, name: str, caller: Caller) -> str:
-    full = owned(registry, name, caller)
-    if tenant_of(full) != caller.tenant:
-        raise Forbidden(
-            f"what {shown(name)} was asked is seen by keys of its own tenant alone: take a key of {tenant_of(full)}"
-        )
+def _own(adapter: OneAdapter) -> str:
+    full = adapter.full
+    if (tenant := tenant_of(full)) != adapter.caller.tenant:
+        name = shown(adapter.name)
+        raise Forbidden(f"what {name} was asked is seen by keys of its own tenant alone: take a key of {tenant}")
     return full
 
 

@@ -13,8 +13,6 @@ from pydantic import PositiveInt
 
 from serve.adapters.adapter import Adapter
 from serve.adapters.byte_ledger import Kind
-from serve.adapters.registry.registry import Registry
-from serve.adapters.registry.snapshot import live_version
 from serve.api.json_body import JsonBody
 from serve.api.parts import (
     TheBaselineBuild,
@@ -36,18 +34,16 @@ from serve.api.parts import (
     TheStore,
     TheTracing,
 )
-from serve.api.routes.callers import Asker, Manager, owned, paying
+from serve.api.routes.callers import Asker, Manager, OneAdapter, TheAdapter, paying
 from serve.api.schemas import Accepted, Acknowledged, BaselinePrompts, Rating
 from serve.asgi.exchange_worker import ExchangeWorker
-from serve.auth.auth import Caller
 from serve.dataset.feedback import GOOD
 from serve.drift.change_description import for_tenant
 from serve.drift.monitor import DriftMonitor
-from serve.engine.fleet import Fleet
 from serve.engine.payer import Cause
 from serve.errors import BadRequest, ConfigError, Conflict, NotFound
 from serve.gateway.router import manages
-from serve.names import short_name, spelled, tenant_of
+from serve.names import short_name, tenant_of
 from serve.rollout.canary.canary_monitor import CanaryMonitor
 
 # What stands for a base where an adapter has its version.
@@ -84,10 +80,7 @@ async def drift(
 
 @router.get("/v1/adapters/{name:path}/drift")
 async def adapter_drift(
-    name: str,
-    caller: Manager,
-    registry: TheRegistry,
-    fleet: TheFleet,
+    adapter: TheAdapter,
     golden: TheGolden,
     drift_monitor: TheDriftMonitor,
     canary_monitor: TheCanaryMonitor,
@@ -95,48 +88,37 @@ async def adapter_drift(
     exchange_worker: TheExchangeWorker,
 ) -> dict[str, Any]:
     """What moved, since when, how strongly; and how its canary does."""
-    full = name if name in fleet and caller.operator else owned(registry, name, caller)
-    report = await asyncio.to_thread(_report, drift_monitor, canary_monitor, full, caller)
+    full = adapter.name if is_base(adapter) else adapter.full
+    report = await _report(drift_monitor, canary_monitor, full, adapter)
     more = {"golden": golden.verdicts.report(full), "shadow": shadow_agreement.report(full)}
-    return {"object": "adapter.drift", "name": name, "watching": exchange_worker.running, **report, **more}
+    return {**report, "watching": exchange_worker.running, **more}
 
 
 @router.post("/v1/adapters/{name:path}/drift/acknowledge")
 async def acknowledge(
-    name: str,
-    request: Request,
-    caller: Manager,
-    registry: TheRegistry,
-    fleet: TheFleet,
+    adapter: TheAdapter,
     drift_monitor: TheDriftMonitor,
     canary_monitor: TheCanaryMonitor,
     body: Annotated[Acknowledged, JsonBody(Acknowledged)],
 ) -> dict[str, Any]:
     """Its alarms have been dealt with: evidence begins again at nothing."""
-    request.state.subject = _subject(name, caller, body.version)
-    which = watched(registry, fleet, name, caller, body.version)
+    which = watched(adapter, body.version)
     await asyncio.to_thread(_asked, drift_monitor.acknowledge, *which.key)
-    return {
-        "object": "adapter.drift",
-        "name": name,
-        **await asyncio.to_thread(_report, drift_monitor, canary_monitor, which.name, caller),
-    }
+    return await _report(drift_monitor, canary_monitor, which.name, adapter)
 
 
 @router.post("/v1/adapters/{name:path}/drift/accept")
 async def accept(
-    name: str,
     request: Request,
     caller: Manager,
+    adapter: TheAdapter,
     registry: TheRegistry,
-    fleet: TheFleet,
     drift_monitor: TheDriftMonitor,
     canary_monitor: TheCanaryMonitor,
     body: Annotated[Accepted, JsonBody(Accepted)],
 ) -> dict[str, Any]:
     """What moved is here to stay: recent traffic becomes the reference, and what is missing of it is gathered."""
-    request.state.subject = _subject(name, caller, body.version)
-    which = watched(registry, fleet, name, caller, body.version)
+    which = watched(adapter, body.version)
     request.state.reason = f"{body.signals}: {body.note}" if body.note else body.signals
     prompts, answers = body.signals != "output", body.signals != "prompt"
     accept = partial(drift_monitor.accept, prompts=prompts, answers=answers)
@@ -144,11 +126,7 @@ async def accept(
     if which.version:  # a base has no history but the audit log
         note = partial(registry.note, by=caller.name, why=request.state.reason)
         await asyncio.to_thread(note, which.name, "drift_accepted", which.version)
-    return {
-        "object": "adapter.drift",
-        "name": name,
-        **await asyncio.to_thread(_report, drift_monitor, canary_monitor, which.name, caller),
-    }
+    return await _report(drift_monitor, canary_monitor, which.name, adapter)
 
 
 @router.get(
@@ -157,17 +135,14 @@ async def accept(
     responses={200: {"content": {"application/jsonl": {}, "application/vnd.apache.parquet": {}}}},
 )
 async def moved_requests(
-    name: str,
-    caller: Manager,
-    registry: TheRegistry,
-    fleet: TheFleet,
+    adapter: TheAdapter,
     drift_monitor: TheDriftMonitor,
     config: TheConfig,
     version: PositiveInt | None = None,
     format: Literal["jsonl", "parquet"] = "jsonl",
 ) -> Response:
     """The requests since the change, the most moved first, as JSON lines or parquet; only with `capture`."""
-    which = watched(registry, fleet, name, caller, version)
+    which = watched(adapter, version)
     if not config.capture:
         raise Conflict("this server keeps no requests: start it with `capture: true` to export those that moved")
     rows = await asyncio.to_thread(drift_monitor.moved_requests, which.name, which.id)
@@ -179,10 +154,8 @@ async def moved_requests(
 
 @router.post("/v1/adapters/{name:path}/baseline")
 async def baseline(
-    name: str,
-    request: Request,
     caller: Manager,
-    registry: TheRegistry,
+    adapter: TheAdapter,
     drift_monitor: TheDriftMonitor,
     exchange_worker: TheExchangeWorker,
     meters: TheMeters,
@@ -190,13 +163,12 @@ async def baseline(
     body: Annotated[BaselinePrompts, JsonBody(BaselinePrompts)],
 ) -> dict[str, Any]:
     """A version's baseline, of what it answers to these prompts; it takes as long as the answers do."""
-    request.state.subject = f"{spelled(name, caller.tenant)}@v{body.version or '(live)'}"
-    which = baselined(registry, exchange_worker, owned(registry, name, caller), body.version)
+    which = baselined(adapter, body.version, exchange_worker)
     with paying(meters, caller, Cause.BASELINE) as payer:
         exchanges = await baseline_build.run(which, body.prompts, payer, max_tokens=body.max_tokens)
     label = f"v{which.version}"
     rows = await asyncio.to_thread(_asked, drift_monitor.build_baseline, which.name, label, which.id, exchanges)
-    return {"object": "baseline", "name": name, "version": which.version, "requests": rows}
+    return {"object": "baseline", "name": adapter.name, "version": which.version, "requests": rows}
 
 
 @router.get(
@@ -205,15 +177,13 @@ async def baseline(
     responses={200: {"content": {"application/zip": {}}}},
 )
 async def saved_baseline(
-    name: str,
-    caller: Manager,
-    registry: TheRegistry,
+    adapter: TheAdapter,
     drift_monitor: TheDriftMonitor,
     exchange_worker: TheExchangeWorker,
     version: PositiveInt | None = None,
 ) -> Response:
     """A version's baseline, to ship with the adapter."""
-    which = baselined(registry, exchange_worker, owned(registry, name, caller), version)
+    which = baselined(adapter, version, exchange_worker)
     data = await asyncio.to_thread(_asked, drift_monitor.export_baseline, which.name, f"v{which.version}", which.id)
     return Response(data, media_type="application/zip")
 
@@ -223,23 +193,20 @@ async def saved_baseline(
     openapi_extra={"requestBody": {"required": True, "content": {"application/zip": {"schema": {"type": "string"}}}}},
 )
 async def shipped_baseline(
-    name: str,
     request: Request,
-    caller: Manager,
-    registry: TheRegistry,
+    adapter: TheAdapter,
     drift_monitor: TheDriftMonitor,
     store: TheStore,
     exchange_worker: TheExchangeWorker,
     version: PositiveInt | None = None,
 ) -> dict[str, Any]:
     """The baseline that came with the adapter."""
-    request.state.subject = f"{spelled(name, caller.tenant)}@v{version or '(live)'}"
-    which = baselined(registry, exchange_worker, owned(registry, name, caller), version)
+    which = baselined(adapter, version, exchange_worker)
     data = await request.body()
     await asyncio.to_thread(store.ledger.check, tenant_of(which.name), Kind.BASELINES, len(data))
     label = f"v{which.version}"
     rows = await asyncio.to_thread(_asked, drift_monitor.import_baseline, which.name, label, which.id, data)
-    return {"object": "baseline", "name": name, "version": which.version, "requests": rows}
+    return {"object": "baseline", "name": adapter.name, "version": which.version, "requests": rows}
 
 
 @router.post("/v1/feedback")
@@ -298,44 +265,44 @@ class Watched:
         return self.name, f"v{self.version}" if self.version else BASE_LABEL, self.id
 
 
-def watched(registry: Registry, fleet: Fleet, name: str, caller: Caller, version: int | None) -> Watched:
-    """Whose drift is meant: of an adapter that the caller may change, without a number the live version; of a base,
-    which is the operator's."""
-    if name in fleet and caller.operator:
-        if version is not None:
-            raise BadRequest(f"{name} is a base model and has no versions: leave the version out", param="version")
-        return Watched(name)
-    full = owned(registry, name, caller)
-    number = version or live_version(registry, full)
-    if number is None:
-        raise Conflict("no version of this adapter is live: say which one is meant", param="version")
-    return Watched(full, number, registry.get(full, number).id)
+def is_base(adapter: OneAdapter) -> bool:
+    """The name is that of a base, whose drift is the operator's."""
+    return adapter.name in adapter.fleet and adapter.caller.operator
 
 
-def baselined(registry: Registry, exchange_worker: ExchangeWorker, full: str, version: int | None) -> Adapter:
+def watched(adapter: OneAdapter, number: int | None) -> Watched:
+    """Whose drift is meant: a base's, or that of this version; without a number, of the live one."""
+    adapter.about(f"@v{number}" if number else "")
+    if not is_base(adapter):
+        version = adapter.version(number)
+        return Watched(version.name, version.version, version.id)
+    if number is not None:
+        raise BadRequest(f"{adapter.name} is a base model and has no versions: leave the version out", param="version")
+    return Watched(adapter.name)
+
+
+def baselined(adapter: OneAdapter, number: int | None, exchange_worker: ExchangeWorker) -> Adapter:
     """The version that a baseline is about; without a number, the live one."""
-    number = version or live_version(registry, full)
-    if number is None:
-        raise Conflict("no version of this adapter is live: say which one the baseline is for", param="version")
+    adapter.about(f"@v{number or '(live)'}")
+    version = adapter.version(number)
     if not exchange_worker.running:
         raise Conflict("drift is not watched on this server, so there is nothing to build a baseline for")
-    return registry.get(full, number)
+    return version
 
 
-def _subject(name: str, caller: Caller, version: int | None) -> str:
-    """What the audit log says was changed, also where it is refused."""
-    return spelled(name, caller.tenant) + (f"@v{version}" if version else "")
-
-
-def _report(drift_monitor: DriftMonitor, canary_monitor: CanaryMonitor, full: str, caller: Caller) -> dict[str, Any]:
+async def _report(
+    drift_monitor: DriftMonitor, canary_monitor: CanaryMonitor, full: str, adapter: OneAdapter
+) -> dict[str, Any]:
     """Which tenants ask an adapter is the operators' to know; others see themselves."""
-    versions = drift_monitor.report(full)
+    caller = adapter.caller
+    versions = await asyncio.to_thread(drift_monitor.report, full)
     if not caller.operator:
         versions = [
             {**each, "alarms": {kind: for_tenant(moved, caller.tenant) for kind, moved in each["alarms"].items()}}
             for each in versions
         ]
-    return {"versions": versions, "canary": canary_monitor.report(full)}
+    canary = await asyncio.to_thread(canary_monitor.report, full)
+    return {"object": "adapter.drift", "name": adapter.name, "versions": versions, "canary": canary}
 
 
 def _parquet(rows: list[dict[str, Any]]) -> bytes:

@@ -14,6 +14,7 @@ from serve.api.routes.callers import Manager
 from serve.api.schemas import FineTuningMethod, Hyperparameters, NewFineTuningJob
 from serve.auth.auth import Caller
 from serve.errors import BadRequest
+from serve.jobs.batches.batches import check_metadata
 from serve.jobs.finetuning.finetuning import FineTuning
 from serve.jobs.finetuning.objects import Job
 
@@ -60,6 +61,7 @@ async def jobs(
 ) -> dict[str, Any]:
     """The tenant's jobs, the latest first; `metadata[KEY]=VALUE` leaves out those that do not say so."""
     wanted = {named[1]: value for name, value in request.query_params.items() if (named := _METADATA.fullmatch(name))}
+    check_metadata(wanted)
     rows = fine_tuning.rows
     page = await asyncio.to_thread(rows.page, caller.tenant, after=after, limit=limit, metadata=wanted)
     return page.described()

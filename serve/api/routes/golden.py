@@ -3,20 +3,17 @@
 import asyncio
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from pydantic import PositiveInt
 
-from serve.adapters.adapter import Adapter
-from serve.adapters.registry.registry import Registry
-from serve.adapters.registry.snapshot import live_version
 from serve.api.json_body import JsonBody
 from serve.api.parts import TheGolden, TheMeters, ThePolicies, TheRegistry
-from serve.api.routes.callers import Manager, owned, paying
+from serve.api.routes.callers import Manager, TheAdapter, paying
 from serve.api.schemas import GoldenRun
 from serve.engine.payer import Cause
-from serve.errors import BadRequest, Conflict, NotFound
+from serve.errors import BadRequest, NotFound
 from serve.gateway.router import manages
-from serve.names import short_name, spelled, tenant_of
+from serve.names import short_name, tenant_of
 from serve.rollout.golden.golden import Golden
 from serve.rollout.golden.golden_set import GoldenSet, check
 
@@ -28,15 +25,15 @@ async def golden_sets(caller: Manager, registry: TheRegistry, golden: TheGolden)
     """The golden sets of the adapters that the caller may change, without their cases."""
     await asyncio.to_thread(golden.results.refresh)
     names = [full for full in sorted(golden.results.sets) if manages(caller, full) and full in registry]
-    rows = [await _described(golden, short_name(full, caller.tenant), full) for full in names]
+    described = await asyncio.to_thread(lambda: [(full, golden.results.described(full)) for full in names])
+    rows = [{"object": "golden.set", "name": short_name(full, caller.tenant), **row} for full, row in described if row]
     return {"object": "list", "data": rows}
 
 
 @router.put("/v1/adapters/{name:path}/golden")
 async def put_golden(
-    name: str,
-    request: Request,
     caller: Manager,
+    adapter: TheAdapter,
     registry: TheRegistry,
     golden: TheGolden,
     meters: TheMeters,
@@ -48,8 +45,7 @@ async def put_golden(
     `contains`, `regex`, `json_schema` or `judge`. It may come as JSON lines too (`application/jsonl`), a case a line.
     `shadow` has a judge grade a `share` of a shadow's answers, beside those that clients got.
     """
-    request.state.subject = spelled(name, caller.tenant)
-    full = owned(registry, name, caller)
+    full = adapter.full
     await asyncio.to_thread(check, body)
     for model, where in body.judges.items():
         try:
@@ -61,58 +57,51 @@ async def put_golden(
         unanswered = await asyncio.to_thread(golden.put, full, body, caller, live)
         if live is not None:
             golden.runs.request(live, unanswered, "put", payer)
-    return await _described(golden, name, full)
+    return await _described(golden, adapter.name, full)
 
 
 @router.get("/v1/adapters/{name:path}/golden")
-async def golden(name: str, caller: Manager, registry: TheRegistry, golden: TheGolden) -> dict[str, Any]:
+async def golden(adapter: TheAdapter, golden: TheGolden) -> dict[str, Any]:
     """The golden set of an adapter, with its cases."""
-    full = owned(registry, name, caller)
-    described = await _described(golden, name, full)
+    full = adapter.full
+    described = await _described(golden, adapter.name, full)
     document = await asyncio.to_thread(golden.results.golden, full)
     return {**described, **(document.described() if document else {})}
 
 
 @router.delete("/v1/adapters/{name:path}/golden")
-async def remove_golden(
-    name: str, request: Request, caller: Manager, registry: TheRegistry, golden: TheGolden
-) -> dict[str, Any]:
+async def remove_golden(adapter: TheAdapter, golden: TheGolden) -> dict[str, Any]:
     """Remove the golden set of an adapter, with all outcomes."""
-    request.state.subject = spelled(name, caller.tenant)
-    full = owned(registry, name, caller)
-    if not await asyncio.to_thread(golden.remove, full):
-        raise _missing(name)
+    if not await asyncio.to_thread(golden.remove, adapter.full):
+        raise _missing(adapter.name)
     golden.runs.wake()
-    return {"object": "golden.set", "name": name, "deleted": True}
+    return {"object": "golden.set", "name": adapter.name, "deleted": True}
 
 
 @router.post("/v1/adapters/{name:path}/golden/run", status_code=202)
 async def run_golden(
-    name: str,
-    request: Request,
     caller: Manager,
-    registry: TheRegistry,
+    adapter: TheAdapter,
     golden: TheGolden,
     meters: TheMeters,
     body: Annotated[GoldenRun, JsonBody(GoldenRun, required=False)],
 ) -> dict[str, Any]:
     """Have a version answer its golden set again, in the gaps of traffic. The body may be left out."""
-    full = owned(registry, name, caller)
-    version = _version(registry, full, body.version)
-    request.state.subject = version.tag
+    version = adapter.version(body.version)
+    adapter.about(f"@v{version.version}")
     await asyncio.to_thread(golden.results.refresh)
-    document = await asyncio.to_thread(golden.results.golden, full)
+    document = await asyncio.to_thread(golden.results.golden, version.name)
     if document is None:
-        raise _missing(name)
+        raise _missing(adapter.name)
     with paying(meters, caller, Cause.GOLDEN) as payer:
         golden.runs.request(version, document.by_key, "asked", payer)
-    return {"object": "golden.run", "name": name, "version": version.version, "cases": len(document.cases)}
+    return {"object": "golden.run", "name": adapter.name, "version": version.version, "cases": len(document.cases)}
 
 
 @router.get("/v1/adapters/{name:path}/golden/results")
 async def golden_results(
-    name: str,
     caller: Manager,
+    adapter: TheAdapter,
     registry: TheRegistry,
     policies: ThePolicies,
     golden: TheGolden,
@@ -122,13 +111,12 @@ async def golden_results(
 
     What was answered is shown to the adapter's own tenant alone; of an adapter whose guard refuses answers, to nobody.
     """
-    full = owned(registry, name, caller)
-    described = await _described(golden, name, full)
-    number = version or live_version(registry, full)
-    asked = registry.get(full, number) if number else None
+    full = adapter.full
+    described = await _described(golden, adapter.name, full)
+    asked = registry.get(full, version) if version else registry.live(full)
     running = asked is not None and golden.runs.waiting(asked)  # before the report: what it lacks, runs
     report = await asyncio.to_thread(golden.results.report, full)
-    answer = {"object": "golden.results", "name": name, "set": described["digest"], **report}
+    answer = {"object": "golden.results", "name": adapter.name, "set": described["digest"], **report}
     answer["canary"] = golden.verdicts.report(full)
     if asked is None:
         return answer
@@ -150,10 +138,3 @@ def _missing(name: str) -> NotFound:
         f"{name} has no golden set: `loradock golden put {name} FILE`, or PUT one to /v1/adapters/{name}/golden",
         param="name",
     )
-
-
-def _version(registry: Registry, full: str, number: int | None) -> Adapter:
-    number = number or live_version(registry, full)
-    if number is None:
-        raise Conflict("no version of this adapter is live: say which one you mean", param="version")
-    return registry.get(full, number)

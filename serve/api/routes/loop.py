@@ -6,15 +6,13 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 
-from serve.adapters.registry.registry import Registry
 from serve.api.json_body import JsonBody
 from serve.api.parts import TheCaptures, TheLoops, TheRegistry
-from serve.api.routes.callers import Manager, Operator, owned
+from serve.api.routes.callers import Manager, OneAdapter, Operator, TheAdapter
 from serve.api.schemas import LoopAnswer
-from serve.auth.auth import Caller
 from serve.gateway.router import manages
 from serve.loop.loops import Loops
-from serve.names import short_name, spelled
+from serve.names import short_name
 
 router = APIRouter()
 
@@ -45,78 +43,64 @@ async def start_loops(request: Request, caller: Operator, loops: TheLoops) -> di
 
 
 @router.get("/v1/adapters/{name:path}/loop")
-async def loop(name: str, caller: Manager, registry: TheRegistry, loops: TheLoops) -> dict[str, Any]:
+async def loop(adapter: TheAdapter, loops: TheLoops) -> dict[str, Any]:
     """Where an adapter's loop is, and its tries with their evidence."""
-    return await _described(loops, name, owned(registry, name, caller))
+    return await _described(loops, adapter, adapter.full)
 
 
 @router.post("/v1/adapters/{name:path}/loop/run", status_code=202)
-async def run_loop(
-    name: str, request: Request, caller: Manager, registry: TheRegistry, captures: TheCaptures, loops: TheLoops
-) -> dict[str, Any]:
+async def run_loop(caller: Manager, adapter: TheAdapter, captures: TheCaptures, loops: TheLoops) -> dict[str, Any]:
     """Open a try now; the gate, the canary and the month's budget stay as the policy says."""
 
     def run(full: str) -> None:
         captures.datasets.must_learn(full)  # a try that has nothing to gather would be spent
         loops.run(full, caller.name)
 
-    return await _asked(registry, loops, name, request, caller, run)
+    return await _asked(loops, adapter, run)
 
 
 @router.post("/v1/adapters/{name:path}/loop/approve", status_code=202)
-async def approve_loop(
-    name: str, request: Request, caller: Manager, registry: TheRegistry, loops: TheLoops
-) -> dict[str, Any]:
+async def approve_loop(caller: Manager, adapter: TheAdapter, loops: TheLoops) -> dict[str, Any]:
     """Say yes to the candidate that waits for it: it becomes live."""
-    return await _asked(registry, loops, name, request, caller, lambda full: loops.approve(full, caller.name))
+    return await _asked(loops, adapter, lambda full: loops.approve(full, caller.name))
 
 
 @router.post("/v1/adapters/{name:path}/loop/reject", status_code=202)
 async def reject_loop(
-    name: str,
     request: Request,
     caller: Manager,
-    registry: TheRegistry,
+    adapter: TheAdapter,
     loops: TheLoops,
     body: Annotated[LoopAnswer, JsonBody(LoopAnswer, required=False)],
 ) -> dict[str, Any]:
     """End the try that goes on, whatever it does. The body may be left out."""
     request.state.reason = body.why
-    return await _asked(registry, loops, name, request, caller, lambda full: loops.reject(full, caller.name, body.why))
+    return await _asked(loops, adapter, lambda full: loops.reject(full, caller.name, body.why))
 
 
 @router.post("/v1/adapters/{name:path}/loop/stop")
-async def stop_loop(
-    name: str, request: Request, caller: Manager, registry: TheRegistry, loops: TheLoops
-) -> dict[str, Any]:
+async def stop_loop(caller: Manager, adapter: TheAdapter, loops: TheLoops) -> dict[str, Any]:
     """End the try that goes on, and open none until the loop is started again."""
-    return await _asked(registry, loops, name, request, caller, lambda full: loops.stop(full, caller.name))
+    return await _asked(loops, adapter, lambda full: loops.stop(full, caller.name))
 
 
 @router.post("/v1/adapters/{name:path}/loop/start")
-async def start_loop(
-    name: str, request: Request, caller: Manager, registry: TheRegistry, loops: TheLoops
-) -> dict[str, Any]:
+async def start_loop(adapter: TheAdapter, loops: TheLoops) -> dict[str, Any]:
     """The loop may open tries again."""
-    return await _asked(registry, loops, name, request, caller, lambda full: loops.start(full))
+    return await _asked(loops, adapter, loops.start)
 
 
 @router.delete("/v1/adapters/{name:path}/loop/references/{id}")
-async def drop_reference(
-    name: str, id: str, request: Request, caller: Manager, registry: TheRegistry, loops: TheLoops
-) -> dict[str, Any]:
+async def drop_reference(id: str, adapter: TheAdapter, loops: TheLoops) -> dict[str, Any]:
     """Forget a reference with its examples: later candidates are not held against it any more."""
-    return await _asked(registry, loops, name, request, caller, lambda full: loops.drop(full, id))
+    return await _asked(loops, adapter, lambda full: loops.drop(full, id))
 
 
-async def _asked(
-    registry: Registry, loops: Loops, name: str, request: Request, caller: Caller, ask: Callable[[str], None]
-) -> dict[str, Any]:
-    request.state.subject = spelled(name, caller.tenant)
-    full = owned(registry, name, caller)
+async def _asked(loops: Loops, adapter: OneAdapter, ask: Callable[[str], None]) -> dict[str, Any]:
+    full = adapter.full
     await asyncio.to_thread(ask, full)
-    return await _described(loops, name, full)
+    return await _described(loops, adapter, full)
 
 
-async def _described(loops: Loops, name: str, full: str) -> dict[str, Any]:
-    return {"object": "adapter.loop", "name": name, **await asyncio.to_thread(loops.described, full)}
+async def _described(loops: Loops, adapter: OneAdapter, full: str) -> dict[str, Any]:
+    return {"object": "adapter.loop", "name": adapter.name, **await asyncio.to_thread(loops.described, full)}

@@ -1,7 +1,7 @@
 """The server itself: is it well, what does it serve, its engines, its metrics, and alerts that come back to it."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
@@ -21,7 +21,7 @@ from serve.errors import BadRequest, ConfigError, NotFound
 from serve.gateway.router import manages, sees
 from serve.models.checkpoint import find
 from serve.models.manifest import summary_of
-from serve.names import DEFAULT, full_name, short_name, tenant_of
+from serve.names import DEFAULT, full_name, short_name, spelled, tenant_of
 from serve.rollout.alertmanager import Notification
 
 router = APIRouter()
@@ -95,13 +95,15 @@ async def gateway_metrics(request: Request, caller: Gateway, metrics: TheMetrics
 @router.get("/v1/models")
 async def models(caller: Asker, registry: TheRegistry, fleet: TheFleet) -> dict[str, Any]:
     """OpenAI's list of models: the bases, and each adapter by name and by version with its parent."""
-    return {"object": "list", "data": await asyncio.to_thread(_cards, fleet, registry, caller)}
+    return {"object": "list", "data": await asyncio.to_thread(_cards, fleet, registry, caller, registry.names())}
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, caller: Asker, registry: TheRegistry, fleet: TheFleet) -> dict[str, Any]:
     """One model of that list."""
-    for card in await asyncio.to_thread(_cards, fleet, registry, caller):
+    short = name.partition("@")[0]
+    meant = {spelled(short, caller.tenant), short, short.removeprefix(f"{DEFAULT}/")}
+    for card in await asyncio.to_thread(_cards, fleet, registry, caller, [full for full in meant if full in registry]):
         if name == card["id"]:
             return card
     raise NotFound(f"The model `{name}` does not exist", code="model_not_found", param="model")
@@ -171,12 +173,12 @@ async def alerts(
     return {"object": "list", "data": rows}
 
 
-def _cards(fleet: Fleet, registry: Registry, caller: Caller) -> list[dict[str, Any]]:
-    return list(_model_cards(fleet, registry, caller))
+def _cards(fleet: Fleet, registry: Registry, caller: Caller, names: Sequence[str]) -> list[dict[str, Any]]:
+    return list(_model_cards(fleet, registry, caller, names))
 
 
-def _model_cards(fleet: Fleet, registry: Registry, caller: Caller) -> Iterator[dict[str, Any]]:
-    """OpenAI's model cards: the bases, then every adapter that the caller may ask, by name and by version."""
+def _model_cards(fleet: Fleet, registry: Registry, caller: Caller, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """OpenAI's model cards: the bases, then those of these adapters that the caller may ask, by name and by version."""
     for base in fleet:
         card = {"id": base.name, "object": "model", "created": 0, "owned_by": "loradock"}
         # Its directory is the operators' to know.
@@ -185,7 +187,7 @@ def _model_cards(fleet: Fleet, registry: Registry, caller: Caller) -> Iterator[d
         if base.is_ready:
             card |= {"max_model_len": base.backend.max_model_len, "weights": base.backend.weights}
         yield {**card, "manifest": manifest} if (manifest := summary_of(base.model)) else card
-    for full in registry.names():
+    for full in names:
         if not sees(registry, caller, full):
             continue
         public = short_name(full, caller.tenant)

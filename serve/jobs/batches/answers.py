@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve.adapters.byte_ledger import ByteLedger, Kind, Room
+from serve.adapters.byte_ledger import ByteLedger, Kind, Room, Rooms
 from serve.adapters.shared_store import SharedStore
 from serve.adapters.untrusted import create, write
 from serve.errors import NotFound
@@ -42,9 +42,7 @@ class AnswerFiles:
         self.folder = folder
         self.shared = shared
         self.rows = rows
-        self._ledger = ledger
-        self._rooms: dict[str, Room] = {}
-        self._lock = threading.Lock()
+        self.rooms = Rooms(ledger, Kind.ANSWERS)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._count()
 
@@ -53,21 +51,14 @@ class AnswerFiles:
         there = {path.name: path.stat().st_size for path in self.folder.iterdir()}
         for part in self.rows.all_parts():
             if nbytes := there.pop(part.name, 0):
-                room = self.room(part.batch, part.tenant)
+                room = self.rooms.of(part.batch, part.tenant)
                 room.count(room.written + nbytes)
         for name in there:
             (self.folder / name).unlink(missing_ok=True)
 
-    def room(self, batch: str, tenant: str) -> Room:
-        """What the ledger has for the batch's answers."""
-        with self._lock:
-            if batch not in self._rooms:
-                self._rooms[batch] = self._ledger.room(tenant, Kind.ANSWERS)
-            return self._rooms[batch]
-
     def of(self, batch: Batch) -> BatchAnswers:
         """For the server that has just claimed it."""
-        return BatchAnswers(self, batch, self.room(batch.id, batch.tenant))
+        return BatchAnswers(self, batch, self.rooms.of(batch.id, batch.tenant))
 
     def remove(self, batch: str, parts: list[str]) -> None:
         """The batch is at its end, and its answers are files."""
@@ -75,19 +66,14 @@ class AnswerFiles:
             (self.folder / name).unlink(missing_ok=True)
             if self.shared is not None:
                 self.shared.remove_file(name)
-        with self._lock:
-            room = self._rooms.pop(batch, None)
-        if room is not None:
-            room.close()
+        self.rooms.close(batch)
 
     def sweep(self) -> None:
         """Drop what belongs to batches that another server brought to their end."""
-        parts = list(self.rows.all_parts())
+        rooms, parts = self.rooms.ids, list(self.rows.all_parts())
         batches, names = {part.batch for part in parts}, {part.name for part in parts}
-        with self._lock:
-            over = [self._rooms.pop(batch) for batch in set(self._rooms) - batches - {b.id for b in self.rows.open()}]
-        for room in over:
-            room.close()
+        for over in rooms - batches - {batch.id for batch in self.rows.open()}:
+            self.rooms.close(over)
         before = time.time() - GRACE_SECONDS  # a younger part may be about to get its row
         for path in self.folder.iterdir():
             if path.name not in names and path.stat().st_mtime < before:
@@ -172,6 +158,7 @@ class BatchAnswers:
     def _read(self) -> None:
         """What was answered before; where a part is gone, its lines are asked again."""
         counts = {True: 0, False: 0}
+        self._room.count(sum(nbytes for _, nbytes in self._parts()))  # before any of them is fetched
         for line, completed in self._files.rows.old_lines(self._batch.id):
             self.lines.add(line)
             counts[completed] += 1

@@ -9,13 +9,13 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 
 import msgspec
 
-from serve.adapters.byte_ledger import Kind
+from serve.adapters.byte_ledger import Kind, Room
 from serve.errors import EngineUnavailable, LoradockError, NotFound, Overloaded, QuotaExceeded, RateLimited
 from serve.gateway.internal_request import BrokeOff
 from serve.gateway.moderation import NoVerdict
@@ -195,18 +195,22 @@ class BatchRunner:
         elif unanswered and full:
             status = Status.FAILED
         why = [LineError(QUOTA, f"{unanswered} requests were not answered: {full}")] if status is Status.FAILED else []
-        output = self._write(batch, "output", answers.answers(completed=True))
-        error = self._write(batch, "error", self._errors(batch, answers, status, unanswered))
-        parts = answers.parts()
-        if not self._rows.finish(batch.id, status, unanswered, output, error, why):
-            return None, 0
+        self._files.ledger.check_disk(batch.tenant)
+        with self._files.ledger.room(batch.tenant, Kind.FILES) as room:  # until the files have their rows
+            error = self._write(batch, "error", self._errors(batch, answers, status, unanswered, room))
+            output = self._write(batch, "output", room.taken(_lines(answers.answers(completed=True))))
+            parts = answers.parts()
+            if not self._rows.finish(batch.id, status, unanswered, output, error, why):
+                return None, 0
         answers.close()
         self._answers.remove(batch.id, parts)
         return status, unanswered
 
-    def _errors(self, batch: Batch, answers: BatchAnswers, status: Status, unanswered: int) -> Iterator[str]:
+    def _errors(
+        self, batch: Batch, answers: BatchAnswers, status: Status, unanswered: int, room: Room
+    ) -> Iterator[bytes]:
         """Of lines that failed; and of those that were not asked, as far as the tenant has room for them."""
-        yield from answers.answers(completed=False)
+        yield from room.taken(_lines(answers.answers(completed=False)))
         if not unanswered or status not in _UNASKED:
             return
         try:
@@ -214,21 +218,19 @@ class BatchRunner:
         except NotFound as gone:
             log.error("%s ends without a word to %d lines: %s", batch.id, unanswered, gone.message)
             return
-        with self._files.ledger.room(batch.tenant, Kind.ANSWERS) as room:
-            for line in requests(path, batch.endpoint, self._files.limits, answers.lines):
-                text = _failed(line, *_UNASKED[status]).text
-                try:
-                    room.take(len(text))
-                except QuotaExceeded as full:
-                    log.warning("%s ends without a word to some of %d lines: %s", batch.id, unanswered, full.message)
-                    return
-                yield text
+        left = requests(path, batch.endpoint, self._files.limits, answers.lines)
+        for data in _lines(_failed(line, *_UNASKED[status]).text for line in left):
+            try:
+                room.take(len(data))
+            except QuotaExceeded as full:
+                log.warning("%s ends without a word to some of %d lines: %s", batch.id, unanswered, full.message)
+                return
+            yield data
 
-    def _write(self, batch: Batch, kind: str, lines: Iterator[str]) -> StoredFile | None:
+    def _write(self, batch: Batch, kind: str, lines: Iterator[bytes]) -> StoredFile | None:
         """A file of the batch; None for one without lines. Written again after a kill, it is the same file."""
         id = "file-" + sha256(f"{batch.id} {kind}".encode()).hexdigest()[:24]
-        self._files.ledger.check_disk(batch.tenant)
-        nbytes = self._files.compose(id, (text.encode() + b"\n" for text in lines))
+        nbytes = self._files.compose(id, lines)
         if not nbytes:
             return None
         now = self._clock()
@@ -249,6 +251,11 @@ def _failed(line: Line, code: str, message: str) -> Answer:
 def _text(line: Line, response: object, error: object) -> str:
     fields = {"id": f"batch_req_{secrets.token_hex(12)}", "custom_id": line.custom_id}
     return msgspec.json.encode({**fields, "response": response, "error": error}).decode().translate(_LINE_ENDS)
+
+
+def _lines(texts: Iterable[str]) -> Iterator[bytes]:
+    for text in texts:
+        yield text.encode() + b"\n"
 
 
 def _next(lines: Iterator[Line]) -> Line | None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from serve.adapters.byte_ledger import Room
 from serve.adapters.shared_store import PASSING, SharedStore
 from serve.adapters.untrusted import create
 from serve.errors import NotFound
@@ -80,11 +81,12 @@ class FileBytes:
         assert self._shared is not None
         self._shared.put_file(PASSING + id, path)
 
-    def receive(self, id: str, path: Path) -> bool:
-        """Bring a file that was passed on to this path; whether there was one."""
+    def receive(self, id: str, path: Path, room: Room) -> bool:
+        """Bring a file that was passed on to this path, as far as the room has place for it; whether there was one."""
         assert self._shared is not None
         fetched = self._incoming / secrets.token_hex(8)
         try:
+            room.take(self._shared.file_size(PASSING + id))
             self._shared.get_file(PASSING + id, fetched)
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             rename(fetched, path)

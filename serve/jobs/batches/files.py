@@ -23,7 +23,7 @@ from serve.jobs.batches.file_bytes import FileBytes
 from serve.jobs.batches.file_rows import FileRows
 from serve.jobs.batches.json_lines import check_objects
 from serve.jobs.batches.objects import EXAMPLES, SENT, Limits, StoredFile
-from serve.jobs.batches.upload import FRAMING, receive, too_large
+from serve.jobs.batches.upload import FRAMING, LINES, receive, too_large
 from serve.names import shown
 
 # An expiry that a client may choose, in seconds: an hour to 30 days, as OpenAI's.
@@ -51,7 +51,8 @@ class Files:
             raise too_large(limits.file_bytes)
         await asyncio.to_thread(self.rows.check_count, caller.tenant)
         async with self._incoming(caller.tenant, max(0, stated - FRAMING)) as (path, sink, room):
-            form = await receive(stream, content_type, sink, room, max_bytes=limits.file_bytes)
+            lines = max(LINES, limits.lines)
+            form = await receive(stream, content_type, sink, room, max_bytes=limits.file_bytes, max_lines=lines)
             if (purpose := form.fields.get("purpose")) not in SENT:
                 raise BadRequest(f"purpose takes `batch` or `fine-tune` here, not {shown(purpose)}", param="purpose")
             sink.flush()
@@ -119,17 +120,15 @@ class Files:
         self.contents.remove(id)
         self.rows.remove(id)
 
-    def compose(self, id: str, chunks: Iterable[bytes], room: Room | None = None) -> int:
-        """Write the content of a file of the server's own, on the account `room`: its size. Without bytes none is kept.
+    def compose(self, id: str, chunks: Iterable[bytes]) -> int:
+        """Write the content of a file of the server's own: its size. Without bytes none is kept.
 
-        The file has no row yet. Blocks.
+        The file has no row yet: whoever makes the chunks has room for them. Blocks.
         """
         nbytes = 0
         with self.contents.incoming() as (path, sink):
             for chunk in chunks:
                 nbytes += len(chunk)
-                if room:
-                    room.count(nbytes)
                 write(sink, chunk)
             sink.flush()
             if nbytes:

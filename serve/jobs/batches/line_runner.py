@@ -21,6 +21,7 @@ import msgspec
 
 from serve.asgi.internal_client import RecordedAnswer
 from serve.auth.auth import Auth, Caller, Scope, allowed
+from serve.engine.background import is_idle
 from serve.engine.engine import LOW_PRIORITY
 from serve.engine.payer import Cause
 from serve.engine.supervisor import Supervisor
@@ -82,7 +83,7 @@ class Gaps:
             self._running[base.name] -= 1
 
     def _has_gap(self, base: Supervisor, waited: float) -> bool:
-        if base.leases <= base.background:
+        if is_idle(base):
             return self._running[base.name] < self._concurrency
         return self._running[base.name] < 1 and waited >= GAP_SECONDS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from contextlib import suppress
 
-from serve.adapters.byte_ledger import Kind, Room, size_of
+from serve.adapters.byte_ledger import Kind, Room, Rooms, size_of
 from serve.adapters.store import Store
 from serve.errors import OutOfSpace
 from serve.jobs.finetuning.job_folder import JobFolder
@@ -19,7 +19,7 @@ class JobFolders:
     def __init__(self, store: Store, rows: JobRows) -> None:
         self.ledger = store.ledger
         self._root = store.root / "finetuning"
-        self._rooms: dict[str, Room] = {}
+        self._rooms = Rooms(self.ledger, Kind.TRAINING)
         for job in rows.open():  # what a server before this one left here
             self.count(job)
 
@@ -28,9 +28,7 @@ class JobFolders:
 
     def room(self, job: Job) -> Room:
         """What the ledger has for the job's folder."""
-        if job.id not in self._rooms:
-            self._rooms[job.id] = self.ledger.room(job.tenant, Kind.TRAINING)
-        return self._rooms[job.id]
+        return self._rooms.of(job.id, job.tenant)
 
     def count(self, job: Job) -> None:
         """The folder has so many bytes now."""
@@ -44,8 +42,7 @@ class JobFolders:
     def remove(self, id: str) -> None:
         """The job is at its end."""
         self.folder(id).remove()
-        if room := self._rooms.pop(id, None):
-            room.close()
+        self._rooms.close(id)
 
     def sweep(self, kept: Collection[str]) -> None:
         """Drop the folders of all other jobs."""

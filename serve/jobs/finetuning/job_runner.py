@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from serve.adapters.byte_ledger import Kind as Bytes
-from serve.adapters.byte_ledger import size_of
+from serve.adapters.byte_ledger import Room, size_of
 from serve.engine.fleet import Fleet
 from serve.errors import (
     AdapterRejected,
@@ -252,8 +252,10 @@ class JobRunner:
             message = f"The model was trained, and is not admitted: {error.message}"
             raise Failed(code, message, also=problems) from error
         rows = await asyncio.to_thread(self._checkpoint_rows, job, folder, checkpoints, model)
-        result = await asyncio.to_thread(self._results, job, folder)
-        if await asyncio.to_thread(self._rows.succeed, job.id, model, result, rows, settled):
+        with self.folders.ledger.room(job.tenant, Bytes.FILES) as room:  # until the file has its row
+            result = await asyncio.to_thread(self._results, job, folder, room)
+            succeeded = await asyncio.to_thread(self._rows.succeed, job.id, model, result, rows, settled)
+        if succeeded:
             self.ended(job, Status.SUCCEEDED)
             await asyncio.to_thread(self.folders.remove, job.id)
 
@@ -277,12 +279,11 @@ class JobRunner:
             names, measured = {**names, last: model}, {**measured, last: metrics_of(at_last)}
         return [Checkpoint(job.id, step, now, name, measured.get(step, {})) for step, name in names.items()]
 
-    def _results(self, job: Job, folder: JobFolder) -> StoredFile:
+    def _results(self, job: Job, folder: JobFolder, room: Room) -> StoredFile:
         """What each step measured, as a file. Written again after a kill, it is the same one."""
         id = "file-" + sha256(f"{job.id} results".encode()).hexdigest()[:24]
         self.folders.ledger.check_disk(job.tenant)
-        room = self.folders.room(job).beside(Bytes.FILES)  # until the job is at its end, and the file has its row
-        nbytes = self._files.compose(id, folder.results(), room)
+        nbytes = self._files.compose(id, room.taken(folder.results()))
         now = time.time()
         expires = now + self._files.limits.file_seconds
         return StoredFile(id, job.tenant, job.asked.who, RESULTS, "step_metrics.csv", nbytes, now, expires)

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from serve.adapters.adapter import FILES
-from serve.adapters.byte_ledger import Kind
+from serve.adapters.byte_ledger import Kind, Room
 from serve.adapters.store import Store
 from serve.adapters.untrusted import create, write
 from serve.errors import BadRequest, NotFound, TooLarge
@@ -93,8 +93,10 @@ class WorkerFiles:
             return passed
         incoming = self.incoming(job.id)
         if self._contents.is_shared:
-            passed = self._fetched(job.id, incoming)
-            self._folders.count(job)
+            try:
+                passed = self._fetched(job.id, incoming, self._folders.room(job))
+            finally:
+                self._folders.count(job)
         if not all((incoming / "adapter" / name).is_file() for name in FILES):
             raise BadRequest(
                 f"the result of {job.id} is not whole here: send {' and '.join(FILES)} below adapter/; where several "
@@ -103,6 +105,7 @@ class WorkerFiles:
         fsync_tree(incoming)
         for name in ("checkpoints", "progress.jsonl", "settings.json", "adapter"):  # the adapter says that all is
             _replace(incoming / name, folder.path / name)
+        self._folders.count(job)
         return passed
 
     def drop(self, passed: list[str]) -> None:
@@ -128,13 +131,13 @@ class WorkerFiles:
                 f"a result has {MOST_CHECKPOINTS} checkpoints at most: bring the last ones alone", param="name"
             )
 
-    def _fetched(self, id: str, incoming: Path) -> list[str]:
+    def _fetched(self, id: str, incoming: Path, room: Room) -> list[str]:
         """Bring here what was sent to any server: as what it was passed on."""
         fetched = []
 
         def receive(*names: str) -> None:
             for name in filter(_RESULT.fullmatch, names):
-                if self._contents.receive(passed := _passed_as(id, name), incoming / name):
+                if self._contents.receive(passed := _passed_as(id, name), incoming / name, room):
                     fetched.append(passed)
 
         receive("progress.jsonl", "settings.json", *(f"adapter/{name}" for name in FILES))

@@ -21,7 +21,8 @@ from serve.adapters.store import Store
 from serve.asgi.exchange import Exchange, Tap, Watch
 from serve.asgi.internal_client import RecordedAnswer, post
 from serve.asgi.trace_context import RequestTrace
-from serve.engine.engine import LOW_PRIORITY, Lease
+from serve.engine.background import background_lease
+from serve.engine.engine import Lease
 from serve.engine.fleet import Fleet
 from serve.engine.payer import Cause, Payer
 from serve.errors import LoradockError
@@ -196,18 +197,9 @@ class Shadows:
     async def _answer(
         self, candidate: Adapter, path: str, fields: Mapping[str, Any], sequences: int, seen: Tap
     ) -> RecordedAnswer:
-        supervisor = self._fleet.of(candidate.name)
-        place = await self._store.bring(candidate.digest)
-        await supervisor.available()
-        engine = supervisor.engine
-        async with engine.lease(
-            candidate.id,
-            place,
-            payer=Payer(candidate.tenant, Cause.SHADOW, None),  # whoever put it there
-            priority=LOW_PRIORITY,
-            sequences=sequences,
-            for_client=False,
-        ) as lease:
+        base = self._fleet.of(candidate.name)
+        payer = Payer(candidate.tenant, Cause.SHADOW, None)  # whoever put it there
+        async with background_lease(base, self._store, candidate, payer, sequences=sequences) as lease:
             answerer = _Answerer(lease.model, candidate.name, f"v{candidate.version}", lease.load_seconds)
             seen.routed(answerer, candidate.tenant)
             return await post(lease, path, _unseen(fields, lease, path), limit=MAX_ANSWER, watch=seen.watch)

@@ -1,7 +1,6 @@
 """Asks a version its golden cases, in the gaps of traffic, and has judges grade what they are to grade.
 
-As the prober asks: through vLLM's own app, with a lease that admission learns nothing from, behind every client in the
-engine's queue. No metric of traffic counts it and drift does not see it.
+As the prober asks: through vLLM's own app, in the background (serve.engine.background). Drift does not see it.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from serve.adapters.adapter import Adapter
 from serve.adapters.store import Store
 from serve.asgi.exchange import Watch
 from serve.asgi.internal_client import post
-from serve.engine.engine import LOW_PRIORITY
+from serve.engine.background import background_lease, gap, is_idle
 from serve.engine.fleet import Fleet
 from serve.engine.payer import Cause, Payer
 from serve.engine.plain_text import quoted
@@ -29,8 +28,6 @@ from serve.rollout.golden.golden_set import CHAT, GoldenCase, Judge, grade
 from serve.rollout.golden.golden_store import Outcome
 
 MAX_ANSWER = 1 << 20
-# While clients are answered a case waits, but no longer than this; then it goes behind them in the engine's queue.
-GAP_SECONDS, LOOK_SECONDS = 2.0, 0.05
 # Cases at a time while no client is answered; beside clients it is one.
 AT_ONCE = 4
 
@@ -84,7 +81,7 @@ class GoldenRunner:
 
     def is_idle(self, adapter: Adapter) -> bool:
         """No client is answered by the engine of this version."""
-        return _is_idle(self._fleet.of(adapter.name))
+        return is_idle(self._fleet.of(adapter.name))
 
     async def run(self, adapter: Adapter, case: GoldenCase, payer: Payer) -> Outcome:
         """The outcome of one case; an error of the engine itself is raised: it says nothing about the version.
@@ -139,33 +136,16 @@ class GoldenRunner:
 
     async def _ask(self, model: Model, tenant: str, path: str, fields: Mapping[str, Any], payer: Payer) -> str:
         """The text of an answer."""
-        base, adapter = model.base, model.adapter
-        await _gap(base)
-        place = await self._store.bring(adapter.digest) if adapter else None
-        await base.available()
-        engine, watch = base.engine, Watch(background=True)
-        id = adapter.id if adapter else None
-        async with engine.lease(id, place, payer=payer, priority=LOW_PRIORITY, for_client=False) as lease:
+        await gap(model.base)
+        async with background_lease(model.base, self._store, model.adapter, payer) as lease:
             # No client's prompts share this part of the prefix cache: how fast they are answered would tell of these.
             body = {**fields, "model": lease.model, "cache_salt": f"golden:{tenant}"}
             if lease.priority is not None:
                 body["priority"] = lease.priority
-            answer = await post(lease, path, body, limit=MAX_ANSWER, watch=watch)
+            answer = await post(lease, path, body, limit=MAX_ANSWER, watch=Watch(background=True))
         if answer.status != 200 or answer.body is None:
             raise Refused(f"{answer.status} {_message(answer.body or b'')}")
         return _text(answer.body)
-
-
-async def _gap(base: Supervisor) -> None:
-    """Wait while clients are answered, but not for long."""
-    loop = asyncio.get_running_loop()
-    end = loop.time() + GAP_SECONDS
-    while not _is_idle(base) and loop.time() < end:
-        await asyncio.sleep(LOOK_SECONDS)
-
-
-def _is_idle(base: Supervisor) -> bool:
-    return base.leases <= base.background
 
 
 def _text(body: bytes) -> str:

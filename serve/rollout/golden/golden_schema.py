@@ -19,7 +19,6 @@ from serve.adapters.patterns import occurs, pattern_problem
 from serve.names import shown
 
 SECONDS = 1.0
-MAX_DEPTH = 32
 _REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 
 _deadline: ContextVar[float] = ContextVar("deadline", default=0.0)
@@ -31,19 +30,15 @@ class UnusableSchema(ValueError):
 
 def schema_problem(schema: Mapping[str, Any]) -> str:
     """What is wrong with it, in words behind "a json_schema that"; "" if it can be used."""
-    from jsonschema.exceptions import SchemaError
-
     if problem := _structural_problem(schema):
         return problem
     try:
-        _validator().check_schema(_plain(schema))
+        # Not by the library's own check, which has no deadline.
+        if wrong := _mismatch(_validator().META_SCHEMA, _plain(schema)):
+            return f"is no JSON schema: {wrong}"
         _mismatch(schema, {})  # an endless reference shows with any answer
-    except SchemaError as error:
-        return f"is no JSON schema: {shown(error.message)}"
     except UnusableSchema as error:
         return f"cannot be used: {error}"
-    except RecursionError:
-        return "is nested too deeply"
     return ""
 
 
@@ -70,7 +65,7 @@ def _mismatch(schema: Mapping[str, Any], instance: Any) -> str:
     except TimeoutError as slow:
         raise UnusableSchema(f"it takes longer than {SECONDS:g} s") from slow
     except RecursionError as endless:
-        raise UnusableSchema("its references go round and round") from endless
+        raise UnusableSchema("it is nested too deeply, or its references go round and round") from endless
     except OverflowError as large:
         return f"a number in it is too large to be checked: {shown(large)}"
     finally:
@@ -83,18 +78,16 @@ def _refused(constant: str) -> None:
 
 
 def _structural_problem(schema: Mapping[str, Any]) -> str:
-    ahead: list[tuple[Any, int]] = [(child, 2) for child in schema.values()]
+    ahead: list[Any] = list(schema.values())
     problem = _problem_of(schema)
     while ahead and not problem:
-        value, depth = ahead.pop()
-        if depth > MAX_DEPTH:
-            return f"is nested more than {MAX_DEPTH} levels deep"
+        value = ahead.pop()
         if isinstance(value, dict):
             problem = _problem_of(value)
             if isinstance(value.get("$schema"), str):
                 problem = "has $schema in a part of it: one dialect counts for all"
         if isinstance(value, (dict, list)):
-            ahead += [(child, depth + 1) for child in (value.values() if isinstance(value, dict) else value)]
+            ahead += value.values() if isinstance(value, dict) else value
     return problem
 
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import zlib
 from collections import Counter
 from dataclasses import replace
 
 import pytest
+from starlette.responses import JSONResponse
 
 from serve.asgi.exchange import Generation
 from serve.config import keys_hashed
 from serve.engine.payer import OPERATOR
-from serve.loop.likelihood import Example
 from serve.rollout.policy import parse
 from tests.serve.jobs.batches.conftest import lines_of, request
+from tests.serve.loop.conftest import QUICK, tried
 from tests.support.app import CHAT, issued, settled, upload
+from tests.support.backend import FakeBackend
 from tests.support.golden import cases, until
+from tests.support.trainer import COMMAND
 from tests.support.watched_traffic import Engine
 
 COUNTED = ("prompt_tokens", "generated_tokens")
@@ -54,80 +59,117 @@ async def spent(operator) -> Counter[tuple[str, str]]:
     return tokens
 
 
-async def test_all_that_the_engine_computed_is_charged_to_somebody_or_named_as_the_operators_own(guarded, backend, sdk):
-    operator, acme = guarded
-    body = {"model": "tone", "messages": [{"role": "user", "content": "hello"}]}
-    # Clients and their guard, streams too.
-    for more in ({}, {"stream": True}):
-        assert (await acme.post(CHAT, json={**body, **more})).status_code == 200
-    assert (await operator.post("/v1/moderations", json={"model": "watch", "input": "hello"})).status_code == 200
-    # A shadow.
-    assert (await acme.post("/v1/adapters/tone/shadow", json={"version": 2, "weight": 1})).status_code == 200
-    assert (await acme.post(CHAT, json=body)).status_code == 200
-    # A golden set with a judge.
-    entries = [*cases(5), {"prompt": "Why?", "judge": {"model": "base", "template": "Good? {answer}"}}]
-    put = await acme.put("/v1/adapters/tone/golden", json={"cases": entries})
-    assert put.status_code == 200, put.text
-    # A batch.
-    ai = sdk(acme)
-    lines = lines_of([request(str(number), model="tone") for number in range(3)])
-    file = await ai.files.create(file=("in.jsonl", lines), purpose="batch")
-    batch = await ai.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+class Scored(FakeBackend):
+    """Also says the tokens of texts, and how likely a version finds a prompt: all but the `worse` one's are likely."""
 
-    async def batched():
-        return (await ai.batches.retrieve(batch.id)).status == "completed"
+    worse = ""
 
-    assert await until(batched)
-    # The gate of a loop, and the prober.
-    parts = parts_of(operator)
-    live = parts.registry.live("acme/tone")
-    example = Example({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
-    with pytest.raises(KeyError):  # this backend makes no tokens of texts; it was asked all the same
-        await parts.loops.driver.gatekeeper.scorer.scores(live, [example])
-    await parts.prober.round()
-
-    async def quiet():
-        tokens = await spent(operator)
-        causes = {cause for _, cause in tokens}
-        return tokens if {"golden", "judge", "shadow"} <= causes and backend.computed == tokens.total() else None
-
-    tokens = await until(quiet)
-    assert tokens, (backend.computed, await spent(operator))
-    charged = {who for who in tokens if who[0] != OPERATOR}
-    wanted = ("request", "guard", "shadow", "golden", "judge", "batch", "loop")
-    assert charged == {*(("acme", cause) for cause in wanted), ("default", "moderation")}
-    assert {cause for tenant, cause in tokens if tenant == OPERATOR} == {"probe"}
-    assert backend.computed == tokens.total()
+    def _answer(self, body):
+        if self.paths[-1] == "/tokenize":
+            text = body.get("prompt") or " ".join(message["content"] for message in body["messages"])
+            return JSONResponse({"tokens": [1 + zlib.crc32(word.encode()) % 30 for word in text.split()]})
+        if "prompt_logprobs" in body:
+            value = {"logprob": -1.2 if body["model"] == self.worse else -0.1}
+            rows = [None, *({str(token): value} for token in body["prompt"][1:])]
+            return JSONResponse({"model": body["model"], "choices": [{"prompt_logprobs": rows}]})
+        return super()._answer(body)
 
 
-async def test_baselines_and_replays_are_charged_to_whoever_asked_for_them(connect, watched, backend, make_adapter):
+WORDS = [f"{first}{last}" for first in ("ka", "lo", "mi", "nu", "pe", "ro") for last in ("ta", "ve", "so", "ni", "du")]
+
+
+async def chatted(acme, count):
+    """So many questions, each unlike the others and rated well."""
+    for number in range(count):
+        words = " ".join(random.Random(number).sample(WORDS, 8))
+        body = {"model": "tone", "messages": [{"role": "user", "content": words}], "user": f"u{number}"}
+        answer = await acme.post(CHAT, json=body)
+        assert answer.status_code == 200, answer.text
+        rated = await acme.post("/v1/feedback", json={"request_id": answer.headers["x-request-id"], "rating": 1})
+        assert rated.status_code == 200, rated.text
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """What a loop looks at every few seconds it looks at soon."""
+    monkeypatch.setenv("STAND_IN", "{}")
+    monkeypatch.setattr("serve.jobs.schedule.LOOK_SECONDS", 0.03)
+    for name in ("LOOK_SECONDS", "GATHER_SECONDS", "RETRY_SECONDS"):
+        monkeypatch.setattr(f"serve.loop.driver.{name}", 0.03)
+
+
+async def test_all_that_the_engine_computed_is_charged_to_somebody_or_named_as_the_operators_own(
+    connect, watched, make_adapter, sdk, quick
+):
+    """Clients and their guard, moderation, a shadow, a golden set with a judge, a batch, a baseline, a replay, a try of
+    a loop to its end, probes: one run."""
+    backend = Scored(watched.model)
     Engine(backend)
-    backend.say = lambda body: "yes"
-    policies = parse({"acme/tone": {"train_on_traffic": True}})
-    async with connect(replace(watched, policies=policies, admin_keys=keys_hashed(["run"]))) as operator:
+    backend.say = lambda body: "none" if "structured_outputs" in body else "yes"
+    loop = {**QUICK, "min_examples": 30, "gate": {**QUICK["gate"], "golden": 0.5}}
+    policy = {"guard": {"prompt": "watch", "answer": "watch"}, "train_on_traffic": True, "loop": loop}
+    config = replace(watched, policies=parse({"acme/tone": policy}), admin_keys=keys_hashed(["run"]))
+    async with connect(config, backend) as operator:
         operator.headers["authorization"] = "Bearer run"
+        parts = parts_of(operator)
+        process = parts.fine_tuning.runner.process
+        process.command, process.nice = COMMAND, 0
         acme = await issued(operator, "acme", "inference", "adapters:write", tokens_per_minute=1_000_000)
-        for seed in (0, 1):
-            pushed = await acme.post("/v1/adapters", **upload(make_adapter(seed), promote=str(not seed).lower()))
-            assert pushed.status_code == 201, pushed.text
-        for number in range(4):
-            body = {"model": "tone", "messages": [{"role": "user", "content": f"hello {number}"}]}
-            assert (await acme.post(CHAT, json=body)).status_code == 200
-        await asyncio.to_thread(parts_of(operator).captures.worker.settle)
-        prompts = [f"prompt {number}" for number in range(20)]
-        built = await acme.post("/v1/adapters/tone/baseline", json={"prompts": prompts})
-        assert built.status_code == 200, built.text
-        replayed = await acme.post("/v1/adapters/tone/versions/2/replay", json={"requests": 4, "against": "live"})
-        assert replayed.status_code == 200, replayed.text
+        await operator.post("/v1/adapters", **upload(make_adapter(9), name="watch"))
+        pushed = [
+            await acme.post("/v1/adapters", **upload(make_adapter(seed), promote=str(not seed).lower()))
+            for seed in (0, 1)
+        ]
+        backend.worse = pushed[0].json()["id"]
+        # Clients and their guard, streams too; and what is to be learned from.
+        body = {"model": "tone", "messages": [{"role": "user", "content": "hello"}]}
+        assert (await acme.post(CHAT, json={**body, "stream": True})).status_code == 200
+        assert (await operator.post("/v1/moderations", json={"model": "watch", "input": "hello"})).status_code == 200
+        await chatted(acme, 80)
+        # A shadow, and a golden set with judges.
+        assert (await acme.post("/v1/adapters/tone/shadow", json={"version": 2, "weight": 1})).status_code == 200
+        assert (await acme.post(CHAT, json=body)).status_code == 200
+        assert (await acme.post("/v1/adapters/tone/shadow", json={"version": 2, "weight": 0})).status_code == 200
+        judge = {"model": "base", "template": "Good? {answer}"}
+        golden = {"cases": [*cases(5), {"prompt": "Why?", "judge": judge}], "shadow": {"judge": judge, "share": 1}}
+        put = await acme.put("/v1/adapters/tone/golden", json=golden)
+        assert put.status_code == 200, put.text
+        # A batch, a baseline, a replay.
+        ai = sdk(acme)
+        lines = lines_of([request(str(number), model="tone") for number in range(3)])
+        file = await ai.files.create(file=("in.jsonl", lines), purpose="batch")
+        batch = await ai.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+
+        async def batched():
+            return (await ai.batches.retrieve(batch.id)).status == "completed"
+
+        assert await until(batched)
+        await asyncio.to_thread(parts.captures.worker.settle)
+        asked = {"baseline": {"prompts": [f"prompt {number}" for number in range(20)]}}
+        asked["versions/2/replay"] = {"requests": 4, "against": "live"}
+        for what, fields in asked.items():
+            answer = await acme.post(f"/v1/adapters/tone/{what}", json=fields)
+            assert answer.status_code == 200, answer.text
+        # A loop: its gate, and what it replays; then the prober.
+        run = await acme.post("/v1/adapters/tone/loop/run")
+        assert run.status_code in (200, 202), run.text
+        attempt = await tried(acme)
+        assert attempt["outcome"] == "promoted", attempt
+        assert attempt["replay"]["requests"] > 5 and attempt["replay"]["judge"]["requests"], attempt
+        await parts.prober.round()
 
         async def quiet():
             tokens = await spent(operator)
-            return tokens if backend.computed == tokens.total() else None
+            causes = {cause for _, cause in tokens}
+            return tokens if {"golden", "judge", "shadow"} <= causes and backend.computed == tokens.total() else None
 
         tokens = await until(quiet)
         assert tokens, (backend.computed, await spent(operator))
         charged = {who for who in tokens if who[0] != OPERATOR}
-        assert charged == {("acme", cause) for cause in ("request", "baseline", "replay")}
+        wanted = ("request", "guard", "shadow", "golden", "judge", "batch", "baseline", "replay", "loop")
+        assert charged == {*(("acme", cause) for cause in wanted), ("default", "moderation")}
+        assert {cause for tenant, cause in tokens if tenant == OPERATOR} == {"probe"}
+        assert backend.computed == tokens.total()
 
 
 async def test_a_golden_set_that_was_put_while_nothing_was_live_costs_the_key_that_put_it(

@@ -10,9 +10,9 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from pydantic import TypeAdapter, ValidationError
 
-from serve.vllm_backend.first_error import refused, validator
+from serve.asgi.wrong_field import CHOICE, refused
+from serve.vllm_backend.first_error import validator
 from serve.vllm_backend.request_schemas import request_type
-from serve.vllm_backend.tagged_unions import CHOICE
 
 RESPONSES, CHAT, MESSAGES = "/v1/responses", "/v1/chat/completions", "/v1/messages"
 TEXT, IMAGE = {"type": "input_text", "text": "x"}, {"type": "input_image", "image_url": "http://x/y.png"}
@@ -146,13 +146,13 @@ def test_what_is_valid_is_the_same_and_what_is_not_is_refused(path, field, body,
 @pytest.mark.parametrize(
     ("item", "where", "what"),
     [
-        ({"type": "message", "role": "user", "content": 3}, "input.0.content", "string"),
+        ({"type": "message", "role": "user", "content": 3}, "input.0.content", "a text or a list, not 3"),
         ({"role": "user", "content": [TEXT, {"type": "input_text"}]}, "input.0.content.1.text", "required"),
         ({"role": "user", "content": [{"type": "nonsense"}]}, "input.0.content.0.type", "'input_text'"),
         ({"type": "function_call", "name": "f", "arguments": "{}"}, "input.0.call_id", "required"),
         ({"type": "nonsense"}, "input.0.type", "'function_call'"),
         ({}, "input.0.content", "required"),
-        (3, "input.0", "dict"),
+        (3, "input.0", "takes an object, not 3"),
     ],
 )
 def test_an_error_is_about_what_the_item_says_it_is(item, where, what, both):
@@ -161,3 +161,36 @@ def test_an_error_is_about_what_the_item_says_it_is(item, where, what, both):
     refusal = refused(caught.value.errors(include_url=False))
     assert refusal.param == where and what in refusal.message
     assert CHOICE not in refusal.message and "Param" not in refusal.message
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "sentence"),
+    [
+        (RESPONSES, {"input": 3}, "input takes a text or a list, not 3"),
+        (RESPONSES, {"input": None}, "input takes a text or a list, not null"),
+        (RESPONSES, {"input": "x", "tools": [3]}, "tools.0 takes an object, not 3"),
+        (RESPONSES, {"input": "x", "reasoning": "high"}, "reasoning takes an object, not 'high'"),
+        (RESPONSES, {"input": "x", "temperature": "warm"}, "temperature takes a number, not 'warm'"),
+        (RESPONSES, {}, "input is required, and is not there"),
+        (CHAT, {"messages": ["x"]}, "messages.0 takes an object, not 'x'"),
+        (CHAT, {"messages": [{"role": "user", "content": 3}]}, "messages.0.content takes a text or a list, not 3"),
+        (CHAT, {"messages": SAID[:1], "logit_bias": [1]}, "logit_bias takes an object, not a list of 1"),
+        (CHAT, {"messages": SAID[:1], "response_format": {"type": "x"}}, "response_format.type takes 'text'"),
+        (
+            MESSAGES,
+            {"model": "m", "messages": TURNS[:1], "max_tokens": "x"},
+            "max_tokens takes a whole number, not 'x'",
+        ),
+        (
+            MESSAGES,
+            {"model": "m", "messages": [{"role": "x", "content": ""}], "max_tokens": 1},
+            "messages.0.role takes",
+        ),
+    ],
+)
+def test_a_sentence_says_what_came_and_what_is_taken_and_names_no_class(path, fields, sentence, both):
+    with pytest.raises(ValidationError) as caught:
+        both[path][1].validate_python({"request_id": "r", **fields})
+    message = refused(caught.value.errors(include_url=False)).message
+    assert message.startswith(sentence), message
+    assert "instance" not in message and "Param" not in message and "Input should" not in message

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections import Counter
+import tracemalloc
+from collections import Counter, deque
 from dataclasses import replace
 
 import openai
 import pytest
 from sqlalchemy import update
 
+from serve.adapters.byte_ledger import Kind
 from serve.adapters.registry.tables import batches as table
 from serve.asgi.exchange import Generation
 from serve.config import keys_hashed
@@ -18,9 +20,10 @@ from serve.engine.engine import LOW_PRIORITY
 from serve.engine.payer import OPERATOR
 from serve.errors import EngineUnavailable
 from serve.jobs.batches import build
+from serve.jobs.batches.upload import LINES
 from serve.models import hardware
 from tests.serve.jobs.batches.conftest import lines_of, request
-from tests.support.app import CHAT, issued, settled, upload
+from tests.support.app import CHAT, http, issued, settled, upload
 from tests.support.backend import FakeBackend
 
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -206,22 +209,132 @@ async def test_a_batch_that_cannot_be_is_refused_at_once(client, sdk):
         await ai.batches.cancel(batch.id)
 
 
-async def test_a_file_at_its_limits_is_taken_whole(client, sdk, config):
-    """As large as it may be, with as many lines as it may have."""
-    ai, line = sdk(client), lines_of([request("00000", prompt="x")])
-    more = config.batch_file_bytes // config.batch_lines - len(line)
-    lines = b"".join(
-        lines_of([request(f"{number:05}", prompt="x" * (more + 1))]) for number in range(config.batch_lines)
+@pytest.mark.parametrize("purpose", ["batch", "fine-tune"])
+async def test_a_file_of_nothing_but_lines_is_refused_while_it_arrives(client, sdk, purpose):
+    with pytest.raises(openai.APIStatusError, match=f"has more than {LINES} lines") as refused:
+        await sdk(client).files.create(file=("in.jsonl", b"\n" * (LINES + 1)), purpose=purpose)
+    assert refused.value.status_code == 413
+
+
+class Forgetful(FakeBackend):
+    """Keeps nothing of what it was asked."""
+
+    def __init__(self, model=None):
+        super().__init__(model)
+        self.bodies, self.paths, self.headers = (deque(maxlen=0) for _ in range(3))
+
+
+async def test_a_file_at_its_limits_is_answered_to_its_last_line_in_bounded_memory(connect, config, tiny_model):
+    """As many bytes and lines as there may be, and answers as long: no part of this server holds them all."""
+    count, nbytes = 160, 16 << 20
+    backend = Forgetful(str(tiny_model))
+    backend.say = lambda body: "y" * len(body["messages"][0]["content"])
+    backend.generation = Generation([1] * 7, [2] * 3, "stop")
+    limited = replace(
+        config, batch_lines=count, batch_file_bytes=nbytes, batch_concurrency=4, admin_keys=keys_hashed(["run"])
     )
-    assert config.batch_file_bytes - config.batch_lines < len(lines) <= config.batch_file_bytes
-    file = await ai.files.create(file=("in.jsonl", lines), purpose="batch")
-    assert file.bytes == len(lines)
-    batch = await ai.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
-    async with asyncio.timeout(120):
-        while (batch := await ai.batches.retrieve(batch.id)).status == "validating":
-            await asyncio.sleep(0.05)
-    assert (batch.status, batch.request_counts.total) == ("in_progress", config.batch_lines), batch.errors
-    await ai.batches.cancel(batch.id)
+    shortest = len(lines_of([request("00000", messages=[{"role": "user", "content": ""}])]))
+    content = "x" * (nbytes // count - shortest)
+
+    async def form():
+        yield b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+        yield b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
+        for number in range(count):
+            yield lines_of([request(f"{number:05}", messages=[{"role": "user", "content": content}])])
+        yield b"\r\n--x--\r\n"
+
+    async with connect(limited, backend) as operator:
+        operator.headers["authorization"] = "Bearer run"
+        acme = await issued(operator, "acme", tokens_per_minute=1_000_000)
+        backend.computed = 0
+        tracemalloc.start()
+        try:
+            headers = {"content-type": "multipart/form-data; boundary=x"}
+            file = (await acme.post("/v1/files", content=form(), headers=headers)).json()
+            assert nbytes - count < file["bytes"] <= nbytes
+            asked = {"input_file_id": file["id"], "endpoint": CHAT, "completion_window": "24h"}
+            created = await acme.post("/v1/batches", json=asked)
+            assert created.status_code == 200, created.text
+            async with asyncio.timeout(300):
+                while (batch := (await acme.get(f"/v1/batches/{created.json()['id']}")).json())["status"] not in ENDED:
+                    await asyncio.sleep(0.1)
+            assert batch["request_counts"] == {"total": count, "completed": count, "failed": 0}, batch
+            rows = await downloaded(acme, batch["output_file_id"])
+            held = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert held < nbytes, f"{held >> 20} MiB: neither the input nor the output is held as a whole"
+        assert [name for name, _ in rows] == [f"{number:05}" for number in range(count)]
+        assert {size for _, size in rows} == {len(content)}
+        assert backend.computed == batch["usage"]["total_tokens"] == 10 * count
+        usage = (await operator.get("/v1/usage")).json()["data"]
+        (row,) = [row for row in usage if row["tenant"] == "acme"]
+        assert list(row["causes"]) == ["batch"] and row["prompt_tokens"] + row["generated_tokens"] == backend.computed
+        files = (await acme.get("/v1/files")).json()["data"]
+        ledger = parts_of(operator).store.ledger
+        assert ledger.totals()["acme"] == {"files": sum(file["bytes"] for file in files)}
+        assert {path.stat().st_size for path in (config.data_dir / "files").iterdir() if path.is_file()} == {
+            file["bytes"] for file in files
+        }
+
+
+async def downloaded(client, id):
+    """The custom_id and the length of the answer of each line of a file, read as it comes."""
+    rows, rest = [], b""
+    scope, receive, _, _, left = http({}, f"/v1/files/{id}/content", "GET")
+    scope["headers"].append((b"authorization", client.headers["authorization"].encode()))
+
+    async def take(message):
+        nonlocal rest
+        *lines, rest = (rest + message.get("body", b"")).split(b"\n")
+        for line in lines:
+            row = json.loads(line)
+            answer = row["response"]["body"]["choices"][0]["message"]["content"]
+            rows.append((row["custom_id"], len(answer)))
+
+    await client._transport.app(scope, receive, take)
+    left.set()
+    assert rest == b""
+    return rows
+
+
+async def test_results_are_on_their_tenants_account_while_they_are_written_and_after_a_restart(
+    connect, config, sdk, monkeypatch
+):
+    seen = []
+    async with connect(config) as client:
+        parts, ai = parts_of(client), sdk(client)
+        keep, ledger = parts.files.contents.keep, parts.store.ledger
+
+        def kept(id, path):
+            written = sum(file.stat().st_size for file in (config.data_dir / "files").rglob("*") if file.is_file())
+            seen.append(sum(ledger.totals()["default"].values()) - written)
+            keep(id, path)
+
+        monkeypatch.setattr(parts.files.contents, "keep", kept)
+        batch = await ended(ai, await begun(ai, *(request(f"q{number}") for number in range(9)), request("a", "none")))
+        assert batch.output_file_id and batch.error_file_id and len(seen) == 3, seen
+        assert min(seen) >= 0, "of what is on the disk each byte has an owner"
+        files = {file.id: file.bytes for file in (await ai.files.list()).data}
+        assert await settled(lambda: ledger.totals() == {"default": {"files": sum(files.values())}})
+    async with connect(config) as client:
+        assert parts_of(client).store.ledger.totals() == {"default": {"files": sum(files.values())}}
+
+
+async def test_results_that_the_database_did_not_take_are_on_nobodys_account(connect, config, sdk, monkeypatch):
+    async with connect(config) as client:
+        parts, ai = parts_of(client), sdk(client)
+
+        def lost(*_):
+            raise EngineUnavailable("the registry did not answer")
+
+        monkeypatch.setattr(parts.batches.rows, "finish", lost)
+        await begun(ai, request("a"))
+        ledger = parts.store.ledger
+        assert await settled(lambda: not parts.batches.schedule._working and parts.batches.schedule._paused, 10)
+        (file,) = (await ai.files.list()).data
+        assert ledger.totals()["default"].keys() == {"files", "answers"}
+        assert ledger.nbytes("default", Kind.FILES) == file.bytes, "the input alone"
 
 
 async def test_an_input_that_is_wrong_fails_with_its_line_numbers_and_asks_nothing(client, sdk, backend):

@@ -414,3 +414,11 @@ async def test_what_workers_run_needs_nothing_of_this_server(training, sdk, conf
     monkeypatch.setitem(sys.modules, "peft", None)
     async with training(replace(config, finetune_on="workers")) as client:
         assert await begun(sdk(client))
+
+
+async def test_a_list_takes_as_much_metadata_as_a_job_may_have(client):
+    for count, status in ((16, 200), (17, 400), (900, 400)):
+        asked = await client.get(
+            "/v1/fine_tuning/jobs", params={f"metadata[k{number}]": "v" for number in range(count)}
+        )
+        assert asked.status_code == status, asked.text
