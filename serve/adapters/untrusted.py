@@ -14,7 +14,7 @@ from serve.adapters.adapter import ABSENT, CONFIG, WEIGHTS
 from serve.errors import AdapterRejected, OutOfSpace
 from serve.names import shown
 
-BOTH_FILES = f"send {CONFIG} and {WEIGHTS}, or one .zip, .tar.gz or .tar.zst of them"
+BOTH_FILES = f"send {CONFIG} and {WEIGHTS}, or one .zip, .tar.gz or .tar.zst of them, or one .gguf"
 NO_PICKLES = (
     "is a pickle, which this server never opens: it takes safetensors only; load the adapter with PEFT and save it "
     "with save_pretrained(..., safe_serialization=True)"

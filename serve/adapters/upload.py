@@ -1,8 +1,10 @@
 """An upload: a multipart form is parsed as it arrives, and becomes at most two files in one folder, and their notes.
 
-    form > part > adapter_config.json | adapter_model.safetensors | one archive of them | something to pass over
+    form > part > adapter_config.json | adapter_model.safetensors | one archive of them | one GGUF file |
+                  something to pass over
 
-The first bytes of a README.md and a manifest.json lie beside them for the judge; the store does not keep those.
+The first bytes of a README.md and a manifest.json lie beside them for the judge; the store does not keep those. A GGUF
+file becomes the two when it is known for which base it is (serve.rollout.lifecycle).
 
 Nothing here trusts a name or a format that the client states: names choose between two constants, formats are
 recognised by their first bytes.
@@ -27,6 +29,7 @@ from serve.errors import AdapterRejected, BadRequest, TooLarge
 from serve.names import shown
 
 _ARCHIVE = "upload.archive"
+GGUF_FILE = "upload.gguf"
 _ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.zst")
 _RULES = FormRules("an adapter", BOTH_FILES, parts=64, field_bytes=64 << 10, step=64 << 10)
 
@@ -60,7 +63,7 @@ def _finish(folder: Path, files: _Files, room: Room, max_bytes: int) -> None:
 
 def _both_there(folder: Path, files: _Files) -> None:
     missing = [name for name in FILES if not (folder / name).is_file()]
-    if not missing:
+    if not missing or files.gguf:
         return
     if files.count == 0:
         raise BadRequest(f"the form has no file; {BOTH_FILES}", param="files")
@@ -86,6 +89,7 @@ class _Files:
     def __init__(self, folder: Path, room: Room, stack: ExitStack) -> None:
         self.count = 0
         self.archive = False
+        self.gguf = False
         self.notes: dict[str, bytearray] = {}
         self._folder = folder
         self._room = room
@@ -132,6 +136,11 @@ class _Files:
             file.sink = self._keep(_ARCHIVE)
             self._room.take(len(head))
             write(file.sink, head)
+        elif head.startswith(b"GGUF"):
+            self.gguf = True
+            file.sink = self._keep(GGUF_FILE)
+            self._room.take(len(head))
+            write(file.sink, head)
         elif file.name.lower().endswith(_ARCHIVE_ENDINGS):
             raise AdapterRejected(f"{shown(file.name)} is neither a zip nor a tar archive; {BOTH_FILES}")
         elif sniff(head) == "a Python pickle":
@@ -141,6 +150,7 @@ class _Files:
         if name in self._kept:
             raise BadRequest(f"the form has {name} twice; {BOTH_FILES}", param="files")
         self._kept.add(name)
-        if _ARCHIVE in self._kept and len(self._kept) > 1:
-            raise BadRequest(f"the form has an archive and loose files; {BOTH_FILES}", param="files")
+        for alone, what in ((_ARCHIVE, "an archive"), (GGUF_FILE, "a GGUF file")):
+            if alone in self._kept and len(self._kept) > 1:
+                raise BadRequest(f"the form has {what} and loose files; {BOTH_FILES}", param="files")
         return self._stack.enter_context(create(self._folder / name))

@@ -53,7 +53,7 @@ def push(
         str,
         typer.Argument(
             metavar="PATH",
-            help="A PEFT folder, a .zip, .tar.gz or .tar.zst of one, "
+            help="A PEFT folder, a .zip, .tar.gz or .tar.zst of one, an adapter's .gguf, "
             "or an address that the server fetches: hf://, s3://, ...",
         ),
     ],

@@ -32,7 +32,8 @@ def register(app: typer.Typer, panel: str) -> None:
 
 def plan(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A checkpoint directory, a hub id, or smollm2; see --gpu.")
+        str,
+        typer.Argument(metavar="MODEL", help="A checkpoint directory, a GGUF file, a hub id, or smollm2; see --gpu."),
     ],
     gpu: Annotated[
         str | None,
@@ -58,8 +59,9 @@ def plan(
     And how much context fits.
     """
     from serve.config import size
+    from serve.cpu_kernels.build import keeps_gguf
     from serve.models import gpu_plan, gpus, hardware
-    from serve.models.checkpoint import find
+    from serve.models.checkpoint import find, gguf_file
     from serve.models.dimensions import dimensions
     from serve.models.memory_plan import plan as planned
 
@@ -68,14 +70,14 @@ def plan(
     cards = [] if gpu or hardware.on_cpu() else gpus.cards()
     if gpu or cards:
         card, count = gpu_plan.parse(gpu) if gpu else (cards[0], 1)
-        checkpoint = find(model, load([], {}).cache_dir) if model == "smollm2" else model
+        checkpoint = find(model, load([], {}).cache_dir) if model == "smollm2" else str(gguf_file(model) or model)
         sizes = dimensions(checkpoint)
         on_gpu = gpu_plan.plan(checkpoint, sizes, card, count, **options)  # type: ignore[arg-type]
         least = None if on_gpu.fits else gpu_plan.smallest(checkpoint, sizes, card, **options)
         _print_gpu(model, on_gpu, max_lora_rank, least, as_json)
         raise typer.Exit(0 if on_gpu.fits else 1)
-    checkpoint = find(model, load([], {}).cache_dir)
     load([model, "--cpu-weights", cpu_weights], {})  # its sentence, if there is no such setting
+    checkpoint = find(model, load([], {}).cache_dir, keeps_gguf=keeps_gguf("auto", cpu_weights, {}))
     loras = max_loras or ADAPTERS["max_loras"]
     memory = planned(
         checkpoint,

@@ -24,6 +24,7 @@ PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SHARDS = "adapter_model-*-of-*.safetensors"
 CARD, MANIFEST = "README.md", "manifest.json"
 ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar.zst")
+GGUF = ".gguf"
 
 
 class AdapterClient(ApiClient):
@@ -279,9 +280,11 @@ def adapter_files(path: str | Path) -> list[Path]:
     """What to send for `path`: the two files of a PEFT folder and its notes, or the archive itself."""
     path = Path(path)
     if path.is_file():
-        if path.name.endswith(ARCHIVES):
+        if path.name.endswith((*ARCHIVES, GGUF)):
             return [path]
-        raise ConfigError(f"{path} is a file; push the PEFT folder, or a {', '.join(ARCHIVES)} archive of it")
+        raise ConfigError(
+            f"{path} is a file; push the PEFT folder, a {', '.join(ARCHIVES)} archive of it, or an adapter's {GGUF}"
+        )
     if not path.is_dir():
         raise ConfigError(f"{path} does not exist; push a PEFT folder, or a {', '.join(ARCHIVES)} archive of it")
     weights = [path / PEFT_FILES[1]]

@@ -86,6 +86,17 @@ template <int BITS>
 ALWAYS __m256i up(__m256i v) {
   return _mm256_slli_epi32(v, BITS);
 }
+template <int BITS>
+ALWAYS __m256i down(__m256i v) {
+  return _mm256_srli_epi32(v, BITS);
+}
+// Of each byte, these bits.
+template <int BITS>
+ALWAYS __m256i masked(__m256i v) {
+  return _mm256_and_si256(v, _mm256_set1_epi8(BITS));
+}
+// For each byte of 0 to 15 the table's: 16 bytes, again and again.
+ALWAYS __m256i looked_up(__m256i table, __m256i v) { return _mm256_shuffle_epi8(table, v); }
 ALWAYS int sum_of(__m256i v) {
   __m128i q = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   q = _mm_add_epi32(q, _mm_shuffle_epi32(q, 0x4e));

@@ -68,6 +68,13 @@ ALWAYS Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 ALWAYS Ints either(Ints a, Ints b) { return _mm512_or_si512(a, b); }
 template <int BITS>
 ALWAYS Ints up(Ints v) { return _mm512_slli_epi32(v, BITS); }
+template <int BITS>
+ALWAYS Ints down(Ints v) { return _mm512_srli_epi32(v, BITS); }
+// Of each byte, these bits.
+template <int BITS>
+ALWAYS Ints masked(Ints v) { return _mm512_and_si512(v, _mm512_set1_epi8(BITS)); }
+// For each byte of 0 to 15 the table's: 16 bytes, four times.
+ALWAYS Ints looked_up(Ints table, Ints v) { return _mm512_shuffle_epi8(table, v); }
 ALWAYS int sum_of(Ints v) { return _mm512_reduce_add_epi32(v); }
 ALWAYS Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
 ALWAYS Ints to_ints(Floats v) { return _mm512_cvtps_epi32(v); }  // the nearest
@@ -118,6 +125,7 @@ ALWAYS Shorts narrow(Floats v) {  // to the nearest, ties to even; a NaN stays o
 ALWAYS void store(bf16* at, Floats v) { _mm256_storeu_si256((__m256i*)at, narrow(v)); }
 ALWAYS void store(bf16* at, Floats v, int count) { _mm256_mask_storeu_epi16(at, lanes(count), narrow(v)); }
 
+ALWAYS Floats wide_half(Shorts v) { return _mm512_cvtph_ps(v); }
 ALWAYS Floats wide(const half* at, int count) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes(count), at)); }
 ALWAYS void store(half* at, Floats v, int count) {
   _mm256_mask_storeu_epi16(at, lanes(count), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -13,13 +13,15 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from serve.files import fsync, rename
+from serve.models import hardware
 
 log = logging.getLogger("loradock")
 
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / name for name in ("kernels.cpp", "step.cpp", "packing.cpp")]
+SOURCES = [FOLDER / name for name in ("kernels.cpp", "step.cpp", "packing.cpp", "ggml.cpp")]
 HEADERS = sorted(FOLDER.glob("*.h"))
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
 # Another processor to compile for than the one at hand, as the compiler names it, to try an older one's kernels
@@ -65,6 +67,13 @@ def instructions() -> str:
 def step_available() -> bool:
     """Whether a whole step can be computed on this processor, and may be."""
     return bool(instructions()) and (platform.machine() not in ("aarch64", "arm64") or os.environ.get(ARM64) == "1")
+
+
+def keeps_gguf(lora_kernels: str, cpu_weights: str, engine: Mapping[str, Any]) -> bool:
+    """Whether a GGUF file's weights are multiplied as they are in it, by these settings and options of an engine."""
+    alone = all(str(engine.get(f"{kind}_parallel_size", 1)) == "1" for kind in ("tensor", "pipeline"))
+    plain = str(engine.get("dtype", "auto")) in ("auto", "bfloat16") and not engine.get("quantization")
+    return cpu_weights == "auto" and alone and plain and bool(compiler()) and hardware.fused_step(lora_kernels)
 
 
 def compiled(

@@ -63,6 +63,7 @@ OF_THREE(choose)
 OF_TWO(add)
 OF_TWO(either)
 OF_TWO(larger)
+OF_TWO(looked_up)
 OF_ONE(to_floats)
 OF_ONE(to_ints)
 OF_ONE(lower4)
@@ -83,6 +84,14 @@ OF_THREE(dot2)
 template <int BITS, class T>
 ALWAYS Halves<T> up(Halves<T> v) {
   return {up<BITS>(v.a), up<BITS>(v.b)};
+}
+template <int BITS, class T>
+ALWAYS Halves<T> down(Halves<T> v) {
+  return {down<BITS>(v.a), down<BITS>(v.b)};
+}
+template <int BITS, class T>
+ALWAYS Halves<T> masked(Halves<T> v) {
+  return {masked<BITS>(v.a), masked<BITS>(v.b)};
 }
 template <class T>
 ALWAYS auto sum_of(Halves<T> v) {

@@ -96,6 +96,19 @@ template <int BITS>
 ALWAYS int32x4_t up(int32x4_t v) {
   return vshlq_n_s32(v, BITS);
 }
+template <int BITS>
+ALWAYS int32x4_t down(int32x4_t v) {
+  return vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(v), BITS));
+}
+// Of each byte, these bits.
+template <int BITS>
+ALWAYS int32x4_t masked(int32x4_t v) {
+  return vandq_s32(v, vdupq_n_s32(0x01010101 * BITS));
+}
+// For each byte of 0 to 15 the table's: 16 bytes, again and again.
+ALWAYS int32x4_t looked_up(int32x4_t table, int32x4_t v) {
+  return vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(table), vreinterpretq_u8_s32(v)));
+}
 ALWAYS int sum_of(int32x4_t v) { return vaddvq_s32(v); }
 ALWAYS float32x4_t to_floats(int32x4_t v) { return vcvtq_f32_s32(v); }
 ALWAYS int32x4_t to_ints(float32x4_t v) { return vcvtnq_s32_f32(v); }  // the nearest

@@ -16,7 +16,7 @@ namespace loradock {
 
 std::vector<std::unique_ptr<Matrix>> matrices;
 
-}
+}  // namespace loradock
 
 namespace {
 
@@ -36,7 +36,11 @@ constexpr size_t BETWEEN = 0;
 #endif
 bool huge_pages = true;
 
-// Memory for packed weights, which stays for good. One after the other, in huge pages where the kernel gives them: every
+}  // namespace
+
+namespace loradock {
+
+// One after the other, in huge pages where the kernel gives them: every
 // step reads all of it, and the processor knows the addresses of a few megabytes of small pages at a time.
 uint8_t* room(size_t bytes) {
   static uint8_t *next = nullptr, *end = nullptr;
@@ -60,11 +64,14 @@ uint8_t* room(size_t bytes) {
   return here;
 }
 
-template <class T>
-void place(Buffer<T>& buffer, size_t n) {
-  buffer.data = reinterpret_cast<T*>(room(n * sizeof(T)));
-  buffer.size = n;
+int keep(std::unique_ptr<Matrix> m) {
+  matrices.push_back(std::move(m));
+  return int(matrices.size()) - 1;
 }
+
+}  // namespace loradock
+
+namespace {
 
 struct Shape {
   int n, k;
@@ -83,11 +90,6 @@ std::unique_ptr<Matrix> blank(const Shape& s, int kind, int group, bool offsets,
     for (int j = 0; j < WIDTH; j++)
       m->bias.data[b * WIDTH + j] = m->output(b, j) < s.n ? to_float(bias[m->output(b, j)]) : 0;
   return m;
-}
-
-int keep(std::unique_ptr<Matrix> m) {
-  matrices.push_back(std::move(m));
-  return int(matrices.size()) - 1;
 }
 
 // work(block, output of it, row) for every output; the row is -1 for those that only fill the last block.
@@ -410,9 +412,9 @@ int loradock_matrix_outputs(int number) { return matrices[number]->n; }
 int loradock_matrix_inputs(int number) { return matrices[number]->k; }
 
 // Whether W can be had back from a matrix.
-int loradock_unpacks(int number) { return matrices[number]->kind == BF16; }
+int loradock_unpacks(int number) { return matrices[number]->kind == BF16 || matrices[number]->kind == GGML; }
 
-// out[rows, k] = W's rows of these numbers; W is bfloat16 and not paired.
+// out[rows, k] = W's rows of these numbers; W is bfloat16 or GGML, and not paired.
 void loradock_rows(int number, const int64_t* which, int rows, bf16* out) {
   const Matrix& m = *matrices[number];
 #pragma omp parallel for schedule(static) if (rows > 16)

@@ -26,14 +26,14 @@ def floats(layer: Any, weight: torch.Tensor, otherwise: int = BF16) -> None:
     """bfloat16 (outputs, inputs), in the bits that the setting asks for, or else in these."""
     kind = {"int8": GROUP8, "int4": GROUP4}.get(os.environ.get(WEIGHTS, ""), otherwise)
     if _fits(layer, weight, torch.bfloat16):
-        number = matrix(weight, kind, bias=_bias(layer), paired=_paired(layer))
+        number = matrix(weight, kind, bias=_bias(layer), paired=is_paired(layer))
         _keep(layer, number, words(kind, number))
 
 
 def channels(layer: Any, scale: torch.Tensor) -> None:
     """int8 (outputs, inputs) with a scale for each output."""
     if _fits(layer, layer.weight, torch.int8):
-        number = matrix(layer.weight, CHANNEL8, scale, _bias(layer), _paired(layer))
+        number = matrix(layer.weight, CHANNEL8, scale, _bias(layer), is_paired(layer))
         _keep(layer, number, "int8")
 
 
@@ -75,7 +75,7 @@ def integers(layer: Any, kernel: Any) -> None:
         *size,
         group,
         at(_bias(layer)),
-        int(_paired(layer)),
+        int(is_paired(layer)),
     )
     named = f"int{bits} g{group}" if group < size[1] else f"int{bits}"
     _keep(layer, number, named + (" with zero points" if config.zero_points else ""))
@@ -122,6 +122,11 @@ def is_linear(module: Any) -> bool:
     return isinstance(module, LinearBase)
 
 
+def is_paired(layer: Any) -> bool:
+    """Whether the first half of the outputs is the gate of the second."""
+    return isinstance(layer, MergedColumnParallelLinear) and len(layer.output_sizes) == 2
+
+
 def at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
@@ -135,7 +140,7 @@ def _fits(layer: Any, weight: torch.Tensor, dtype: torch.dtype) -> bool:
         layer.loradock_refused = f"its weights are {weight.dtype}"
     elif bias is not None and bias.dtype != torch.bfloat16:
         layer.loradock_refused = "its bias is not bfloat16"
-    elif _paired(layer) and layer.output_sizes[0] != layer.output_sizes[1]:
+    elif is_paired(layer) and layer.output_sizes[0] != layer.output_sizes[1]:
         layer.loradock_refused = "its halves differ in size"
     elif bias is not None and getattr(layer, "skip_bias_add", False):
         layer.loradock_refused = "its bias is added later"
@@ -146,11 +151,6 @@ def _fits(layer: Any, weight: torch.Tensor, dtype: torch.dtype) -> bool:
 
 def _bias(layer: Any) -> torch.Tensor | None:
     return getattr(layer, "bias", None)
-
-
-def _paired(layer: Any) -> bool:
-    """Whether the first half of the outputs is the gate of the second."""
-    return isinstance(layer, MergedColumnParallelLinear) and len(layer.output_sizes) == 2
 
 
 def _by_output(tensor: torch.Tensor, dimension: int) -> torch.Tensor:

@@ -49,6 +49,8 @@ struct Cut {
 //   int8: for each group of inputs, of each row its scale, what products are too large by (below 0), and where weights have
 //   offsets both multiplied; then sixteen inputs of each row, and the next. In spans the scale comes once, with what
 //   the products with all of a span's weights are too large by where they are multiplied in 8 bits
+//   int8 for GGML: for each 32 inputs, of each row their scale, and it times their sum, that of the first 16 and of the others;
+//   then sixteen inputs of each row, and the others
 struct Input {
   const bf16* x;
   int64_t stride;
@@ -57,6 +59,7 @@ struct Input {
 
   static size_t row_bytes(const Matrix& m) {
     if (m.kind == BF16) return size_t(m.k) * sizeof(float);
+    if (m.kind == GGML) return m.k + size_t(m.k / 32) * 16;
     if (m.span > 1) return m.k + size_t(m.groups()) * 4 + size_t(m.spans()) * 8;
     return m.k + size_t(m.groups()) * (m.offsets ? 12 : 8);
   }
@@ -147,25 +150,60 @@ struct InPanel {
   }
 };
 
+// The same for GGML, in groups of 16 inputs of which two share a scale.
+struct InPairs {
+  uint8_t* begin;
+  size_t tile;
+  int row;
+  float of_first = 0;
+
+  InPairs(const Matrix& m, const Input& in, int row) {
+    const auto [from, to] = tile_of(m, in, row);
+    tile = to - from, begin = in.panel(m, from), this->row = row - from;
+  }
+  ALWAYS uint8_t* pair(int g) const { return begin + tile * 48 * size_t(g >> 1); }
+  ALWAYS InPanel::Place group(int g, float scale) const {
+    uint8_t* at = pair(g);
+    if (!(g & 1)) InPanel::put(at + 4 * row, scale);
+    return {at + tile * (16 + 16 * (g & 1)) + 16 * row, tile};
+  }
+  ALWAYS void sum(int g, int32_t its) {
+    uint8_t* at = pair(g) + 4 * row;
+    float scale;
+    std::memcpy(&scale, at, 4);
+    InPanel::put(at + 4 * tile * (2 + (g & 1)), scale * float(its));
+    if (g & 1)
+      InPanel::put(at + 4 * tile, of_first + scale * float(its));
+    else
+      of_first = scale * float(its);
+  }
+};
+
+// What takes a row in 8 bits, in its panel or as one of `Rows8`, twice.
+template <class Panel>
+struct Both {
+  struct Place {
+    InPanel::Place panel;
+    Rows8::Row::Place row;
+    ALWAYS void take(Ints even, Ints odd) { panel.take(even, odd), row.take(even, odd); }
+    ALWAYS void take(Ints v) { panel.take(v), row.take(v); }
+  };
+  Panel panel;
+  Rows8::Row row;
+  ALWAYS Place group(int g, float scale) { return {panel.group(g, scale), row.group(g, scale)}; }
+  ALWAYS void sum(int g, int32_t its) { panel.sum(g, its), row.sum(g, its); }
+};
+
 // A row in 8 bits: in its panel, and as number `place` of `rows`, which have room for it.
 inline void convert(const Matrix& m, const Input& in, int row, Rows8& rows, int place) {
-  struct Both {
-    struct Place {
-      InPanel::Place panel;
-      Rows8::Row::Place row;
-      ALWAYS void take(Ints even, Ints odd) { panel.take(even, odd), row.take(even, odd); }
-      ALWAYS void take(Ints v) { panel.take(v), row.take(v); }
-    };
-    InPanel panel;
-    Rows8::Row row;
-    ALWAYS Place group(int g, float scale) { return {panel.group(g, scale), row.group(g, scale)}; }
-    ALWAYS void sum(int g, int32_t its) { panel.sum(g, its), row.sum(g, its); }
-  };
-  to_bytes(in.x + row * in.stride, m.k, m.group, m.zero(), m.span, Both{{m, in, row}, rows.to(place, m.k, m.group)});
+  auto put = [&](auto&& to) { to_bytes(in.x + row * in.stride, m.k, m.group, m.zero(), m.span, to); };
+  if (m.kind == GGML) return put(Both<InPairs>{{m, in, row}, rows.to(place, m.k, m.group)});
+  put(Both<InPanel>{{m, in, row}, rows.to(place, m.k, m.group)});
 }
 
 // A row as the matrix wants it.
 inline void convert(const Matrix& m, const Input& in, int row) {
+  if (m.kind == GGML) return to_bytes(in.x + row * in.stride, m.k, m.group, m.zero(), m.span, InPairs(m, in, row));
   if (m.kind != BF16) return to_bytes(in.x + row * in.stride, m.k, m.group, m.zero(), m.span, InPanel(m, in, row));
   const bf16* x = in.x + row * in.stride;
   const auto [begin, end] = tile_of(m, in, row);

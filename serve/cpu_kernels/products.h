@@ -434,6 +434,10 @@ void tile_group4(const Matrix& m, int block, const Input& in, int row, const Ahe
 
 typedef void (*Tile)(const Matrix&, int, const Input&, int, const Ahead&, float*);
 
+// Of a block of GGML; PACKED: once it is unpacked, which `unpack_ggml` does.
+const Tile* ggml_tiles(const Format& format, Fetch fetch);
+void unpack_ggml(const Matrix& m, int block, Matrix& to);
+
 // How the scales of groups are given.
 enum Scales { PLAIN, OFFSETS, SPANS };
 
@@ -465,28 +469,30 @@ const Tile* tiles_of(const Matrix& m) {
   if (m.kind == BF16) return tiles<BF16, PLAIN, FETCH>(std::make_integer_sequence<int, TILE>());
   if (m.kind == CHANNEL8) return tiles<CHANNEL8, PLAIN, FETCH>(std::make_integer_sequence<int, TILE8>());
   if (m.kind == GROUP8) return tiles<GROUP8, PLAIN, FETCH>(std::make_integer_sequence<int, GROUP_TILE>());
+  if (m.kind == GGML) return nullptr;  // they differ from block to block
   return grouped_tiles<GROUP4, FETCH>(m);
 }
 
-// A block of 4 bits as bytes, where as many tiles need it that unpacking it once pays: the same numbers, so the same sums.
+// A block of fewer than 8 bits as bytes, where as many tiles need it that unpacking it once pays: the same numbers, so the same sums.
 class Unpacked {
  public:
   Matrix block{};
 
   // For so many tiles.
   Unpacked(const Matrix& m, int tiles) {
-    if (m.kind != GROUP4 || ROUNDS4 || tiles < TILES) return;
+    if ((m.kind != GROUP4 && m.kind != GGML) || ROUNDS4 || tiles < TILES) return;
     static thread_local Buffer<uint8_t> bytes;
     static thread_local Buffer<float> scales;
-    bytes.need(size_t(m.k) * WIDTH), scales.need(size_t(m.groups()) * (m.offsets ? 2 : 1) * WIDTH);
-    block.n = m.n, block.k = m.k, block.blocks = 1, block.kind = GROUP8, block.group = m.group;
+    bytes.need(size_t(m.k) * WIDTH), scales.need(size_t(m.groups()) * (m.offsets || m.kind == GGML ? 2 : 1) * WIDTH);
+    block.n = m.n, block.k = m.k, block.blocks = 1, block.kind = m.kind == GGML ? GGML : GROUP8, block.group = m.group;
     block.span = m.span, block.offsets = m.offsets, block.data = bytes, block.scale = scales;
   }
 
   explicit operator bool() const { return block.data.data; }
-  const Tile* tiles() const { return grouped_tiles<GROUP8, PACKED>(block); }
+  const Tile* tiles() const { return block.kind == GGML ? nullptr : grouped_tiles<GROUP8, PACKED>(block); }
 
   void take(const Matrix& m, int b) {
+    if (m.kind == GGML) return unpack_ggml(m, b, block);
     if (m.span > 1) return take_spans(m, b);
     uint8_t* to = block.data.data;
     float* scale = block.scale.data;
@@ -563,7 +569,6 @@ void multiply(const Matrix& m, const Input& in, int first, int last, Out&& out, 
     top.add(m, block, from, to, s);
     for (int i = from; i < to; i++) out(i, block, s + (i - from) * WIDTH);
   };
-  const size_t bytes = m.block_bytes;
   for (int pass = 0; pass < cut.passes; pass++) {
     const int parts = cut.tiles(pass);
     Unpacked unpacked(m, parts);
@@ -577,12 +582,14 @@ void multiply(const Matrix& m, const Input& in, int first, int last, Out&& out, 
         continue;
       }
       if (unpacked) unpacked.take(m, b);
+      if (m.kind == GGML) tiles = ggml_tiles(*m.formats[b], unpacked ? PACKED : parts == 1 ? OWN : NEXT);
+      const size_t bytes = m.bytes(b);
       for (int part = 0; part < parts; part++) {
         const int from = cut.tile(pass, part), to = cut.tile(pass, part + 1);
         if (rows <= 48) top.fetch(m, b, from, to);
         // This tile's part of the next block: where it begins, and how much of it for 128 bytes of this block.
         const int fetching = unpacked ? parts : std::min(parts, 8);
-        const uint8_t* next = part < fetching ? m.data.data + (b + 1) * bytes + bytes * part / fetching : nullptr;
+        const uint8_t* next = part < fetching ? m.block(b) + bytes + bytes * part / fetching : nullptr;
         if (unpacked)
           tiles[to - from - 1](unpacked.block, 0, in, from, Ahead{next, int(bytes / fetching)}, sums);
         else

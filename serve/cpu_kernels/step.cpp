@@ -72,7 +72,7 @@ struct Shape {
   int parallel;                // attention and MLP get the same input
   float embedding_by, residual_by;  // what embeddings, and what is added to the residual, are multiplied by
   float logits_cap, logits_by;
-  const bf16* embedding;  // null: it is the output layer's matrix
+  const bf16* embedding;  // null: it is packed
   Norm last;
 };
 
@@ -98,6 +98,7 @@ struct Decoder : Shape {
   std::vector<Tokens> runs;  // of a step
   bool after = false;        // what is added to the residual is normalized before
   int top = -1;        // the output layer's matrix
+  int table = -1;      // the embedding's, where it is packed
   int vocabulary = 0;  // its first outputs; the rest is padding
   Phases phases;
   Buffer<float> residual, added, whole, t;
@@ -994,7 +995,7 @@ struct Team : Sharing {
     const bf16* row = s.embedded ? s.embedded + int64_t(i) * d.hidden : d.embedding + int64_t(s.ids[i]) * d.hidden;
     if (!s.embedded && !d.embedding) {
       bf16* unpacked = d.x.data + int64_t(i) * d.hidden;
-      unpack(*matrices[d.top], s.ids[i], [&](int k, uint32_t two) { std::memcpy(unpacked + k, &two, 4); });
+      unpack(*matrices[d.table], s.ids[i], [&](int k, uint32_t two) { std::memcpy(unpacked + k, &two, 4); });
       row = unpacked;
     }
     float* to = d.residual.data + int64_t(i) * d.hidden;
@@ -1063,8 +1064,10 @@ extern "C" {
 // What this build computes a step with; nothing where it computes none.
 const char* loradock_instructions() { return INSTRUCTIONS; }
 
-void loradock_decoder_head(int number, int matrix, int vocabulary) {
-  decoders[number]->top = matrix, decoders[number]->vocabulary = vocabulary;
+// table: the embedding's matrix, where it is packed.
+void loradock_decoder_head(int number, int matrix, int vocabulary, int table) {
+  Decoder& d = *decoders[number];
+  d.top = matrix, d.vocabulary = vocabulary, d.table = table;
 }
 
 int loradock_decoder(const Shape* shape) {

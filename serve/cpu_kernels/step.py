@@ -80,7 +80,8 @@ class Fused:
         of_head = head.loradock_weights if self.head >= 0 else "bfloat16"
         self.weights = f"{', '.join(sorted(self.formats))}; output layer {of_head}"  # for whoever operates the server
         # The head's further rows are padding.
-        self.kernels.loradock_decoder_head(self.number, self.head, self.vocabulary)
+        table = decoder.embedding.loradock_matrix if one_copy.replaced(decoder.embedding) else -1
+        self.kernels.loradock_decoder_head(self.number, self.head, self.vocabulary, table)
         self.ready: torch.Tensor | None = None  # the logits of the step that was just computed
         # Where an adapter changes the embedding, the rows are looked up by vLLM's.
         self.embed, self.embeds = model.model.embed_tokens, _adapted(model.model.embed_tokens)
@@ -95,7 +96,7 @@ class Fused:
                 reason = getattr(linear, "loradock_refused", "its format is not known")
                 raise Unknown("weights", f"{getattr(linear, 'prefix', 'a layer')}: {reason}")
             matrices.append(matrix)
-            self.formats.add(linear.loradock_weights)
+            self.formats.update(linear.loradock_weights.split(", "))
             adapters = _adapters(module)
             loras.append(adapters.number if adapters else -1)
             if adapters and linear.loradock_weights != "bfloat16":
@@ -326,7 +327,8 @@ def create_model(original: Callable[..., Any], loader: Any, *args: Any, **kwargs
         model.loradock_unknown = reason.with_traceback(None)
         return model
     model.loradock_unknown = None
-    one_copy.take(model, decoder.embedding, decoder.head, keep := _keeps_vllms(model))
+    keep = bool(decoder.embedding.weight.numel()) and _keeps_vllms(model)  # of a GGUF file's there is one copy
+    one_copy.take(model, decoder.embedding, decoder.head, keep)
     _pack_when_loaded(model, decoder.embedding, decoder.head)
     load_weights = model.load_weights
     model.load_weights = lambda weights: load_weights(pages.read_once(weights))

@@ -23,17 +23,15 @@ MANIFEST = "manifest.json"
 _WEIGHTS_AND_WORDS = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 
 
-def find(model: str, cache_dir: Path) -> str:
-    """The model's directory or hub id, as vLLM takes it."""
+def find(model: str, cache_dir: Path, *, keeps_gguf: bool = False) -> str:
+    """The model's directory or hub id, as vLLM takes it. keeps_gguf: a GGUF file's weights stay as they are."""
     if model == EMBEDDED:
         from serve.models.embedded import ensure
 
         return str(ensure(EMBEDDED, cache_dir, lambda line: print(line, file=sys.stderr, flush=True)))
-    if model.startswith(HUB):
-        return str(_made(_fetched(model), cache_dir))
+    if (file := gguf_file(model)) is not None:
+        return str(_made(file, cache_dir, keeps_gguf))
     folder = Path(model).expanduser()
-    if folder.suffix == SUFFIX and folder.is_file():
-        return str(_made(folder, cache_dir))
     if folder.is_dir():
         if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
             raise ConfigError(
@@ -53,6 +51,14 @@ def find(model: str, cache_dir: Path) -> str:
     return model
 
 
+def gguf_file(model: str) -> Path | None:
+    """The GGUF file that a model names, fetched if need be; None where it names something else."""
+    if model.startswith(HUB):
+        return _fetched(model)
+    file = Path(model).expanduser()
+    return file if file.suffix == SUFFIX and file.is_file() else None
+
+
 def default_name(model: str) -> str:
     """What a model is called where nobody names it: the last part of its path or hub id."""
     if model.startswith(HUB):
@@ -60,10 +66,11 @@ def default_name(model: str) -> str:
     return model_name(model.rstrip("/"))
 
 
-def _made(path: Path, cache_dir: Path) -> Path:
-    from serve.models.gguf.checkpoint import ensure
+def _made(path: Path, cache_dir: Path, kept: bool) -> Path:
+    from serve.models.gguf.checkpoint import Form, ensure
 
-    return ensure(path, cache_dir, lambda line: print(line, file=sys.stderr, flush=True))
+    form = Form.KEPT if kept else Form.BFLOAT16
+    return ensure(path, cache_dir, lambda line: print(line, file=sys.stderr, flush=True), form)
 
 
 def _fetched(model: str) -> Path:
@@ -137,6 +144,8 @@ def folder_of(model: str) -> Path:
 def digest_of(model: str) -> str:
     """A digest of the bytes of everything in a model's folder that decides what it says."""
     folder = folder_of(model)
+    with suppress(OSError, ValueError, KeyError, TypeError):  # of a GGUF file, in whatever form it is served
+        return str(json.loads((folder / "gguf.json").read_text())["sha256"])
     names = sorted(path.name for path in folder.iterdir() if path.suffix in _WEIGHTS_AND_WORDS and path.is_file())
     known = tuple((name, (folder / name).stat().st_size, (folder / name).stat().st_mtime_ns) for name in names)
     return _digested(str(folder), known)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.errors import ConfigError
+from serve.models.gguf.names import SUFFIX
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # vLLM fills vocabularies up to a multiple of so many.
@@ -115,7 +116,12 @@ KNOWN: dict[str, Dimensions] = {
 
 
 def dimensions(model: str) -> Dimensions:
-    """Of a checkpoint's directory, or of a hub id whose last part is in the table; ConfigError for another."""
+    """Of a checkpoint's directory, a GGUF file, or a hub id whose last part is in the table; or ConfigError."""
+    if model.endswith(SUFFIX) and Path(model).is_file():
+        from serve.models.gguf.families import plan
+        from serve.models.gguf.file import GGUF
+
+        return read(plan(GGUF.open(Path(model))).config)
     file = Path(model) / "config.json"
     if file.is_file():
         try:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serve.models.gguf.kept import METHOD, inputs_of
+
 # Bits of a weight, with its group's scale, that bfloat16 weights become (serve/cpu_kernels/packing.py).
 BITS = {"int8": 8 + 32 / 64, "int4": 4 + 16 / 32}
 # What the output layer becomes where weights become fewer bits.
@@ -103,6 +105,9 @@ def _sides(tensor: Tensor, quantization: Mapping[str, Any]) -> int:
     last = tensor.name.rpartition(".")[2]
     if len(tensor.shape) != 2 or tensor.is_table or tensor.is_head:
         return 0
+    if last == "weight" and quantization.get("quant_method") == METHOD and tensor.kind == "U8":
+        kind = quantization["types"][tensor.name.removesuffix(".weight")]
+        return tensor.shape[0] + inputs_of(kind, tensor.shape[1])
     if last == "weight":
         return sum(tensor.shape)
     if last not in ("weight_packed", "qweight"):

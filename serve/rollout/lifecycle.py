@@ -17,21 +17,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from serve.adapters.adapter import Adapter, Inspection, Limits, check_digest
+from serve.adapters.adapter import CONFIG, WEIGHTS, Adapter, Inspection, Limits, check_digest
 from serve.adapters.file_thread import in_turn
 from serve.adapters.inspection import inspect
 from serve.adapters.provenance import kept
 from serve.adapters.registry.registry import Registry
 from serve.adapters.registry.snapshot import Share
 from serve.adapters.store import Store
+from serve.adapters.upload import GGUF_FILE
 from serve.auth.rate_limits import UNLIMITED
 from serve.auth.rate_limits import Limits as KeyLimits
 from serve.engine.effect_probe import ANY_EFFECT
 from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor
-from serve.errors import Conflict, EngineUnavailable, LoradockError, OutOfSpace
+from serve.errors import AdapterRejected, ConfigError, Conflict, EngineUnavailable, LoradockError, OutOfSpace
 from serve.events import Events, Promoted, RolledBack, Unloaded, VersionAdded
-from serve.models.checkpoint import is_another_model
+from serve.models.checkpoint import folder_of, is_another_model
 from serve.names import check_adapter_name, has_part, shown
 from serve.rollout.base_adapters import BaseAdapters
 from serve.rollout.candidate import Candidate
@@ -188,6 +189,7 @@ class Lifecycle:
         if conversion_error is not None:
             limits = replace(limits, conversion_error=conversion_error)
         model = base.model
+        await in_turn(_as_peft, folder, model)
         async with as_lora(self.store, name, folder, base.modules, limits) as (plain, conversion):
             inspection = await in_turn(inspect, plain, base.modules, limits)
             await self._expect(name, expected)
@@ -457,3 +459,17 @@ class Lifecycle:
         await base.gone(adapter_id)
         # The store does not remove what a push is about to register.
         await asyncio.to_thread(self.store.remove, digest, unless=lambda kept: kept in self.registry.digests())
+
+
+def _as_peft(folder: Path, model: str) -> None:
+    """Make PEFT's two files of an adapter that came as a GGUF file, for the base that serves this model."""
+    file = folder / GGUF_FILE
+    if not file.is_file():
+        return
+    from serve.models.gguf.adapter import write_peft
+
+    try:
+        write_peft(file, folder_of(model), folder / CONFIG, folder / WEIGHTS)
+    except ConfigError as error:
+        raise AdapterRejected(error.message.replace(GGUF_FILE, "this GGUF file")) from error
+    file.unlink()

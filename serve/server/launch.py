@@ -22,6 +22,7 @@ import uvloop
 from fastapi import FastAPI
 
 from serve.config import ADAPTERS, Base, Config, kv_cache, whole
+from serve.cpu_kernels.build import keeps_gguf
 from serve.errors import ConfigError, LoradockError
 from serve.models import engine_memory, gpus, hardware
 from serve.models.checkpoint import EMBEDDED, find
@@ -60,7 +61,7 @@ def resolved(config: Config) -> Config:
     """The same Config with every base's model found, and the engine options that this server prefers to vLLM's."""
     environ = dict(os.environ)
     os.environ["LORADOCK_CACHE_DIR"] = str(config.cache_dir)  # where compiled code is kept, the watcher's too
-    bases = [replace(base, model=find(base.model, config.cache_dir)) for base in config.bases]
+    bases = [replace(base, model=_found(config, base)) for base in config.bases]
     if not hardware.on_cpu():
         gpu_defaults.set_environment(bases)
         bases = gpu_defaults.with_room(bases)
@@ -72,6 +73,11 @@ def resolved(config: Config) -> Config:
     os.environ[switches.VARIABLE] = switches.written(config.vllm_patches)  # vLLM's own processes know no Config
     first, *more = made
     return replace(config, model=first.model, engine=first.engine, engines=tuple(more))
+
+
+def _found(config: Config, base: Base) -> str:
+    kept = keeps_gguf(config.lora_kernels, config.cpu_weights, base.engine)
+    return find(base.model, config.cache_dir, keeps_gguf=kept)
 
 
 def _with_defaults(config: Config, base: Base, environ: Mapping[str, str], before: int) -> tuple[Base, int]:

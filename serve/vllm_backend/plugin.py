@@ -35,6 +35,10 @@ def register() -> None:
     """Called by vLLM once in each of its processes, the one that serves HTTP included."""
     notices.install()
     install()
+    if hardware.on_cpu():
+        from serve.cpu_kernels import gguf_weights
+
+        gguf_weights.register()
     parent = multiprocessing.parent_process()
     if parent is None:
         return

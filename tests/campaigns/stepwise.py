@@ -3,7 +3,8 @@
     python -m tests.campaigns.stepwise OUT.json FOLDER [MODEL ...]
 
 Runs one engine after another in this process: Llama, Qwen2 (biases) and Qwen3 (norms of q and k), with adapters of
-mixed ranks, then Llama with vocabularies that vLLM pads and that it does not, then every other family. Writes for each
+mixed ranks, then Llama with vocabularies that vLLM pads and that it does not, then every other family, and weights as
+they are in a GGUF file. Writes for each
 model what each step's tokens were and how far the two outputs and their logits lie apart, with the weights as they are
 and rounded to int8. vLLM multiplies with a copy of its own; in the models of `ONE_COPY` once more with the packed
 weights, as it does in a server.
@@ -36,6 +37,7 @@ SMALL = {
 }
 ONE_COPY = ("llama", "qwen2", "llama-333")
 RANKS = {"wide": 16, "odd": 5, "one": 1}
+GGUF = "gguf"
 HEAD, WITH_HEAD = "head", "llama-333"  # an adapter of the output layer, and the model that has it too
 MODULES = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"]
 
@@ -118,7 +120,23 @@ def models(folder: Path, wanted: Sequence[str]) -> dict[str, Path]:
                 weight.data.normal_(std=config.initializer_range)
         model.to(torch.bfloat16).save_pretrained(folder / name)
         made[name] = folder / name
+    if not wanted or GGUF in wanted:
+        made[GGUF] = _of_gguf(folder / f"{GGUF}.gguf", folder)
     return made
+
+
+def _of_gguf(file: Path, folder: Path) -> Path:
+    """A model whose weights are of several types, in one layer too; beside it the same in bfloat16, for adapters."""
+    from serve.models.gguf import conversion
+    from serve.models.gguf.checkpoint import Form
+    from tests.support import gguf_files
+
+    kinds = {"attn_v.weight": "Q6_K", "blk.1.ffn_down.weight": "Q5_0", "token_embd.weight": "Q8_0"}
+    gguf_files.write(file, "qwen2", "Q4_K", kinds=kinds)
+    for name, form in ((GGUF, Form.KEPT), (f"{GGUF}-dense", Form.BFLOAT16)):
+        (folder / name).mkdir()
+        conversion.convert(file, folder / name, form, lambda share: None)
+    return folder / GGUF
 
 
 def adapters(model: Path, folder: Path, ranks: dict[str, int]) -> list[Path]:
@@ -129,7 +147,8 @@ def adapters(model: Path, folder: Path, ranks: dict[str, int]) -> list[Path]:
     made = []
     for name, rank in ranks.items():
         wanted = [*MODULES, "lm_head"] if name == HEAD else MODULES
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        dense = model.with_name(f"{model.name}-dense")
+        base = AutoModelForCausalLM.from_pretrained(dense if dense.is_dir() else model, dtype=torch.bfloat16)
         modules = [module for module in wanted if any(key.endswith(module) for key, _ in base.named_modules())]
         tuned = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules))
         for key, weight in tuned.named_parameters():
@@ -235,7 +254,8 @@ def run(model: Path, loras: list[Path]) -> list[dict[str, Any]]:
             distributed_executor_backend=IN_PROCESS,
         )
         dice = random.Random(0)
-        asked = [[dice.randrange(VOCABULARY) for _ in range(length)] for length in (1, 3, 40, 140, 17, 64, 200, 9)]
+        words = min(VOCABULARY, llm.model_config.get_vocab_size())
+        asked = [[dice.randrange(words) for _ in range(length)] for length in (1, 3, 40, 140, 17, 64, 200, 9)]
         requests = [None, *(LoRARequest(path.name, number, str(path)) for number, path in enumerate(loras, 1))]
         params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False)
 
@@ -266,11 +286,12 @@ def main(out: Path, folder: Path, wanted: Sequence[str]) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm.model_executor.models import registry
 
-    from serve.cpu_kernels import build, packing
+    from serve.cpu_kernels import build, gguf_weights, packing
     from serve.vllm_backend import plugin
 
     registry._run_in_subprocess = lambda look: look()  # of each family, ten seconds of imports in another process
     plugin.install()
+    gguf_weights.register()
     if not build.step_available():
         out.write_text("null")
         return

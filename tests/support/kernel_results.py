@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from serve.cpu_kernels import build, operators, packing, step
+from serve.models.gguf.file import TYPE_NUMBERS
+from serve.models.gguf.kept import BLOCKS, SCALES
 from tests.support.decoders import SETATTR, Adapters, Engine, Kind, decoder_of, fused_of
 
 ROWS = (2, 3, 4, 5, 7, 13)
@@ -56,8 +58,23 @@ def matrices(outputs: int = 80, inputs: int = 640) -> dict[str, int]:
         numbers[0], numbers[1] = 0, (1 << bits) - 1
         for zeros in (False, True)[: 2 if bits == 4 else 1]:
             made[f"{bits} bits, groups of {group}{', zero points' * zeros}"] = _integers(numbers, bits, group, zeros)
+    made |= {f"ggml's {kind}": _ggml(kind, outputs, 512) for kind in SCALES}
     assert min(made.values()) >= 0
     return made
+
+
+def _ggml(kind: str, outputs: int, inputs: int) -> int:
+    weights, nbytes = BLOCKS[kind]
+    raw = torch.randint(0, 256, (outputs, inputs // weights, nbytes), dtype=torch.uint8)
+    raw[0], raw[1] = 255, 0  # the largest and the least numbers
+    for at in SCALES[kind]:
+        raw[:, :, at : at + 2] = torch.randn(*raw.shape[:2], 1).mul(0.01).half().view(torch.uint8)
+    kernels = build.library()
+    assert kernels is not None
+    pointers, numbers = (ctypes.c_void_p * 1)(raw.data_ptr()), (ctypes.c_int * 1)(TYPE_NUMBERS[kind])
+    return int(
+        kernels.loradock_matrix_ggml(pointers, numbers, (ctypes.c_int * 1)(outputs), 1, outputs, inputs, None, 0)
+    )
 
 
 def _integers(numbers: torch.Tensor, bits: int, group: int, zeros: bool) -> int:
@@ -78,13 +95,15 @@ def _integers(numbers: torch.Tensor, bits: int, group: int, zeros: bool) -> int:
 
 
 def products() -> dict[str, torch.Tensor]:
-    results = {}
+    results, kernels = {}, build.library()
+    assert kernels is not None
     for name, number in matrices().items():
         torch.manual_seed(1)
-        x = torch.randn(max(ROWS), 640).bfloat16()
+        x = torch.randn(40, 640).bfloat16()
         x[0], x[1], x[2] = 1, -1, 0
+        x = x[:, : kernels.loradock_matrix_inputs(number)]
         each = torch.cat([_logits(number, row) for row in x.split(1)])
-        for rows in ROWS:
+        for rows in (*ROWS, 40):  # of blocks that are unpacked too
             assert torch.equal(_logits(number, x[:rows]), each[:rows]), (name, rows)
         results[f"products: {name}"] = each
     return results

@@ -42,6 +42,7 @@ from serve.jobs.finetuning.objects import RESULTS, Checkpoint, Job, Status
 from serve.jobs.finetuning.trainer import Failed, Trainer
 from serve.jobs.finetuning.training_process import CannotCheck, Checked, TrainingProcess
 from serve.models.checkpoint import digest_of, folder_of
+from serve.models.gguf.checkpoint import to_train
 from serve.names import shown
 
 log = logging.getLogger(__name__)
@@ -219,7 +220,7 @@ class JobRunner:
         try:
             train = self._files.contents.path(job.training_file)
             validation = self._files.contents.path(job.validation_file) if job.validation_file else None
-            folder.prepare(job, _folder(asked.base_model), train, validation, parent)
+            folder.prepare(job, _to_train(asked.base_model), train, validation, parent)
         except NotFound as gone:
             raise Failed("invalid_training_file", gone.message) from gone
 
@@ -292,6 +293,13 @@ class JobRunner:
 def _folder(model: str) -> Path:
     try:
         return folder_of(model)
+    except ConfigError as error:
+        raise Failed("base_model_changed", error.message) from error
+
+
+def _to_train(model: str) -> Path:
+    try:
+        return to_train(_folder(model))
     except ConfigError as error:
         raise Failed("base_model_changed", error.message) from error
 

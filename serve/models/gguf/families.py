@@ -108,14 +108,29 @@ class Plan:
 
     def put_back(self, tensor: Tensor, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """The values that the checkpoint had before it was converted. values: (outputs, inputs), or (outputs,)."""
-        part = _part(tensor.name)
-        if self.family.turned and part in ("attn_q", "attn_k"):
-            heads = self.config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
-            pairs = values.reshape(heads, len(values) // heads // 2, 2, *values.shape[1:])
-            return pairs.swapaxes(1, 2).reshape(values.shape)
+        values = self.rows_back(tensor.name, values)
         if self.family.norms_up and tensor.name.endswith("norm.weight"):
             return values - np.float32(self.family.norms_up)
         return values
+
+    def rows_back(self, name: str, rows: NDArray[Any]) -> NDArray[Any]:
+        """A tensor's rows in the checkpoint's order, whatever is in them."""
+        part = _part(name)
+        if not self.family.turned or part not in ("attn_q", "attn_k"):
+            return rows
+        heads = self.config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
+        return pairs_apart(rows, heads)
+
+
+def pairs_apart(rows: NDArray[Any], heads: int) -> NDArray[Any]:
+    """Rows of queries or keys whose rotary pairs lie side by side, with the halves of each head apart."""
+    pairs = rows.reshape(heads, len(rows) // heads // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def peft_module(tensor: str, family: Family) -> str:
+    """The module whose weight a tensor is, by its name in the checkpoint."""
+    return _name(tensor, family).removesuffix(".weight")
 
 
 def plan(file: GGUF) -> Plan:

@@ -22,7 +22,7 @@ if not current_platform.is_cpu():
     pytest.skip("these kernels are for machines without a GPU", allow_module_level=True)
 
 from serve.cpu_kernels import build, packing, step
-from tests.campaigns.stepwise import FAMILIES, ONE_COPY, VOCABULARIES, WITH_HEAD
+from tests.campaigns.stepwise import FAMILIES, GGUF, ONE_COPY, VOCABULARIES, WITH_HEAD
 
 needs_kernels = pytest.mark.skipif(not build.step_available(), reason="no kernels for this processor, or no compiler")
 
@@ -148,7 +148,7 @@ SIZES = [f"llama-{size}" for size in VOCABULARIES]
 
 @needs_kernels
 @pytest.mark.engine
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", *SIZES, *FAMILIES])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", *SIZES, *FAMILIES, GGUF])
 def test_every_step_is_vllms_up_to_rounding(steps, name):
     """One token and many, prompts cut into pieces, with and without adapters of several ranks; every vocabulary, every
     family, and windows that are shorter than the prompts.
@@ -199,3 +199,9 @@ def test_vllms_layers_multiply_with_the_packed_weights(request, run, name):
     assert max(step["worst"] for step in seen) < 0.2
     assert middle(seen) < 0.05
     assert max(step["logits"] for step in seen if "logits" in step) < 2**-7
+
+
+@needs_kernels
+@pytest.mark.engine
+def test_a_gguf_files_weights_are_multiplied_as_they_are(steps):
+    assert {step["weights"] for step in steps[GGUF] if step["fused"]} == {"Q4_K, Q5_0, Q6_K; output layer Q8_0"}

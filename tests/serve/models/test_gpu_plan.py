@@ -17,6 +17,7 @@ from serve.errors import ConfigError
 from serve.models import gpu_plan, gpus, hardware
 from serve.models.dimensions import KNOWN, dimensions
 from serve.models.gpu_plan import CARDS, parse, plan, smallest
+from tests.support import gguf_files
 from tests.support.nvml import Device, Nvml
 from tests.support.vllm_sizes import AVAILABLE, MODELS, RANK, folder
 
@@ -135,3 +136,13 @@ def test_on_a_machine_with_a_gpu_its_memory_is_spoken_of(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     here, named = told("Qwen/Qwen3-14B", "--json"), told("Qwen/Qwen3-14B", "--gpu", "h100", "--json")
     assert json.loads(here.stdout)["tokens"] == json.loads(named.stdout)["tokens"] > 100_000
+
+
+def test_a_gguf_file_is_planned_for_by_its_header(tmp_path):
+    file = gguf_files.write(tmp_path / "a.gguf", "qwen2", "Q4_K")
+    done = CliRunner().invoke(app, ["plan", str(file), "--gpu", "h100", "--json"])
+    planned = json.loads(done.stdout)
+    assert done.exit_code == 0 and planned["fits"]
+    assert planned["weights"] == dimensions(str(file)).weights()
+    assert planned["command"].startswith(f"loradock serve {file}")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.gguf"]  # nothing was converted

@@ -8,16 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from serve.cpu_kernels.build import keeps_gguf
 from serve.errors import ConfigError
-from serve.models import checkpoint
-from serve.models.gguf.checkpoint import ensure
+from serve.models import checkpoint, engine_memory
+from serve.models.dimensions import dimensions
+from serve.models.gguf.checkpoint import Form, ensure, to_train
 from serve.models.gguf.families import FAMILIES
-from tests.support.gguf_files import HEAD, WORDS, write
+from serve.models.gguf.kept import METHOD, SCALES
+from tests.support.gguf_files import HEAD, HEADS, HIDDEN, INNER, KEYS, WORDS, write
 
 
-def made(path: Path, cache: Path) -> Path:
+def made(path: Path, cache: Path, form: Form = Form.BFLOAT16) -> Path:
     said: list[str] = []
-    return ensure(path, cache, said.append)
+    return ensure(path, cache, said.append, form)
 
 
 @pytest.mark.parametrize(
@@ -190,3 +193,94 @@ def test_the_template_the_end_of_a_turn_and_the_words_are_the_files(tmp_path):
 
 def test_every_family_has_been_compared():
     assert set(FAMILIES) == {"llama", "qwen2", "qwen3", "gemma3", "phi3", "granite"}
+
+
+def rows_in(file: Path, name: str) -> torch.Tensor:
+    return next(torch.from_numpy(np.array(it.data)) for it in gguf.GGUFReader(file).tensors if it.name == name)
+
+
+@pytest.mark.parametrize("kind", sorted(SCALES))
+def test_kept_weights_are_the_files_bytes(kind, tmp_path):
+    file = write(tmp_path / "a.gguf", "qwen2", kind)
+    folder = made(file, tmp_path / "cache", Form.KEPT)
+    weights, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    assert torch.equal(weights["model.layers.1.mlp.down_proj.weight"], rows_in(file, "blk.1.ffn_down.weight"))
+    assert torch.equal(weights["model.embed_tokens.weight"], rows_in(file, "token_embd.weight"))
+    assert weights["model.norm.weight"].dtype == weights["model.layers.0.self_attn.q_proj.bias"].dtype == torch.bfloat16
+    quantization = config["quantization_config"]
+    assert quantization["quant_method"] == METHOD and set(quantization["types"].values()) == {kind}
+    assert len(quantization["types"]) == 15  # the embedding, and seven of each layer
+
+
+def test_kept_rows_of_queries_and_keys_are_in_the_checkpoints_order(tmp_path):
+    """The first half of a head's rows, then the second, where llama.cpp has them by turns."""
+    file = write(tmp_path / "a.gguf", "llama", "Q4_K")
+    weights = load_file(made(file, tmp_path / "cache", Form.KEPT) / "model.safetensors")
+    for part, name, heads in (("q_proj", "attn_q", HEADS), ("k_proj", "attn_k", KEYS)):
+        theirs = rows_in(file, f"blk.0.{name}.weight")
+        order = [head * HEAD + 2 * i + half for head in range(heads) for half in (0, 1) for i in range(HEAD // 2)]
+        assert torch.equal(weights[f"model.layers.0.self_attn.{part}.weight"], theirs[order])
+
+
+def test_a_layer_whose_tensors_do_not_fit_together_is_bfloat16(tmp_path):
+    kinds = {"blk.0.attn_v.weight": "F16", "blk.1.ffn_up.weight": "Q6_K", "blk.1.attn_v.weight": "Q6_K"}
+    folder = made(write(tmp_path / "a.gguf", "qwen2", "Q4_K", kinds=kinds), tmp_path / "cache", Form.KEPT)
+    types = json.loads((folder / "config.json").read_text())["quantization_config"]["types"]
+    weights = load_file(folder / "model.safetensors")
+    for module, kind in {"0.self_attn.q_proj": None, "1.mlp.gate_proj": None, "1.self_attn.v_proj": "Q6_K"}.items():
+        assert types.get(f"model.layers.{module}") == kind
+        dtype = torch.uint8 if kind else torch.bfloat16
+        assert weights[f"model.layers.{module}.weight"].dtype == dtype
+
+
+def test_a_scale_that_is_not_finite_is_refused(tmp_path):
+    file = write(tmp_path / "a.gguf", "qwen2", "Q8_0")
+    tensor = next(it for it in gguf.GGUFReader(file).tensors if it.name == "blk.0.ffn_down.weight")
+    data = bytearray(file.read_bytes())
+    data[tensor.data_offset + 34 * 5 : tensor.data_offset + 34 * 5 + 2] = np.float16("inf").tobytes()
+    file.write_bytes(data)
+    with pytest.raises(ConfigError, match="'blk.0.ffn_down.weight' .* not finite"):
+        made(file, tmp_path / "cache", Form.KEPT)
+
+
+def test_memory_and_slots_of_kept_weights_are_counted(tmp_path):
+    file = write(tmp_path / "a.gguf", "qwen2", "Q4_K")
+    kept, plain = (made(file, tmp_path / "cache", form) for form in Form)
+    tensors = sum(it.n_bytes for it in gguf.GGUFReader(file).tensors if len(it.shape) == 2)
+    assert tensors < engine_memory.weights(kept) < 1.05 * tensors
+    assert engine_memory.slots(kept, 2, 8) == engine_memory.slots(plain, 2, 8) > 0
+    assert 3 * engine_memory.weights(kept) < engine_memory.weights(plain)
+
+
+def test_both_forms_are_one_model_and_training_reads_bfloat16(tmp_path):
+    file = write(tmp_path / "a.gguf", "qwen2", "Q4_K")
+    kept = made(file, tmp_path / "cache", Form.KEPT)
+    trained = to_train(kept)
+    assert load_file(trained / "model.safetensors")["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert to_train(trained) == trained and made(file, tmp_path / "cache") == trained
+    assert checkpoint.digest_of(str(kept)) == checkpoint.digest_of(str(trained))
+    assert made(file, tmp_path / "cache", Form.KEPT) == kept  # neither removed the other
+    file.unlink()
+    with pytest.raises(ConfigError, match="is not there any more"):
+        to_train(kept)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("off", "auto", {}),
+        ("auto", "int4", {}),
+        ("auto", "auto", {"tensor_parallel_size": "2"}),
+        ("auto", "auto", {"dtype": "float32"}),
+        ("auto", "auto", {"quantization": "fp8"}),
+    ],
+)
+def test_other_settings_than_the_kernels_take_make_bfloat16(asked):
+    assert not keeps_gguf(*asked)
+
+
+def test_gpu_plans_know_a_file_by_its_header(tmp_path):
+    file = write(tmp_path / "a.gguf", "qwen2", "Q4_K")
+    known = dimensions(str(file))
+    assert (known.hidden, known.intermediate, known.kv_heads) == (HIDDEN, INNER, KEYS)
+    assert known.qkv_bias and not list(tmp_path.glob("*/gguf-*"))

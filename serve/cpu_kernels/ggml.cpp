@@ -1,0 +1,570 @@
+// Weights of GGUF files, which stay as they are there: packed block by block, multiplied, and looked up. What lies in a block of
+// each type: ggml's `ggml-common.h` and `ggml-quants.c`.
+//
+// A weight is scale * number + offset, both of its group. Products are added up in integers for each group, and its offset
+// times the sum of its inputs is added: so numbers need no sign.
+
+#include "products.h"
+
+#ifdef STEP
+
+using namespace loradock;
+
+namespace {
+
+// ggml's numbers of the types that are packed here.
+enum Type { Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K = 14, IQ4_NL = 20, IQ4_XS = 23 };
+
+// bits, zero, minima, table, groups, each
+constexpr Format PLAIN4{4, 8, false, false, 1, 32}, MINIMA4{4, 0, true, false, 1, 32};
+constexpr Format PLAIN5{5, 16, false, false, 1, 32}, MINIMA5{5, 0, true, false, 1, 32};
+constexpr Format PLAIN8{8, ZERO8, false, false, 1, 32}, TABLE4{4, ZERO8, false, true, 1, 32}, TABLES4{4, ZERO8, false, true, 8, 32};
+constexpr Format K2{4, 0, true, false, 16, 16}, K3{4, 4, false, false, 16, 16}, K4{4, 0, true, false, 8, 32};
+constexpr Format K5{5, 0, true, false, 8, 32}, K6{6, 32, false, false, 16, 16};
+
+struct Known {
+  int type;
+  const Format* format;
+  int bytes;  // of a span in the file
+};
+constexpr Known KNOWN[] = {{Q4_0, &PLAIN4, 18},  {Q4_1, &MINIMA4, 20}, {Q5_0, &PLAIN5, 22}, {Q5_1, &MINIMA5, 24},
+                           {Q8_0, &PLAIN8, 34},  {Q2_K, &K2, 84},      {Q3_K, &K3, 110},    {Q4_K, &K4, 144},
+                           {Q5_K, &K5, 176},     {Q6_K, &K6, 210},     {IQ4_NL, &TABLE4, 18}, {IQ4_XS, &TABLES4, 136}};
+
+const Known* known(int type) {
+  for (const Known& it : KNOWN)
+    if (it.type == type) return &it;
+  return nullptr;
+}
+
+constexpr int8_t VALUES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+// The same with `zero` added, four times, as `looked_up` wants them.
+struct alignas(64) TableBytes {
+  uint8_t at[64] = {};
+  constexpr TableBytes() {
+    for (int i = 0; i < 64; i++) at[i] = uint8_t(VALUES[i % 16] + ZERO8);
+  }
+};
+constexpr TableBytes TABLE_BYTES;
+
+// ---- packing ---------------------------------------------------------------------------------------------------------------
+
+// A span of one output.
+struct Span {
+  uint8_t numbers[256];
+  uint16_t scale = 0, minimum = 0;  // float16
+  int8_t by[16], less[16];          // of each group: what scale and minimum are multiplied by
+
+  void take(int type, const uint8_t* at);
+
+ private:
+  // 32 numbers whose lower bits are in 16 bytes, the lower halves first.
+  void halves(const uint8_t* q) {
+    for (int i = 0; i < 16; i++) numbers[i] = q[i] & 15, numbers[i + 16] = q[i] >> 4;
+  }
+  // Their fifth bits.
+  void fifth(const uint8_t* at) {
+    uint32_t bits;
+    std::memcpy(&bits, at, 4);
+    for (int i = 0; i < 32; i++) numbers[i] = uint8_t(numbers[i] | (bits >> i & 1) << 4);
+  }
+  // 64 numbers from 32 bytes each, the lower halves first.
+  void k_halves(const uint8_t* q) {
+    for (int i = 0; i < 256; i++) numbers[i] = i & 32 ? q[i / 64 * 32 + i % 32] >> 4 : q[i / 64 * 32 + i % 32] & 15;
+  }
+  // 2 bits each of 128 numbers from 32 bytes.
+  static int k_two(const uint8_t* q, int i) { return q[i / 128 * 32 + i % 32] >> (i / 32 % 4 * 2) & 3; }
+  // Eight scales and minima of 6 bits in 12 bytes.
+  void k_scales(const uint8_t* s) {
+    for (int g = 0; g < 4; g++) {
+      by[g] = int8_t(s[g] & 63), less[g] = int8_t(s[g + 4] & 63);
+      by[g + 4] = int8_t((s[g + 8] & 15) | s[g] >> 6 << 4), less[g + 4] = int8_t(s[g + 8] >> 4 | s[g + 4] >> 6 << 4);
+    }
+  }
+  void two_bits(const uint8_t* at);
+  void three_bits(const uint8_t* at);
+  void six_bits(const uint8_t* at);
+  void four_bits_of_a_table(const uint8_t* at);
+};
+
+inline uint16_t half_at(const uint8_t* at) {
+  uint16_t v;
+  std::memcpy(&v, at, 2);
+  return v;
+}
+
+void Span::two_bits(const uint8_t* at) {
+  for (int g = 0; g < 16; g++) by[g] = at[g] & 15, less[g] = int8_t(at[g] >> 4);
+  for (int i = 0; i < 256; i++) numbers[i] = uint8_t(k_two(at + 16, i));
+  scale = half_at(at + 80), minimum = half_at(at + 82);
+}
+
+void Span::three_bits(const uint8_t* at) {
+  const uint8_t *high = at, *low = at + 32, *s = at + 96;
+  for (int i = 0; i < 256; i++) numbers[i] = uint8_t(k_two(low, i) | (high[i % 32] >> (i / 32) & 1) << 2);
+  for (int g = 0; g < 16; g++) {
+    const int four = g < 8 ? s[g] & 15 : s[g - 8] >> 4;
+    by[g] = int8_t((four | (s[8 + g % 4] >> (g / 4 * 2) & 3) << 4) - 32);
+  }
+  scale = half_at(at + 108);
+}
+
+void Span::six_bits(const uint8_t* at) {
+  const uint8_t *low = at, *high = at + 128;
+  for (int i = 0; i < 256; i++) {
+    const uint8_t byte = low[i / 128 * 64 + i % 64];
+    numbers[i] = uint8_t((i % 128 < 64 ? byte & 15 : byte >> 4) | k_two(high, i) << 4);
+  }
+  std::memcpy(by, at + 192, 16);
+  scale = half_at(at + 208);
+}
+
+void Span::four_bits_of_a_table(const uint8_t* at) {
+  scale = half_at(at);
+  const uint16_t high = half_at(at + 2);
+  for (int g = 0; g < 8; g++) {
+    by[g] = int8_t((at[4 + g / 2] >> (g % 2 * 4) & 15 | (high >> (2 * g) & 3) << 4) - 32);
+    for (int i = 0; i < 16; i++) {
+      const uint8_t byte = at[8 + g * 16 + i];
+      numbers[g * 32 + i] = byte & 15, numbers[g * 32 + 16 + i] = byte >> 4;
+    }
+  }
+}
+
+void Span::take(int type, const uint8_t* at) {
+  if (type == Q2_K) return two_bits(at);
+  if (type == Q3_K) return three_bits(at);
+  if (type == Q6_K) return six_bits(at);
+  if (type == IQ4_XS) return four_bits_of_a_table(at);
+  scale = half_at(at);
+  if (type == Q4_K || type == Q5_K) {
+    minimum = half_at(at + 2), k_scales(at + 4), k_halves(at + (type == Q5_K ? 48 : 16));
+    for (int i = 0; type == Q5_K && i < 256; i++) numbers[i] = uint8_t(numbers[i] | (at[16 + i % 32] >> (i / 32) & 1) << 4);
+    return;
+  }
+  if (type == Q8_0) {
+    for (int i = 0; i < 32; i++) numbers[i] = uint8_t(at[2 + i] + ZERO8);
+    return;
+  }
+  at += 2;
+  if (type == Q4_1 || type == Q5_1) minimum = half_at(at), at += 2;
+  const bool five = type == Q5_0 || type == Q5_1;
+  halves(at + (five ? 4 : 0));
+  if (five) fifth(at);
+}
+
+// Number i of 32 of output j of a block.
+inline void put_number(const Format& f, uint8_t* at, int j, int i, int number) {
+  const int l = 4 * j + i % 4, four = i / 4;
+  if (f.bits == 8) {
+    at[four * 128 + l] = uint8_t(number);
+    return;
+  }
+  if (f.bits == 5) at[l] |= uint8_t(number >> 4 << four), at += 128;
+  if (f.bits == 6) at += four / 4 * 128, at[four / 4 * 256 + l] |= uint8_t(number >> 4 << four % 4 * 2), at += 128;
+  at[four / 2 * 128 + l] |= uint8_t((number & 15) << four % 2 * 4);
+}
+
+inline int number_at(const Format& f, const uint8_t* at, int j, int i) {
+  const int l = 4 * j + i % 4, four = i / 4;
+  if (f.bits == 8) return at[four * 128 + l];
+  int high = 0;
+  if (f.bits == 5) high = at[l] >> four & 1, at += 128;
+  if (f.bits == 6) at += four / 4 * 128, high = at[four / 4 * 256 + l] >> four % 4 * 2 & 3, at += 128;
+  return (at[four / 2 * 128 + l] >> four % 2 * 4 & 15) | high << 4;
+}
+
+// What a number stands for, where there are no minima.
+inline int value_of(const Format& f, int number) {
+  if (f.table) return VALUES[number];
+  return f.bits == 8 ? int8_t(number - ZERO8) : number - f.zero;
+}
+
+void put_span(const Format& f, uint8_t* at, int j, const Span& span) {
+  reinterpret_cast<uint16_t*>(at)[j] = span.scale;
+  if (f.minima) reinterpret_cast<uint16_t*>(at)[WIDTH + j] = span.minimum;
+  for (int g = 0; f.groups > 1 && g < f.groups; g++) {
+    at[f.scales() + g * WIDTH + j] = uint8_t(span.by[g]);
+    if (f.minima) at[f.scales() + (f.groups + g) * WIDTH + j] = uint8_t(span.less[g]);
+  }
+  at += f.header();
+  for (int i = 0; i < f.inputs(); i++) put_number(f, at + i / 32 * f.numbers(), j, i % 32, span.numbers[i]);
+}
+
+// Rows of a tensor in the file.
+struct Part {
+  const uint8_t* rows;
+  const Known* type;
+  int first, count;
+};
+
+// The part that a row lies in; null for those that only fill the last block.
+const Part* part_of(const std::vector<Part>& parts, int row) {
+  for (const Part& part : parts)
+    if (row < part.first + part.count) return &part;
+  return nullptr;
+}
+
+// ---- scales ----------------------------------------------------------------------------------------------------------------
+
+// Of each group of a span: its scales and offsets.
+typedef float SpanScales[16][2][WIDTH];
+
+// Those of 16 N outputs.
+template <int N>
+inline void read_scales(const Format& f, const uint8_t* at, int side, SpanScales& to) {
+  const Floats zero = spread(float(-f.zero));
+  for (int j = side; j < side + N; j++) {
+    const Floats scale = wide_half(load32(at + 32 * j)), minimum = f.minima ? wide_half(load32(at + 64 + 32 * j)) : zero;
+    if (f.groups == 1) {
+      store(to[0][0] + 16 * j, scale), store(to[0][1] + 16 * j, f.minima ? minimum : scale * zero);
+      continue;
+    }
+    const int8_t *by = reinterpret_cast<const int8_t*>(at + f.scales()) + 16 * j, *less = by + f.groups * WIDTH;
+    for (int g = 0; g < f.groups; g++) {
+      const Floats own = scale * wide(by + g * WIDTH);
+      store(to[g][0] + 16 * j, own);
+      store(to[g][1] + 16 * j, f.minima ? spread(0.f) - minimum * wide(less + g * WIDTH) : own * zero);
+    }
+  }
+}
+
+// ---- products --------------------------------------------------------------------------------------------------------------
+
+// What a panel says of 32 inputs.
+template <int M>
+struct PanelPair {
+  const float *scale, *sum, *sums;  // sums: of the first 16, then of the others
+  const int8_t* q;
+  ALWAYS explicit PanelPair(const uint8_t* at)
+      : scale(reinterpret_cast<const float*>(at)), sum(scale + M), sums(sum + M), q(reinterpret_cast<const int8_t*>(at + 16 * M)) {}
+};
+
+// How often dot4 may add numbers of so many bits to zeros: what it adds up is 2 x the largest x 127.
+template <int BITS>
+constexpr int rounds() {
+  return !ROUNDS4 || BITS == 8 ? 0 : BITS == 4 ? ROUNDS4 : BITS == 5 ? ROUNDS4 / 2 : ROUNDS4 / 4;
+}
+
+// Four inputs' numbers with the upper bits of theirs, of which `high` has those of four or eight such fours.
+template <int BITS, int FOUR>
+ALWAYS Ints with_high(Ints low, Ints high) {
+  constexpr int FROM = BITS == 5 ? FOUR : FOUR % 4 * 2, MASK = BITS == 5 ? 0x10 : 0x30;
+  if constexpr (FROM > 4)
+    high = down<FROM - 4>(high);
+  else if constexpr (FROM < 4)
+    high = up<4 - FROM>(high);
+  return either(low, masked<MASK>(high));
+}
+
+template <int M, int N>
+ALWAYS void add_scaled(Floats (&f)[M][N], const Ints (&s)[M][N], const float* of_rows, const float* of_sums, const float* scales) {
+  Floats by[N], offset[N];
+#pragma GCC unroll 2
+  for (int j = 0; j < N; j++) by[j] = load(scales + 16 * j), offset[j] = load(scales + WIDTH + 16 * j);
+#pragma GCC unroll 12
+  for (int i = 0; i < M; i++) {
+    const Floats of_row = spread(of_rows[i]), of_sum = spread(of_sums[i]);
+#pragma GCC unroll 2
+    for (int j = 0; j < N; j++) f[i][j] = fma(of_sum, offset[j], fma(to_floats(s[i][j]), of_row * by[j], f[i][j]));
+  }
+}
+
+// 32 inputs of M rows, and 16 N outputs. SCALES: how many their weights have.
+template <int M, int BITS, bool TABLE, int SCALES, bool READY>
+struct Group {
+  static constexpr int N = sides(M, 1), ROUNDS = TABLE ? 0 : rounds<BITS>();
+  static constexpr bool BYTES = BITS == 8 || READY;
+  Ints s[M][N], part[M][N], second[1][N], high[N], low[N], upper[N];
+
+  template <class Fetched>
+  ALWAYS const uint8_t* add(Floats (&f)[M][N], const uint8_t* w, int side, const uint8_t* panel, const float* scales, Fetched&& fetched) {
+    const PanelPair<M> of(panel);
+    fill(s, spread(0)), fill(second, spread(0)), fill(part, spread(0));
+    w += 64 * side;
+    if constexpr (BITS == 5 && !READY) w = take_high(w, fetched);
+    w = half<0>(w, of.q, fetched);
+    if constexpr (SCALES == 2) finish(f, of.scale, of.sums, scales);
+    w = half<1>(w, of.q + 16 * M, fetched);
+    finish(f, of.scale, SCALES == 2 ? of.sums + M : of.sum, scales + (SCALES == 2 ? 2 * WIDTH : 0));
+    return w - 64 * side;
+  }
+
+ private:
+  template <class Fetched>
+  ALWAYS const uint8_t* take_high(const uint8_t* w, Fetched&& fetched) {
+    fetched(N);
+#pragma GCC unroll 2
+    for (int j = 0; j < N; j++) high[j] = load64(w + 64 * j);
+    return w + 128;
+  }
+
+  ALWAYS void finish(Floats (&f)[M][N], const float* of_rows, const float* of_sums, const float* scales) {
+    flush();
+    add_scaled(f, s, of_rows, of_sums, scales);
+    fill(s, spread(0));
+  }
+
+  template <int HALF, class Fetched>
+  ALWAYS const uint8_t* half(const uint8_t* w, const int8_t* q, Fetched&& fetched) {
+    if constexpr (BITS == 6 && !READY) w = take_high(w, fetched);
+    w = eight<4 * HALF>(w, q, fetched);
+    if constexpr (ROUNDS == 2) flush();
+    w = eight<4 * HALF + 2>(w, q + 8, fetched);
+    if constexpr (ROUNDS == 2 || ROUNDS == 4) flush();
+    return w;
+  }
+
+  // What was added up in 16 bits comes to the sums; what has 32 of its own, too.
+  ALWAYS void flush() {
+    if constexpr (ROUNDS) take(s, part);
+    if constexpr (M == 1 && ROUNDS) take(s, second);
+    if constexpr (M == 1 && !ROUNDS)
+#pragma GCC unroll 2
+      for (int j = 0; j < N; j++) s[0][j] = loradock::add(s[0][j], second[0][j]), second[0][j] = spread(0);
+  }
+
+  template <int FOUR, class Fetched>
+  ALWAYS const uint8_t* eight(const uint8_t* w, const int8_t* q, Fetched&& fetched) {
+    fetched(BYTES ? 2 * N : N);
+#pragma GCC unroll 2
+    for (int j = 0; j < N; j++) numbers<FOUR>(w + 64 * j, j);
+#pragma GCC unroll 12
+    for (int i = 0; i < M; i++) {
+      const Ints x = spread4(q + 16 * i), y = spread4(q + 16 * i + 4);
+#pragma GCC unroll 2
+      for (int j = 0; j < N; j++) {
+        Ints& to = ROUNDS ? part[i][j] : s[i][j];
+        to = dot(to, low[j], x);
+        Ints& other = M == 1 ? second[0][j] : to;
+        other = dot(other, upper[j], y);
+      }
+    }
+    return w + (BYTES ? 256 : 128);
+  }
+
+  template <int FOUR>
+  ALWAYS void numbers(const uint8_t* w, int j) {
+    if constexpr (BYTES) {
+      low[j] = load64(w), upper[j] = load64(w + 128);
+      return;
+    }
+    const Ints v = load64(w);
+    low[j] = lower4(v), upper[j] = upper4(v);
+    if constexpr (BITS == 5 || BITS == 6)
+      low[j] = with_high<BITS, FOUR>(low[j], high[j]), upper[j] = with_high<BITS, FOUR + 1>(upper[j], high[j]);
+    if constexpr (TABLE) low[j] = looked_up(table(), low[j]), upper[j] = looked_up(table(), upper[j]);
+  }
+
+  static ALWAYS Ints dot(Ints sum, Ints w, Ints x) { return BITS == 8 || TABLE || READY ? dot8(sum, w, x) : dot4(sum, w, x); }
+
+ public:
+  static ALWAYS Ints table() { return load64(TABLE_BYTES.at); }
+};
+
+// READY blocks have their scales in float32 beside them.
+template <int M, int BITS, bool TABLE, int SCALES, Fetch FETCH>
+void tile_ggml(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
+  constexpr bool READY = FETCH == PACKED;
+  constexpr int N = sides(M, 1);
+  const uint8_t* const begin = READY ? m.data.data : m.block(block);
+  const int pairs = m.k / 32;
+  for (int side = 0; side < 2; side += N) {
+    const uint8_t* w = begin;
+    auto fetched = [&](int lines) {
+      if constexpr (FETCH == OWN) return fetch_own<N>(w + 64 * side, lines);
+      if constexpr (FETCH == NEXT)
+        for (int i = 0; i < lines && !side; i++) ahead.follow(w - begin + 64 * i);
+    };
+    Floats f[M][N];
+    fill(f, spread(0.f));
+    const uint8_t* panel = in.panel(m, row);
+    alignas(64) SpanScales own;
+    const float* scales = READY ? m.scale.data + 16 * side : own[0][0] + 16 * side;
+    Group<M, BITS, TABLE, SCALES, READY> group;
+    auto take = [&] {
+      w = group.add(f, w, side, panel, scales, fetched);
+      panel += size_t(M) * 48, scales += SCALES * 2 * WIDTH;
+    };
+    if constexpr (READY) {
+      for (int pair = 0; pair < pairs; pair++) {
+        if (!side) ahead.beside(pair, pairs);
+        take();
+      }
+    } else {
+      const Format& format = *m.formats[block];
+      const size_t header = format.header();
+      const int span = format.inputs() / 32;
+      for (int left = pairs; left > 0; left -= span) {
+        fetched(int(header / 64));
+        read_scales<N>(format, w, side, own);
+        w += header, scales = own[0][0] + 16 * side;
+        for (int pair = 0; pair < span; pair++) take();
+      }
+    }
+    leave(f, sums + 16 * side);
+  }
+}
+
+template <int BITS, bool TABLE, int SCALES, Fetch FETCH, int... I>
+const Tile* tiles_of_rows(std::integer_sequence<int, I...>) {
+  static const Tile all[] = {tile_ggml<I + 1, BITS, TABLE, SCALES, FETCH>...};
+  return all;
+}
+
+template <int BITS, bool TABLE, int SCALES>
+const Tile* fetching_tiles(Fetch fetch) {
+  constexpr std::make_integer_sequence<int, GROUP_TILE> rows;
+  return fetch == OWN ? tiles_of_rows<BITS, TABLE, SCALES, OWN>(rows) : tiles_of_rows<BITS, TABLE, SCALES, NEXT>(rows);
+}
+
+float to_float_of_half(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+  const float v = exponent == 31 ? (fraction ? NAN : INFINITY)
+                  : exponent     ? std::ldexp(float(1024 + fraction), exponent - 25)
+                                 : std::ldexp(float(fraction), -24);
+  return bits & 0x8000 ? -v : v;
+}
+
+}  // namespace
+
+namespace loradock {
+
+const Tile* ggml_tiles(const Format& format, Fetch fetch) {
+  constexpr std::make_integer_sequence<int, GROUP_TILE> rows;
+  const bool two = format.each == 16;
+  if (fetch == PACKED) {
+    if constexpr (ROUNDS4) return nullptr;  // nothing is unpacked
+    return two ? tiles_of_rows<8, false, 2, PACKED>(rows) : tiles_of_rows<8, false, 1, PACKED>(rows);
+  }
+  if (format.table) return fetching_tiles<4, true, 1>(fetch);
+  if (format.bits == 8) return fetching_tiles<8, false, 1>(fetch);
+  if (format.bits == 5) return fetching_tiles<5, false, 1>(fetch);
+  if (format.bits == 6) return fetching_tiles<6, false, 2>(fetch);
+  return two ? fetching_tiles<4, false, 2>(fetch) : fetching_tiles<4, false, 1>(fetch);
+}
+
+// Its numbers as bytes, its scales as float32.
+void unpack_ggml(const Matrix& m, int block, Matrix& to) {
+  const Format& f = *m.formats[block];
+  const uint8_t* w = m.block(block);
+  uint8_t* bytes = to.data.data;
+  float* scales = to.scale.data;
+  alignas(64) SpanScales own;
+  const Ints table = Group<1, 4, true, 1, false>::table();
+  for (int done = 0; done < m.k; done += f.inputs()) {
+    read_scales<2>(f, w, 0, own);
+    w += f.header();
+    std::memcpy(scales, own, sizeof(own[0]) * f.groups), scales += size_t(f.groups) * 2 * WIDTH;
+    for (int i = 0; i < f.inputs(); i += 32, w += f.numbers(), bytes += 1024) {
+      if (f.bits == 8) {
+        std::memcpy(bytes, w, 1024);
+        continue;
+      }
+      for (int side = 0; side < 128; side += 64) {
+        const uint8_t* from = w + side;
+        Ints high = f.bits == 5 ? load64(from) : spread(0);
+        if (f.bits == 5) from += 128;
+        auto eight = [&](auto four, uint8_t* at) {
+          constexpr int FOUR = decltype(four)::value;
+          if (f.bits == 6 && FOUR % 4 == 0) high = load64(from), from += 128;
+          const Ints v = load64(from);
+          Ints low = lower4(v), upper = upper4(v);
+          from += 128;
+          if (f.bits == 5) low = with_high<5, FOUR>(low, high), upper = with_high<5, FOUR + 1>(upper, high);
+          if (f.bits == 6) low = with_high<6, FOUR>(low, high), upper = with_high<6, FOUR + 1>(upper, high);
+          if (f.table) low = looked_up(table, low), upper = looked_up(table, upper);
+          store64(at + FOUR * 128, low), store64(at + FOUR * 128 + 128, upper);
+        };
+        eight(std::integral_constant<int, 0>(), bytes + side), eight(std::integral_constant<int, 2>(), bytes + side);
+        eight(std::integral_constant<int, 4>(), bytes + side), eight(std::integral_constant<int, 6>(), bytes + side);
+      }
+    }
+  }
+}
+
+void ggml_row(const Matrix& m, int64_t o, float* out) {
+  const bool second = m.paired && o >= m.n / 2;
+  const int64_t place = second ? o - m.n / 2 : o;
+  const int b = int(place / (m.paired ? 16 : WIDTH)), j = int(place % (m.paired ? 16 : WIDTH)) + (second ? 16 : 0);
+  const Format& f = *m.formats[b];
+  const uint8_t* at = m.block(b);
+  for (int done = 0; done < m.k; done += f.inputs()) {
+    const float scale = to_float_of_half(half_at(at + 2 * j)), minimum = f.minima ? to_float_of_half(half_at(at + 64 + 2 * j)) : 0;
+    const int8_t *by = reinterpret_cast<const int8_t*>(at + f.scales()) + j, *less = by + f.groups * WIDTH;
+    at += f.header();
+    for (int i = 0; i < f.inputs(); i++) {
+      const int g = i / f.each, number = number_at(f, at + i / 32 * f.numbers(), j, i % 32);
+      const float own = f.groups == 1 ? scale : scale * float(by[g * WIDTH]);
+      const float offset = f.groups == 1 ? minimum : f.minima ? -minimum * float(less[g * WIDTH]) : 0;
+      out[done + i] = f.minima ? own * float(number) + offset : own * float(value_of(f, number));
+    }
+    at += f.inputs() / 32 * f.numbers();
+  }
+}
+
+}  // namespace loradock
+
+extern "C" {
+
+// Bytes of a row of k inputs in a file; 0 for a type, or a number of inputs, that is not packed.
+int64_t loradock_ggml_row_bytes(int type, int k) {
+  const Known* it = known(type);
+  return it && k % it->format->inputs() == 0 ? int64_t(k / it->format->inputs()) * it->bytes : 0;
+}
+
+// W [n, k] of one or more tensors as a GGUF file has them, one below the other: their rows, types and how many rows. Rows up to n
+// that no tensor has are zeros. `paired`: as in loradock_matrix. -1: it can't be, since 32 outputs would be of two types.
+int loradock_matrix_ggml(const uint8_t* const* from, const int* types, const int* rows, int count, int n, int k, const bf16* bias,
+                         int paired) {
+  std::vector<Part> parts;
+  int first = 0;
+  for (int i = 0; i < count; first += rows[i++]) {
+    if (!loradock_ggml_row_bytes(types[i], k)) return -1;
+    parts.push_back({from[i], known(types[i]), first, rows[i]});
+  }
+  if (n % 16 || first > n || !count || (paired && (n % 32 || first != n))) return -1;
+  std::unique_ptr<Matrix> m(
+      new Matrix{n, k, (n + WIDTH - 1) / WIDTH, GGML, 16, 2, bool(paired), false, {}, {}, {}, 0, {}, {}});
+  m->places.push_back(0);
+  for (int b = 0; b < m->blocks; b++) {
+    const Known* type = nullptr;
+    for (int j = 0; j < WIDTH; j++) {
+      const Part* part = part_of(parts, m->output(b, j));
+      if (part && type && part->type != type) return -1;
+      if (part) type = part->type;
+    }
+    m->formats.push_back((type ? type : parts.back().type)->format);
+    m->places.push_back(m->places.back() + m->formats.back()->bytes(k));
+  }
+  place(m->data, m->places.back());
+  if (bias) place(m->bias, size_t(m->blocks) * WIDTH);
+#pragma omp parallel for schedule(static)
+  for (int b = 0; b < m->blocks; b++)
+    for (int j = 0; j < WIDTH; j++) {
+      const int o = m->output(b, j);
+      if (bias) m->bias.data[b * WIDTH + j] = o < n ? to_float(bias[o]) : 0;
+      const Part* part = part_of(parts, o);
+      if (!part) continue;
+      const Format& f = *part->type->format;
+      const uint8_t* row = part->rows + (o - part->first) * loradock_ggml_row_bytes(part->type->type, k);
+      uint8_t* at = m->data.data + m->places[b];
+      Span span;
+      for (int i = 0; i < k; i += f.inputs(), row += part->type->bytes) {
+        span.take(part->type->type, row);
+        put_span(f, at, j, span);
+        at += f.header() + f.inputs() / 32 * f.numbers();
+      }
+    }
+  return keep(std::move(m));
+}
+
+// out[rows, k] = W's rows of these numbers, in float32, as ggml dequantizes them.
+void loradock_ggml_rows(int number, const int64_t* which, int rows, float* out) {
+  const Matrix& m = *matrices[number];
+#pragma omp parallel for schedule(static) if (rows > 16)
+  for (int r = 0; r < rows; r++) ggml_row(m, which[r], out + int64_t(r) * m.k);
+}
+}
+
+#endif
