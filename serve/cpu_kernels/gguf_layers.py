@@ -44,7 +44,7 @@ class Blocks(LinearMethodBase):
             raise ValueError("a GGUF file's weights as they are cannot be spread over several workers")
         # vLLM asks for its type and device; it stays empty, as of all layers whose weights are packed.
         weight = Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
-        weight.weight_loader = partial(self.take, layer)  # type: ignore[attr-defined]
+        weight.weight_loader = partial(self.take, layer)
         layer.register_parameter("weight", weight)
         layer.loradock_outputs = sum(outputs)
 
