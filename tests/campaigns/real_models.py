@@ -1,0 +1,171 @@
+"""`make real-models DIR=...`: GGUF files in a folder, served as they are, beside llama.cpp on the same files.
+
+For each file: answers that a person can judge, perplexity on the same windows, and, in turns, the time of a token at
+one stream, tokens a second at 16, the first token of 1,024, and memory. llama.cpp is the package xllamacpp's, in an
+environment of its own:
+
+    python -m venv llama && llama/bin/pip install xllamacpp
+    make real-models DIR=models ARGS="--llama-python llama/bin/python"
+
+Without it loradock is measured alone. `--no-speed` leaves out what wants a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from tests.campaigns.cpu_speed import CASES, STREAMS, Choice, Up, against, loradock, measure, processor
+from tests.support.server import ROOT, done, free_port
+
+TOKENS = 512  # of a window of text
+QUESTIONS = (
+    "What is the capital of France, and which river flows through it?",
+    "Write a Python function that reverses the words of a sentence.",
+    "Explain in two sentences why the sky is blue.",
+)
+LIBRARY = Path(__file__).with_name("llama_library.py")
+
+
+@contextmanager
+def llama(python: Path, file: Path, folder: Path) -> Iterator[Up]:
+    port = free_port()
+    command = [str(python), str(LIBRARY), "serve", str(file), str(port), str(STREAMS)]
+    with (folder / f"{file.name}.llama.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        for _ in range(600):
+            with suppress(httpx.TransportError):
+                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    break
+            if process.poll() is not None:
+                raise SystemExit((folder / f"{file.name}.llama.log").read_text()[-2000:])
+            time.sleep(0.5)
+        yield Up(f"http://127.0.0.1:{port}", process.pid, ["any"])
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def post(up: Up, path: str, **body: Any) -> Any:
+    return done(httpx.post(f"{up.url}{path}", json={"model": up.models[0], **body}, timeout=1800))
+
+
+def answers(up: Up) -> None:
+    """To a person."""
+    for question in QUESTIONS:
+        messages = [{"role": "user", "content": question}]
+        answer = post(up, "/v1/chat/completions", messages=messages, max_tokens=120, temperature=0)["choices"][0]
+        print(f"> {question}\n\n{answer['message']['content'].strip()}\n")
+
+
+def windows(up: Up, count: int) -> list[list[int]]:
+    """Of this project's documentation and code, from places that are far from one another."""
+    files = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "serve").glob("*/*.py"))]
+    text = "\n".join(file.read_text() for file in files[:: max(1, len(files) // 60)])
+    ids = post(up, "/tokenize", prompt=text, add_special_tokens=False)["tokens"]
+    step = max(TOKENS, len(ids) // count)
+    return [ids[begin : begin + TOKENS] for begin in range(0, len(ids) - TOKENS + 1, step)][:count]
+
+
+def losses(up: Up, window: list[int]) -> list[float]:
+    """Of each token but the first."""
+    body = {"prompt": window, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+    known = post(up, "/v1/completions", **body)["choices"][0]["prompt_logprobs"]
+    return [-place[str(token)]["logprob"] for place, token in zip(known[1:], window[1:], strict=True)]
+
+
+def losses_of_llama(python: Path, file: Path, text: list[list[int]]) -> Iterator[list[float]]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([str(python), str(LIBRARY), "logits", str(file)], **pipes) as process:
+        assert process.stdin and process.stdout
+        with process.stdin as sink:
+            sink.write(json.dumps(text).encode())
+        size = 4 * int.from_bytes(process.stdout.read(4), "little")
+        if not size:
+            raise SystemExit(f"llama.cpp does not answer for {file}")
+        for window in text:
+            rows = [np.frombuffer(process.stdout.read(size), np.float32).astype(np.float64) for _ in window]
+            yield [float(np.logaddexp.reduce(row) - row[token]) for row, token in zip(rows, window[1:], strict=False)]
+
+
+def perplexity(rows: list[list[float]]) -> float:
+    return math.exp(sum(map(sum, rows)) / sum(map(len, rows)))
+
+
+def compare_quality(up: Up, file: Path, given: argparse.Namespace) -> None:
+    text = windows(up, given.windows)
+    ours = perplexity([losses(up, window) for window in text])
+    said = f"perplexity of {len(text)} windows of {TOKENS} tokens: {ours:.4f}"
+    if given.llama_python:
+        theirs = perplexity(list(losses_of_llama(given.llama_python, file, text)))
+        said += f", llama.cpp's {theirs:.4f}: {100 * (ours / theirs - 1):+.3f} %"
+    print(f"{said}\n")
+
+
+def compare_speed(ours: Choice, theirs: Choice | None, up: dict[str, Up], rounds: int) -> None:
+    every = [choice for choice in (ours, theirs) if choice]
+    for number in range(rounds):
+        for place, case in enumerate(CASES):
+            for choice in every if (number + place) % 2 == 0 else every[::-1]:
+                asyncio.run(measure(choice, up[choice.name], case))
+        print(f"round {number + 1} of {rounds}", file=sys.stderr)
+    print(f"| | weights | {' | '.join(CASES)} | memory |\n|---|---|{'---|' * len(CASES)}---|")
+    for choice in every:
+        print(choice.row())
+    if theirs:
+        print(f"\n| ratios of turns | {' | '.join(CASES)} |\n|---|{'---|' * len(CASES)}\n{against(ours, theirs)}")
+
+
+def measured(file: Path, given: argparse.Namespace, folder: Path) -> None:
+    print(f"## {file.name}, {file.stat().st_size / 1e6:.0f} MB\n")
+    ours = Choice("loradock", partial(loradock, file, "auto", [], folder, given.kv_cache))
+    with ExitStack() as stack:
+        up = {ours.name: stack.enter_context(ours.start())}
+        print(f"weights: {up[ours.name].weights}\n")
+        answers(up[ours.name])
+        compare_quality(up[ours.name], file, given)
+        if given.no_speed:
+            return
+        theirs = None
+        if given.llama_python:
+            theirs = Choice("llama.cpp", partial(llama, given.llama_python, file, folder), llama=True, compared=True)
+            up[theirs.name] = stack.enter_context(theirs.start())
+        compare_speed(ours, theirs, up, given.rounds)
+    print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where GGUF files are, or one of them")
+    parser.add_argument("--llama-python", type=Path, help="a Python that has xllamacpp")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--no-speed", action="store_true")
+    parser.add_argument("--kv-cache", default="1G", help="of loradock's server")
+    given = parser.parse_args()
+    files = [given.folder] if given.folder.is_file() else sorted(given.folder.glob("*.gguf"))
+    if not files:
+        raise SystemExit(f"{given.folder} has no GGUF file")
+    print(f"{processor()}, {time.strftime('%Y-%m-%d')}\n")
+    with tempfile.TemporaryDirectory() as name:
+        for file in files:
+            measured(file, given, Path(name))
+
+
+if __name__ == "__main__":
+    main()
