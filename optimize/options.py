@@ -120,10 +120,13 @@ class Gate(Part, frozen=True, kw_only=True):
 
 
 class Export(Part, frozen=True, kw_only=True):
-    """`exporter` writes the graph of `format: onnx`; optimum's runs in an environment of its own."""
+    """`exporter` writes the graph of `format: onnx`; optimum's runs in an environment of its own.
 
-    format: Literal["vllm", "onnx", "genai", "adapter"] = "vllm"
-    precision: Literal["fp32", "fp16", "int8", "int4"] = "fp32"
+    Precisions from `bf16` on are those of `format: gguf`.
+    """
+
+    format: Literal["vllm", "onnx", "genai", "gguf", "adapter"] = "vllm"
+    precision: Literal["fp32", "fp16", "int8", "int4", "bf16", "q8_0", "q6_k", "q4_0", "q4_k_m"] = "fp32"
     exporter: Literal["transformers", "optimum"] = "transformers"
     shard_bytes: int = 4_000_000_000
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-WEIGHTS = (".safetensors", ".data", ".onnx")  # suffixes of files that are whole once they are written
+WEIGHTS = (".safetensors", ".data", ".onnx", ".gguf")  # suffixes of files that are whole once they are written
 
 
 def digest(path: Path) -> str:

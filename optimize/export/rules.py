@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from optimize.checkpoint import architectures
 from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.errors import Refused
-from optimize.export import layout, optimum
+from optimize.export import gguf_metadata, layout, optimum
 from optimize.steps.planning import PROCESS, STARTING, Context, Estimate, beyond_low_rank, by_layer
 from optimize.steps.quantize.rules import Quantize
 
@@ -16,6 +16,8 @@ OUTSIDE_VLLM = ("use_parallel_residual", "qk_layernorm")  # of StableLM; vLLM 0.
 
 # A weight that is multiplied with, and its share of a scale.
 BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.125, "int4": 0.625}
+# Of GGUF files.
+GGUF_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "q8_0": 1.0625, "q6_k": 0.82, "q4_0": 0.5625, "q4_k_m": 0.65}
 
 
 def streams(base: Checkpoint) -> bool:
@@ -29,6 +31,12 @@ def estimates(context: Context) -> list[Estimate]:
     if export.format == "genai":
         what = f"onnxruntime-genai's builder, {export.precision}, adapters beside it, checked against PyTorch"
         return [Estimate("genai", what, PROCESS + 8 * size, 3 * size, STARTING + 90)]
+    if export.format == "gguf":
+        made = int(GGUF_BYTES.get(export.precision, 4.0) * context.weights)
+        what = f"a GGUF file, {export.precision}, adapters beside it"
+        seconds = STARTING + context.weights / 2e7  # several scales are tried for each group
+        table = 12 * context.vocabulary * context.hidden
+        return [Estimate("gguf", what, PROCESS + table, 2 * made + 2 * context.weights, seconds)]
     if export.format == "onnx":
         by = " by optimum" if export.exporter == "optimum" else ""
         what = f"ONNX {export.precision}{by} with KV cache inputs, adapters beside it, checked against PyTorch"
@@ -59,6 +67,10 @@ def refuse(context: Context) -> None:
         _refuse_genai(context)
     if recipe.export.format == "onnx":
         _refuse_onnx(context)
+    if recipe.export.format == "gguf":
+        _refuse_gguf(context)
+    elif recipe.export.precision not in BYTES:
+        raise Refused(f"`precision: {recipe.export.precision}` is of GGUF files: say `format: gguf`")
 
 
 def _refuse_vllm(context: Context) -> None:
@@ -92,6 +104,20 @@ def _refuse_onnx(context: Context) -> None:
             f"optimum's exporter does not take models of type {kind!r}: leave `exporter: optimum` out, and "
             "transformers' own writes the graph"
         )
+
+
+def _refuse_gguf(context: Context) -> None:
+    """What no GGUF file is made of here."""
+    recipe, base = context.recipe, context.base
+    if find_spec("gguf") is None:
+        raise Refused("a GGUF file is written by the package gguf: pip install 'loradock[cpu]' or 'loradock[gpu]'")
+    if recipe.export.precision not in GGUF_BYTES:
+        raise Refused(f"a GGUF file has no {recipe.export.precision}: say one of {', '.join(GGUF_BYTES)}")
+    if any(step.quantizes for step in recipe.steps) or base.quantization is not None:
+        raise Refused("a GGUF file has its own 4 and 8 bits: leave the quantize step out and say `precision: q4_k_m`")
+    if reason := gguf_metadata.reason_against(base.config, base.folder / "tokenizer.json"):
+        raise Refused(f"{reason}: say `format: vllm`")
+    _refuse_beyond_low_rank(context, "a GGUF file")
 
 
 def _refuse_beyond_low_rank(context: Context, what: str) -> None:

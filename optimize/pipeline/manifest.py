@@ -129,7 +129,7 @@ def _named(done: Done) -> dict[str, Any]:
 
 
 def _card(facts: Facts, parent: str) -> str:
-    library = {"vllm": "transformers", "adapter": "peft"}.get(facts.recipe.export.format, "onnx")
+    library = {"vllm": "transformers", "adapter": "peft", "gguf": "gguf"}.get(facts.recipe.export.format, "onnx")
     lines = ["---", f"base_model: {parent}", f"library_name: {library}", "tags: [loradock]", "---", ""]
     lines += [f"# {parent}, optimized", "", f"Made from {parent} by `loradock optimize`: {_steps(facts)}."]
     lines += ["", f"| | {facts.original} | this |", "|---|---|---|"]

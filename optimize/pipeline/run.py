@@ -115,10 +115,16 @@ class Run:
         living = {name: path for name, path in state.adapters.items() if name not in state.merged}
         state = replace(state, adapters=living)
         form = self.recipe.export.format
-        if form in ("onnx", "genai"):
+        answering = state
+        if form in ("onnx", "genai", "gguf"):
             exported = self._do(form, plain(self.recipe.export), state, uses_text=False)
             state = replace(state, model=exported.folder / "model", adapters={})
-        scores = self.scored() | self.measured(state)
+            # Of a GGUF file what its weights are is measured, and the adapters on it.
+            answering = replace(answering, model=exported.folder / "dense") if form == "gguf" else state
+        scores = self.scored() | self.measured(answering)
+        if form == "gguf" and "bytes" in scores:
+            scores["bytes"] = exported.notes["bytes"]
+            scores["size_ratio"] = round(scores["bytes"] / scores["bytes_original"], 4)
         verdicts = judge(self.recipe.gate, scores, adapted=bool(living))
         passed = all(verdict.holds for verdict in verdicts)
         facts = Facts(self.recipe, self.plan, self.done, scores, verdicts)

@@ -28,6 +28,7 @@ from optimize.steps.kind import kinds
 TASKS = {
     "onnx": "optimize.export.onnx",
     "genai": "optimize.export.genai",
+    "gguf": "optimize.export.gguf_file",
     "evaluate": "optimize.evaluation.evaluate",
     "engine": "optimize.evaluation.engine",
     "tasks": "optimize.evaluation.tasks",
