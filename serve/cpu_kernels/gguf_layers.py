@@ -38,15 +38,23 @@ class Blocks(LinearMethodBase):
         self.types = types
         self.rows: dict[Any, torch.Tensor] = {}
 
-    def create_weights(self, layer: Any, *sizes: Any, params_dtype: torch.dtype, **attributes: Any) -> None:
-        inputs, outputs, all_inputs, all_outputs = sizes
-        if inputs != all_inputs or sum(outputs) != all_outputs:
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **attributes: Any,
+    ) -> None:
+        if input_size_per_partition != input_size or sum(output_partition_sizes) != output_size:
             raise ValueError("a GGUF file's weights as they are cannot be spread over several workers")
         # vLLM asks for its type and device; it stays empty, as of all layers whose weights are packed.
         weight = Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
         weight.weight_loader = partial(self.take, layer)
         layer.register_parameter("weight", weight)
-        layer.loradock_outputs = sum(outputs)
+        layer.loradock_outputs = output_size
 
     def take(self, layer: Any, parameter: Any, rows: torch.Tensor, shard: Any = None) -> None:
         """Of one tensor, (outputs, bytes)."""
