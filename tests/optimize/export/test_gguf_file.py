@@ -160,7 +160,7 @@ def test_a_recipe_writes_measures_and_judges_a_file(model, texts, tmp_path, step
     [
         ("export: {format: gguf, precision: int4}", "has no int4"),
         ("export: {format: onnx, precision: q4_k_m}", "is of GGUF files"),
-        ("steps: [{quantize: {scheme: w8a16}}]\nexport: {format: gguf, precision: q8_0}", "its own 4 and 8 bits"),
+        ("steps: [{quantize: {scheme: w8a8}}]\nexport: {format: gguf, precision: q8_0}", "its own 4 and 8 bits"),
         ("export: {format: gguf, precision: q8_0}", "its tokenizer is not written: it is no byte-level BPE"),
     ],
 )
