@@ -37,7 +37,7 @@ class Kind:
     vocabulary: int = 96
     blocks: int = 24  # of the cache
     positions: int = 160
-    weights: int = packing.BF16
+    weights: int | str = packing.BF16  # or a type of ggml's, of blocks of 32
 
 
 def like(size: str, weights: int, rows: int, context: int) -> Kind:
@@ -71,7 +71,7 @@ def decoder_of(kind: Kind) -> tuple[Decoder, list[list[torch.Tensor]]]:
             Layer(
                 matrices=tuple(
                     SimpleNamespace(
-                        loradock_matrix=packing.matrix(weight, kind.weights, paired=place == 2),
+                        loradock_matrix=_packed(weight, kind.weights, paired=place == 2),
                         loradock_weights="bfloat16",
                     )
                     for place, weight in enumerate(matrices)
@@ -116,6 +116,17 @@ def decoder_of(kind: Kind) -> tuple[Decoder, list[list[torch.Tensor]]]:
         ),
         weights,
     )
+
+
+def _packed(weight: torch.Tensor, kind: int | str, paired: bool) -> int:
+    if isinstance(kind, int):
+        return packing.matrix(weight, kind, paired=paired)
+    import gguf
+
+    from tests.support.gguf_files import packed_blocks
+
+    raw = gguf.quantize(weight.float().numpy(), gguf.GGMLQuantizationType[kind])
+    return packed_blocks([(kind, raw)], *weight.shape, paired=paired)
 
 
 def rope_of(kind: Kind, number: int) -> Rope:

@@ -183,11 +183,14 @@ def dense(number: int) -> torch.Tensor:
     return packed_linear(torch.eye(inputs).bfloat16(), number, outputs).T
 
 
-@pytest.mark.parametrize("weights", [packing.BF16, packing.GROUP8, packing.GROUP4], ids=["bf16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "weights", [packing.BF16, packing.GROUP8, packing.GROUP4, "Q5_0"], ids=["bf16", "int8", "int4", "Q5_0"]
+)
 @pytest.mark.parametrize("name", ["plain", "beside one another", "norms after"])
 def test_every_token_is_computed_with_its_own_adapter(monkeypatch, name, weights):
     """Prompts and single tokens of adapters of every rank, and of none, beside one another, in every order."""
-    kind = replace(KINDS[name], hidden=80, inner=208, blocks=64, weights=weights)
+    hidden, inner = (96, 224) if weights == "Q5_0" else (80, 208)
+    kind = replace(KINDS[name], hidden=hidden, inner=inner, blocks=64, weights=weights)
     decoder, _ = decoder_of(kind)
     matrices = [[dense(module.loradock_matrix) for module in layer.matrices] for layer in decoder.layers]
     adapters = Adapters(kind, decoder, RANKS)
