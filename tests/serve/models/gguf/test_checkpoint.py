@@ -12,6 +12,7 @@ from serve.cpu_kernels.build import keeps_gguf
 from serve.errors import ConfigError
 from serve.models import checkpoint, engine_memory
 from serve.models.dimensions import dimensions
+from serve.models.gguf import conversion
 from serve.models.gguf.checkpoint import Form, ensure, to_train
 from serve.models.gguf.families import FAMILIES
 from serve.models.gguf.kept import METHOD, SCALES
@@ -195,6 +196,14 @@ def test_every_family_has_been_compared():
     assert set(FAMILIES) == {"llama", "qwen2", "qwen3", "gemma3", "phi3", "granite"}
 
 
+def kept(file: Path) -> Path:
+    """Its checkpoint with the weights as they are, made in this process."""
+    folder = file.with_suffix("")
+    folder.mkdir()
+    conversion.convert(file, folder, Form.KEPT, lambda share: None)
+    return folder
+
+
 def rows_in(file: Path, name: str) -> torch.Tensor:
     return next(torch.from_numpy(np.array(it.data)) for it in gguf.GGUFReader(file).tensors if it.name == name)
 
@@ -202,7 +211,7 @@ def rows_in(file: Path, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("kind", sorted(SCALES))
 def test_kept_weights_are_the_files_bytes(kind, tmp_path):
     file = write(tmp_path / "a.gguf", "qwen2", kind)
-    folder = made(file, tmp_path / "cache", Form.KEPT)
+    folder = kept(file)
     weights, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
     assert torch.equal(weights["model.layers.1.mlp.down_proj.weight"], rows_in(file, "blk.1.ffn_down.weight"))
     assert torch.equal(weights["model.embed_tokens.weight"], rows_in(file, "token_embd.weight"))
@@ -215,7 +224,7 @@ def test_kept_weights_are_the_files_bytes(kind, tmp_path):
 def test_kept_rows_of_queries_and_keys_are_in_the_checkpoints_order(tmp_path):
     """The first half of a head's rows, then the second, where llama.cpp has them by turns."""
     file = write(tmp_path / "a.gguf", "llama", "Q4_K")
-    weights = load_file(made(file, tmp_path / "cache", Form.KEPT) / "model.safetensors")
+    weights = load_file(kept(file) / "model.safetensors")
     for part, name, heads in (("q_proj", "attn_q", HEADS), ("k_proj", "attn_k", KEYS)):
         theirs = rows_in(file, f"blk.0.{name}.weight")
         order = [head * HEAD + 2 * i + half for head in range(heads) for half in (0, 1) for i in range(HEAD // 2)]
@@ -224,7 +233,7 @@ def test_kept_rows_of_queries_and_keys_are_in_the_checkpoints_order(tmp_path):
 
 def test_a_layer_whose_tensors_do_not_fit_together_is_bfloat16(tmp_path):
     kinds = {"blk.0.attn_v.weight": "F16", "blk.1.ffn_up.weight": "Q6_K", "blk.1.attn_v.weight": "Q6_K"}
-    folder = made(write(tmp_path / "a.gguf", "qwen2", "Q4_K", kinds=kinds), tmp_path / "cache", Form.KEPT)
+    folder = kept(write(tmp_path / "a.gguf", "qwen2", "Q4_K", kinds=kinds))
     types = json.loads((folder / "config.json").read_text())["quantization_config"]["types"]
     weights = load_file(folder / "model.safetensors")
     for module, kind in {"0.self_attn.q_proj": None, "1.mlp.gate_proj": None, "1.self_attn.v_proj": "Q6_K"}.items():
@@ -240,29 +249,29 @@ def test_a_scale_that_is_not_finite_is_refused(tmp_path):
     data[tensor.data_offset + 34 * 5 : tensor.data_offset + 34 * 5 + 2] = np.float16("inf").tobytes()
     file.write_bytes(data)
     with pytest.raises(ConfigError, match="'blk.0.ffn_down.weight' .* not finite"):
-        made(file, tmp_path / "cache", Form.KEPT)
+        kept(file)
 
 
 def test_memory_and_slots_of_kept_weights_are_counted(tmp_path):
     file = write(tmp_path / "a.gguf", "qwen2", "Q4_K")
-    kept, plain = (made(file, tmp_path / "cache", form) for form in Form)
+    as_it_is, plain = (made(file, tmp_path / "cache", form) for form in Form)
     tensors = sum(it.n_bytes for it in gguf.GGUFReader(file).tensors if len(it.shape) == 2)
-    assert tensors < engine_memory.weights(kept) < 1.05 * tensors
-    assert engine_memory.slots(kept, 2, 8) == engine_memory.slots(plain, 2, 8) > 0
-    assert 3 * engine_memory.weights(kept) < engine_memory.weights(plain)
+    assert tensors < engine_memory.weights(as_it_is) < 1.05 * tensors
+    assert engine_memory.slots(as_it_is, 2, 8) == engine_memory.slots(plain, 2, 8) > 0
+    assert 3 * engine_memory.weights(as_it_is) < engine_memory.weights(plain)
 
 
 def test_both_forms_are_one_model_and_training_reads_bfloat16(tmp_path):
     file = write(tmp_path / "a.gguf", "qwen2", "Q4_K")
-    kept = made(file, tmp_path / "cache", Form.KEPT)
-    trained = to_train(kept)
+    served = made(file, tmp_path / "cache", Form.KEPT)
+    trained = to_train(served)
     assert load_file(trained / "model.safetensors")["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert to_train(trained) == trained and made(file, tmp_path / "cache") == trained
-    assert checkpoint.digest_of(str(kept)) == checkpoint.digest_of(str(trained))
-    assert made(file, tmp_path / "cache", Form.KEPT) == kept  # neither removed the other
+    assert checkpoint.digest_of(str(served)) == checkpoint.digest_of(str(trained))
+    assert made(file, tmp_path / "cache", Form.KEPT) == served  # neither removed the other
     file.unlink()
     with pytest.raises(ConfigError, match="is not there any more"):
-        to_train(kept)
+        to_train(served)
 
 
 @pytest.mark.parametrize(
