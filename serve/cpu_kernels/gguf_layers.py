@@ -7,28 +7,34 @@ of them was read.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from serve.cpu_kernels import one_copy, packing
 from serve.cpu_kernels.build import library
 from serve.cpu_kernels.operators import packed_linear
 from serve.models.gguf.file import TYPE_NUMBERS
+from serve.models.gguf.kept import modules_of
 
 
-def method(layer: torch.nn.Module, prefix: str, types: list[str]) -> Any:
-    """How a layer has its weights. types: of the tensors of which it is made, none where they are not kept."""
-    if isinstance(layer, VocabParallelEmbedding):
-        tied = prefix.endswith("lm_head")  # it has no weights of its own then
-        return Blocks(types) if types or tied else None
+def method(layer: torch.nn.Module, prefix: str, types: Mapping[str, str]) -> Any:
+    """How a layer has its weights. types: of the checkpoint's modules whose weights are kept."""
+    if isinstance(layer, VocabParallelEmbedding):  # whose prefix not every model says
+        is_head = isinstance(layer, ParallelLMHead)
+        kind = types.get("lm_head" if is_head else "model.embed_tokens")
+        if kind is None and is_head and "model.embed_tokens" in types:
+            return Blocks([])  # it is the embedding's matrix
+        return Blocks([kind]) if kind else None
     if not isinstance(layer, LinearBase):
         return None
-    return Blocks(types) if types else UnquantizedLinearMethod()
+    modules = [module for module in modules_of(prefix, types) if module in types]
+    return Blocks([types[module] for module in modules]) if modules else UnquantizedLinearMethod()
 
 
 class Blocks(LinearMethodBase):

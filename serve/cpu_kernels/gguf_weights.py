@@ -13,7 +13,7 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, regist
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from serve.cpu_kernels.build import library
-from serve.models.gguf.kept import METHOD, modules_of
+from serve.models.gguf.kept import METHOD
 
 
 def register() -> None:
@@ -55,5 +55,4 @@ class GGUFWeights(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         from serve.cpu_kernels import gguf_layers
 
-        modules = [module for module in modules_of(prefix, self.types) if module in self.types]
-        return gguf_layers.method(layer, prefix, [self.types[module] for module in modules])
+        return gguf_layers.method(layer, prefix, self.types)
