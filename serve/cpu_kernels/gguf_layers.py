@@ -23,12 +23,12 @@ from serve.models.gguf.file import TYPE_NUMBERS
 from serve.models.gguf.kept import modules_of
 
 
-def method(layer: torch.nn.Module, prefix: str, types: Mapping[str, str]) -> Any:
+def method(layer: torch.nn.Module, prefix: str, types: Mapping[str, str], tied: bool) -> Any:
     """How a layer has its weights. types: of the checkpoint's modules whose weights are kept."""
     if isinstance(layer, VocabParallelEmbedding):  # whose prefix not every model says
         is_head = isinstance(layer, ParallelLMHead)
         kind = types.get("lm_head" if is_head else "model.embed_tokens")
-        if kind is None and is_head and "model.embed_tokens" in types:
+        if is_head and tied and "model.embed_tokens" in types:
             return Blocks([])  # it is the embedding's matrix
         return Blocks([kind]) if kind else None
     if not isinstance(layer, LinearBase):

@@ -25,9 +25,10 @@ def register() -> None:
 class GGUFWeights(QuantizationConfig):
     """Which modules' weights are a file's, by their type."""
 
-    def __init__(self, types: Mapping[str, str]) -> None:
+    def __init__(self, types: Mapping[str, str], tied: bool) -> None:
         super().__init__()
         self.types = types
+        self.tied = tied  # the output layer is the embedding
 
     def get_name(self) -> Any:
         return METHOD
@@ -50,9 +51,9 @@ class GGUFWeights(QuantizationConfig):
                 "a GGUF file's weights are multiplied as they are by loradock's kernels, and there are none here: "
                 "install g++, or serve the file anew"
             )
-        return cls(config["types"])
+        return cls(config["types"], config["tied"])
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         from serve.cpu_kernels import gguf_layers
 
-        return gguf_layers.method(layer, prefix, self.types)
+        return gguf_layers.method(layer, prefix, self.types, self.tied)

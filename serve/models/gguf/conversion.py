@@ -43,7 +43,8 @@ def convert(path: Path, folder: Path, form: Form, progress: Callable[[float], No
     intended = plan(file)
     types = kept_types(intended.names, file.tensors) if form is Form.KEPT else {}
     if types:
-        intended.config["quantization_config"] = {"quant_method": METHOD, "types": types}
+        tied = bool(intended.config["tie_word_embeddings"])
+        intended.config["quantization_config"] = {"quant_method": METHOD, "types": types, "tied": tied}
     tokenizer.save(file, folder)
     _write(folder / "config.json", intended.config)
     _write(folder / "generation_config.json", _generation(file))
