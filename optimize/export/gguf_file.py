@@ -43,14 +43,37 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     (out / ADAPTERS).mkdir(parents=True)
     precision = job.options["precision"]
     adapters = {name: read(name, Path(path)) for name, path in sorted(job.adapters.items())}
-    notes = _model(source, out / FILE, job.folder / "dense", precision, progress)
+    notes = _model(source, out / FILE, precision, progress)
+    dense(source, out / FILE, job.folder / "dense")
     for name, adapter in adapters.items():
         _adapter(source, adapter, out / ADAPTERS / f"{name}.gguf")
     exported = {"adapters": {name: "exported for llama.cpp" for name in adapters}} if adapters else {}
     return {"precision": precision, **notes, **exported, "bytes": (out / FILE).stat().st_size}
 
 
-def _model(source: Checkpoint, file: Path, dense: Path, precision: str, progress: Progress) -> dict[str, Any]:
+def dense(like: Checkpoint, file: Path, folder: Path) -> Path:
+    """What the weights in a file are, as a checkpoint in bfloat16: of the model `like`, which it was made of."""
+    architecture, turned = gguf_metadata.ARCHITECTURES[like.config["architectures"][0]]
+    names = _names(architecture, int(like.config["num_hidden_layers"]))
+    there = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    shutil.rmtree(folder, ignore_errors=True)
+    out = Writer(folder, like.folder)
+    for name in _wanted(like):
+        tensor = there.get(_name(names, name))
+        if tensor is None:
+            raise OptimizeError(f"{file.name} has no {_name(names, name)}")
+        values = np.ascontiguousarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        read = torch.from_numpy(values).view(like.shapes[name])
+        out.add(name, (_apart(read, name, like.config) if turned else read).bfloat16())
+    out.close(like.config)
+    return folder
+
+
+def _wanted(source: Checkpoint) -> list[str]:
+    return [name for name in source.entries if not (name == "lm_head.weight" and source.tied)]
+
+
+def _model(source: Checkpoint, file: Path, precision: str, progress: Progress) -> dict[str, Any]:
     architecture, turned = gguf_metadata.ARCHITECTURES[source.config["architectures"][0]]
     layers = int(source.config["num_hidden_layers"])
     names = _names(architecture, layers)
@@ -59,9 +82,8 @@ def _model(source: Checkpoint, file: Path, dense: Path, precision: str, progress
     out.add_name(source.folder.name)
     out.add_string("loradock.manifest", json.dumps({"precision": precision, "made_by": "loradock optimize"}))
     gguf_metadata.write(out, source.config, source.folder)
-    measured = Writer(dense, source.folder)
     types: Counter[str] = Counter()
-    wanted = [name for name in source.entries if not (name == "lm_head.weight" and source.tied)]
+    wanted = _wanted(source)
     for done, name in enumerate(wanted):
         progress(done, len(wanted), name)
         tensor = source.tensor(name).float()
@@ -71,17 +93,12 @@ def _model(source: Checkpoint, file: Path, dense: Path, precision: str, progress
         label = gguf.GGMLQuantizationType[kind]
         if tensor.ndim == 1:
             out.add_tensor(_name(names, name), np.ascontiguousarray(moved.numpy()))
-            measured.add(name, tensor.bfloat16())
-            continue
-        raw = blocks(moved, kind)
-        out.add_tensor(_name(names, name), raw, raw_dtype=label)
-        back = torch.from_numpy(np.ascontiguousarray(gguf.dequantize(raw, label)).astype(np.float32)).view(tensor.shape)
-        measured.add(name, (_apart(back, name, source.config) if turned else back).bfloat16())
+        else:
+            out.add_tensor(_name(names, name), blocks(moved, kind), raw_dtype=label)
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
     out.close()
-    measured.close(source.config)
     whole = sum(types.values())
     return {"types": {kind: round(count / whole, 4) for kind, count in types.most_common()}}
 

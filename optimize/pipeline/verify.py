@@ -19,6 +19,7 @@ import msgspec
 
 from optimize import recipe as recipes
 from optimize.checkpoint import artifact
+from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.errors import Refused
 from optimize.pipeline import manifest, signature
 from optimize.pipeline import plan as plans
@@ -170,7 +171,7 @@ class Verify:
             raise Refused("the manifest says what the export was measured on: --set is for exports of others")
         made = {**read["recipe"]}
         steps = [{step["step"]: {name: value for name, value in step["options"].items() if value is not None}}
-                 for step in read["steps"] if step["step"] not in ("onnx", "genai")]  # fmt: skip
+                 for step in read["steps"] if step["step"] not in ("onnx", "genai", "gguf")]  # fmt: skip
         kinds = recipes.step_kinds()
         data = self.sources.data or Path.cwd()
         for step in steps:
@@ -230,6 +231,11 @@ class Verify:
         if run.recipe.export.format == "adapter":
             made = [step.makes for step in run.recipe.steps if step.makes][-1]
             result = State(state.model, state.base, state.reference, living | {made: self.folder}, state.originals)
+        elif run.recipe.export.format == "gguf":
+            from optimize.export import gguf_file
+
+            read = gguf_file.dense(Checkpoint(state.model), self.folder / gguf_file.FILE, run.work / "dense")
+            result = replace(state, model=read, adapters=living)
         else:
             result = replace(state, model=self.folder, adapters=living)
         return run.measured(result, {"timed": False})
