@@ -62,7 +62,7 @@ def dense(like: Checkpoint, file: Path, folder: Path) -> Path:
         tensor = there.get(_name(names, name))
         if tensor is None:
             raise OptimizeError(f"{file.name} has no {_name(names, name)}")
-        values = np.ascontiguousarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        values = np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)  # of its own: torch may write
         read = torch.from_numpy(values).view(like.shapes[name])
         out.add(name, (_apart(read, name, like.config) if turned else read).bfloat16())
     out.close(like.config)
