@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import glob
+import importlib
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
+PACKAGE: Any = importlib.import_module("xllamacpp")
 THREADS = 4  # llama.cpp's own default, by which the two fields of it are found
 
 
@@ -43,9 +45,7 @@ class Library:
     """One model, and a context of so many tokens."""
 
     def __init__(self, file: str, tokens: int) -> None:
-        import xllamacpp
-
-        (path,) = glob.glob(str(Path(xllamacpp.__file__).parent / "xllamacpp*.so"))
+        (path,) = glob.glob(str(Path(str(PACKAGE.__file__)).parent / "xllamacpp*.so"))
         self._functions = ctypes.CDLL(path)
         self._call("llama_backend_init", None)
         model = self._call("llama_model_load_from_file", ctypes.c_void_p, file.encode(), self._options("model"))
@@ -90,15 +90,13 @@ class Library:
 
 
 def serve(file: str, port: int, streams: int) -> None:
-    import xllamacpp
-
-    options = xllamacpp.CommonParams()
+    options = PACKAGE.CommonParams()
     options.model.path = file
     options.port = port
     options.n_parallel = streams
     options.n_ctx = 2048 * streams
     options.cpuparams.n_threads = options.cpuparams_batch.n_threads = os.cpu_count() or 1
-    server = xllamacpp.Server(options)
+    server = PACKAGE.Server(options)
     print(server.listening_address, flush=True)
     while True:
         time.sleep(60)

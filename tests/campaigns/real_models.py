@@ -90,8 +90,9 @@ def losses(up: Up, window: list[int]) -> list[float]:
 
 
 def losses_of_llama(python: Path, file: Path, text: list[list[int]]) -> Iterator[list[float]]:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([str(python), str(LIBRARY), "logits", str(file)], **pipes) as process:
+    command = [str(python), str(LIBRARY), "logits", str(file)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
         assert process.stdin and process.stdout
         with process.stdin as sink:
             sink.write(json.dumps(text).encode())
