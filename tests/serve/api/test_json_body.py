@@ -94,6 +94,7 @@ async def test_the_openapi_document_describes_every_body(client):
         "post /v1/adapters/{name}/data": "DataBuild",
         "post /v1/adapters/{name}/versions/{number}/replay": "Replay",
         "post /v1/adapters/{name}/loop/reject": "LoopAnswer",
+        "post /v1/adapters/{name}/mix": "Mix",
         "post /v1/load_lora_adapter": "LoadLora",
         "post /v1/unload_lora_adapter": "UnloadLora",
         "post /v1/keys": "NewKey",

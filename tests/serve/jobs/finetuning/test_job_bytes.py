@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from serve.adapters.byte_ledger import Kind, size_of
+import asyncio
+
+import pytest
+
+from serve.adapters.byte_ledger import Bound, Kind, size_of
 from serve.jobs.finetuning import admission
 from tests.serve.jobs.finetuning.conftest import begun, ended, parts_of, stepped
+from tests.serve.jobs.finetuning.test_workers import by_hand, claimed, pair, queued
 from tests.support.app import settled
 from tests.support.backend import FakeBackend
+
+__all__ = ["pair"]
 
 
 async def test_copies_and_results_are_paid_for_before_they_are_written_and_counted_again_at_start(
@@ -54,3 +61,36 @@ async def test_checkpoints_are_counted_again_from_the_disk_when_the_server_start
     async with again as client:
         assert (await ended(sdk(client), id)).status == "succeeded"
         assert await settled(lambda: not ledger.nbytes("default", Kind.TRAINING) and not folder.exists(), 10)
+
+
+async def test_what_another_server_passed_on_is_paid_for_before_it_comes(pair, sdk, tiny_model, tmp_path, monkeypatch):
+    async with pair() as (here, there):
+        id = await queued(sdk(here))
+        one, two = by_hand(here), by_hand(there)
+        await claimed(here, one, tiny_model)
+        await asyncio.to_thread(one.launch, id)
+        file = tmp_path / "file"
+        file.write_bytes(b"x" * 3000)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            await asyncio.to_thread(one.bring, id, f"adapter/{name}", file)
+        assert parts_of(here).store.ledger.nbytes("default", Kind.TRAINING) == 0, "it is not on this disk any more"
+        parts, paid = parts_of(there), []
+        ledger, shared = parts.store.ledger, parts.store.shared
+        get_file = shared.get_file
+
+        def getting(name, path):
+            paid.append(ledger.nbytes("default", Kind.TRAINING))
+            get_file(name, path)
+
+        monkeypatch.setattr(shared, "get_file", getting)
+        bound = Bound(frozenset({Kind.TRAINING}), 5000, "training", "cancel a job")
+        ledger.bound(bound)
+        with pytest.raises(Exception, match="cancel a job"):
+            await asyncio.to_thread(two.done, id)
+        folder = parts.fine_tuning.runner.folders.folder(id)
+        assert ledger.nbytes("default", Kind.TRAINING) == size_of(folder.path) == 3000
+        ledger._bounds.remove(bound)
+        paid.clear()
+        await asyncio.to_thread(two.done, id)
+        assert folder.adapter and ledger.nbytes("default", Kind.TRAINING) == size_of(folder.path)
+        assert max(paid) >= 6000
