@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from serve.adapters.adapter import CARD, CONFIG, WEIGHTS, Inspection, Limits
-from serve.adapters.peft_config import MERGE, Patterns, PeftConfig, config_problems, rank_of, read_config, scaling_of
+from serve.adapters.peft_config import (
+    MERGE,
+    RETRAIN,
+    Patterns,
+    PeftConfig,
+    config_problems,
+    rank_of,
+    read_config,
+    scaling_of,
+)
 from serve.adapters.provenance import front_matter, read_license, read_provenance
 from serve.adapters.tensors import FLOATS, Tensor, read_header, scan
 from serve.adapters.untrusted import open_plain, rejected
@@ -24,7 +33,10 @@ _HALVES = {
     ".lora_B.weight": "B",
     ".lora_embedding_A": "A",
     ".lora_embedding_B": "B",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
 }
+_TABLES = ("embed_tokens", "wte", "word_embeddings", "lm_head")
 # PEFT saves the base's own embedding beside its LoRA; the engine passes over these two names.
 _BASE_COPIES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 
@@ -83,7 +95,7 @@ def _license_problems(license: str | None, limits: Limits) -> Iterator[str]:
 def _match(
     tensors: Iterable[Tensor], modules: Mapping[str, tuple[int, int]], pairs: dict[str, dict[str, Tensor]]
 ) -> Iterator[str]:
-    """Fill `pairs`, module -> its A and B."""
+    """Fill `pairs`, module -> its A and B, and its magnitude."""
     for tensor in tensors:
         name = tensor.name
         if name.endswith(_BASE_COPIES):
@@ -131,6 +143,22 @@ def _shape_problems(
             elif pair[half].shape != wanted:
                 shape = list(pair[half].shape)
                 yield f"`{shown(pair[half].name)}` is {shape}; the base and rank {rank} want {list(wanted)}"
+        yield from _magnitude_problems(module, pair, out, config)
+
+
+def _magnitude_problems(module: str, pair: Mapping[str, Tensor], out: int, config: PeftConfig) -> Iterator[str]:
+    """DoRA's: one number for each output of every module that it adapts."""
+    magnitude = pair.get("magnitude")
+    if not config.raw.get("use_dora"):
+        if magnitude:
+            yield f"`{shown(magnitude.name)}` is a magnitude, and use_dora is not set; {RETRAIN}"
+        return
+    if magnitude is None:
+        yield f"`{module}` has no lora_magnitude_vector, and use_dora is set; save the adapter again"
+    elif magnitude.shape != (out,):
+        yield f"`{shown(magnitude.name)}` is {list(magnitude.shape)}; the base wants {[out]}"
+    if module.rpartition(".")[2] in _TABLES:
+        yield f"it uses DoRA on `{module}`, which the engine applies to linear layers alone; {MERGE}"
 
 
 def _target_problems(
@@ -164,13 +192,14 @@ def _value_problems(file: BinaryIO, pairs: Mapping[str, Mapping[str, Tensor]], l
     """NaN, infinity, and an adapter whose every product is zero."""
     effect = False
     for pair in pairs.values():
-        moves = True
-        for half in ("A", "B"):
-            finite, zero = scan(file, pair[half])
+        zeros = set()
+        for half, tensor in pair.items():
+            finite, zero = scan(file, tensor)
             if not finite:
-                yield f"`{shown(pair[half].name)}` holds NaN or infinity"
-            moves = moves and not zero
-        effect = effect or moves
+                yield f"`{shown(tensor.name)}` holds NaN or infinity"
+            zeros |= {half} if zero else set()
+        # A magnitude scales the base's own outputs.
+        effect = effect or "magnitude" in pair or not zeros
     if not effect and not limits.may_change_nothing:
         yield "every lora_B (or its lora_A) is zero, so the adapter would change nothing: was it saved before training?"
 

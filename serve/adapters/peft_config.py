@@ -119,8 +119,6 @@ def _other_problems(raw: Mapping[str, Any]) -> Iterator[str]:
 def config_problems(config: PeftConfig, limits: Limits) -> Iterator[str]:
     """What is well written, and cannot be served beside other adapters."""
     raw = config.raw
-    if raw.get("use_dora"):
-        yield f"it uses DoRA (use_dora), which the engine does not apply; {MERGE}"
     if raw.get("modules_to_save"):
         yield f"it replaces whole modules (modules_to_save: {shown(raw['modules_to_save'])}); {MERGE}"
     if raw.get("bias", "none") != "none":

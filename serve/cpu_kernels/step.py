@@ -149,6 +149,8 @@ class Fused:
         rows = ids.shape[0]
         if rows > self.most:
             raise Elsewhere("rows")
+        if (layerwise := getattr(self.runner, "loradock_layerwise", None)) and layerwise():
+            raise Elsewhere("dora")
         self._bind(metadata)
         metas = [metadata[name] for name in self.groups]
         meta = metas[0]

@@ -55,8 +55,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 # Seconds until the first look at whether the workers have read an adapter. A look is a call of all workers between two
-# steps, so the longer it takes the fewer there are: each waits for a part of the time that has gone by.
+# steps, so the longer it takes the fewer there are: each waits for a part of the time that has gone by, up to a pause.
 LOAD_POLL, LOAD_PART = 0.005, 1 / 8
+LOAD_PAUSE = 0.1
 # vLLM closes its sockets in a callback of the event loop.
 SOCKETS_CLOSE = 0.1
 # The engine after whose start this process's heap was taken out of the garbage collector's sight.
@@ -344,7 +345,7 @@ class VLLMBackend:
             await self._rpc("loradock_begin", adapter_id, number, str(path))
             began = time.monotonic()
             while LOADING in (states := await self._rpc("loradock_finish", number)):
-                await asyncio.sleep(max(LOAD_POLL, LOAD_PART * (time.monotonic() - began)))
+                await asyncio.sleep(min(max(LOAD_POLL, LOAD_PART * (time.monotonic() - began)), LOAD_PAUSE))
         if reason := next((state for state in states if state != LOADED), None):
             if LOADED in states:  # of several workers some have read it
                 await self._rpc("loradock_drop", number)

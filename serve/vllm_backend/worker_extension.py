@@ -19,12 +19,14 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from time import perf_counter, sleep, thread_time
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 from serve.cpu_kernels import pages, tally
 from serve.vllm_backend.notices import notices
 
 LOADING, LOADED = "loading", "loaded"
+# It was read, and what is computed of it between steps is not done.
+UNFINISHED = Exception()
 # The scheduler's niceness of a thread that reads, beside those that compute.
 NICE = 10
 # While answers are computed it reads for SPELL seconds, then leaves Python's lock and the core to them for REST: the
@@ -35,14 +37,23 @@ SPELL, REST = 0.0008, 0.01
 RESTS = 0.3
 
 
+class Magnitudes(Protocol):
+    """What an adapter needs of the layers before it is registered (serve.vllm_backend.dora)."""
+
+    def advance(self, lora: Any) -> bool: ...
+
+
 class Loader:
     """One worker's adapters on their way in. `manager` is vLLM's LRUCacheWorkerLoRAManager.
 
     `busy` says whether answers are being computed.
     """
 
-    def __init__(self, manager: Any, busy: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, manager: Any, busy: Callable[[], bool] = lambda: False, magnitudes: Magnitudes | None = None
+    ) -> None:
         self._manager = manager
+        self._magnitudes = magnitudes
         self._busy = busy
         self._coming: dict[int, Future[Any]] = {}
         self._again: dict[int, Callable[[], Any]] = {}
@@ -66,14 +77,24 @@ class Loader:
             return LOADED if number in self._manager.list_adapters() else "it was not begun"
         if not coming.done():
             return LOADING
-        del self._coming[number]
-        if error := coming.exception():
+        if error := coming.exception() or self._unfinished(coming.result()):
+            if error is UNFINISHED:
+                return LOADING
+            del self._coming[number]
             return str(error) or type(error).__name__
+        del self._coming[number]
         adapters = self._manager._adapter_manager
         if len(adapters) + 1 > adapters.capacity:
             adapters.remove_oldest_adapter()
         adapters.add_adapter(coming.result())
         return LOADED
+
+    def _unfinished(self, lora: Any) -> BaseException | None:
+        """UNFINISHED while an adapter that was read needs more of the steps' time; or what is wrong with it."""
+        try:
+            return None if self._magnitudes is None or self._magnitudes.advance(lora) else UNFINISHED
+        except (ValueError, RuntimeError) as error:
+            return error
 
     def drop(self, number: int) -> None:
         """Forget an adapter, whether it is being read or registered."""
@@ -138,8 +159,11 @@ class Worker:
     def _loradock(self) -> Loader:
         loader: Loader | None = getattr(self, "_loradock_loader", None)
         if loader is None:
+            from serve.vllm_backend.dora import Magnitudes
+
             runner = self.model_runner  # type: ignore[attr-defined]
-            loader = self._loradock_loader = Loader(runner.lora_manager, lambda: _answering(runner))
+            magnitudes = Magnitudes(runner.lora_manager, runner)
+            loader = self._loradock_loader = Loader(runner.lora_manager, lambda: _answering(runner), magnitudes)
         return loader
 
 

@@ -84,8 +84,8 @@ def mixed(parts: Sequence[Part], tenant: str, max_rank: int) -> Mixture:
     if rank > max_rank:
         ranks = " + ".join(str(part.adapter.rank) for part in summed)
         raise BadRequest(
-            f"this mixture has rank {ranks} = {rank}, and this engine takes up to {max_rank}: max_lora_rank={rank} "
-            "would be needed",
+            f"this mixture has rank {ranks} = {rank}, and this engine takes up to {max_rank}: a max_lora_rank of "
+            f"{rank} or more would be needed",
             param="model",
         )
     names = [part_label(part.adapter.name, tenant) for part in summed]

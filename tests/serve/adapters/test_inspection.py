@@ -120,6 +120,35 @@ def test_what_peft_itself_saves_is_taken(tmp_path):
     assert found.target_modules == ("down_proj", "embed_tokens", "q_proj")
 
 
+def magnitudes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same adapter as a DoRA."""
+    stems = [name.removesuffix(".lora_B.weight") for name in tensors if name.endswith(".lora_B.weight")]
+    return tensors | {
+        f"{stem}.lora_magnitude_vector": torch.ones(len(tensors[f"{stem}.lora_B.weight"])) for stem in stems
+    }
+
+
+def test_a_dora_has_a_magnitude_for_each_output_of_every_module(pack):
+    tensors = magnitudes(weights())
+    assert inspect(pack(config(use_dora=True), tensors), MODULES, LIMITS).rank == 4
+    name = next(name for name in tensors if name.endswith("q_proj.lora_magnitude_vector"))
+    for wrong, sentence in (
+        (torch.ones(7), "is [7]; the base wants [16]"),
+        (torch.ones(16, 1), "is [16, 1]; the base wants [16]"),
+        (torch.full((16,), torch.inf), "holds NaN or infinity"),
+        (torch.ones(16, dtype=torch.int32), "is I32"),
+    ):
+        assert sentence in refused(pack(config(use_dora=True), tensors | {name: wrong}))
+    assert "use_dora is not set" in refused(pack(config(), tensors))
+    assert "has no lora_magnitude_vector" in refused(pack(config(use_dora=True), weights()))
+    both = tensors | {f"{name}.weight": torch.ones(16)}
+    assert "is the second lora_magnitude" in refused(pack(config(use_dora=True), both))
+    stem = "base_model.model.model.embed_tokens"
+    table = {f"{stem}.lora_embedding_A": torch.randn(4, 40), f"{stem}.lora_embedding_B": torch.randn(16, 4)}
+    table |= {f"{stem}.lora_magnitude_vector": torch.ones(16)}
+    assert "linear layers alone" in refused(pack(config(use_dora=True, target_modules=["embed_tokens"]), table))
+
+
 def test_a_rank_pattern_gives_modules_their_own_rank(pack):
     tensors = weights(("v_proj",), rank=4) | weights(("q_proj",), rank=2)
     assert inspect(pack(config(rank_pattern={"q_proj": 2}), tensors), MODULES, LIMITS).rank == 4
@@ -147,7 +176,6 @@ def test_an_initialization_that_leaves_the_base_alone_is_taken(pack, init):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"use_dora": True}, "DoRA"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ],
 )

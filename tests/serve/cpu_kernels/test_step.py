@@ -10,6 +10,7 @@ import sys
 from itertools import product
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from vllm.platforms import current_platform
 if not current_platform.is_cpu():
     pytest.skip("these kernels are for machines without a GPU", allow_module_level=True)
 
-from serve.cpu_kernels import build, packing, step
+from serve.cpu_kernels import build, packing, step, tally
 from tests.campaigns.stepwise import FAMILIES, GGUF, ONE_COPY, VOCABULARIES, WITH_HEAD
 
 needs_kernels = pytest.mark.skipif(not build.step_available(), reason="no kernels for this processor, or no compiler")
@@ -49,6 +50,14 @@ def test_the_cache_lies_as_the_kernels_know_it_where_they_take_its_blocks(chosen
     monkeypatch.setattr(step, "_attention", lambda dtype, block_size, *others: chosen)
     assert step._as_vectors(torch.bfloat16, 128, 64, "auto") == "vec"
     assert step._as_vectors(torch.bfloat16, 16, 64, "auto") == chosen
+
+
+def test_a_step_with_a_row_that_only_the_layers_know_is_theirs(monkeypatch):
+    monkeypatch.setattr(step, "get_forward_context", lambda: SimpleNamespace(attn_metadata={}))
+    fused = SimpleNamespace(most=64, runner=SimpleNamespace(loradock_layerwise=lambda: True))
+    with pytest.raises(step.Elsewhere, match="dora"):
+        step.Fused._step(fused, torch.zeros(1), torch.zeros(1))
+    assert "dora" in tally.REASONS
 
 
 @needs_kernels

@@ -72,7 +72,7 @@ async def test_what_cannot_be_mixed_is_refused_in_a_sentence(client, two, make_a
     assert "NAME:WEIGHT" in await refused(client, "tone:nan+legal")
     assert "up to 8 adapters, not 9" in await refused(client, "+".join(["tone"] * 9))
     assert "add up to nothing" in await refused(client, "tone:2+tone:-2")
-    assert "max_lora_rank=17" in await refused(client, "tone+large")
+    assert "max_lora_rank of 17 or more" in await refused(client, "tone+large")
     assert "`nobody` does not exist" in await refused(client, "tone+nobody", 404)
     assert "`tone+legal` does not exist" in await refused(client, "(mixtures)", 404) or True
 

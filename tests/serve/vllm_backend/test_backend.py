@@ -32,7 +32,8 @@ from vllm.entrypoints.scale_out.factories import register_scale_out_api_routers
 from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
 from vllm.entrypoints.serve.exception_handling.handlers import vllm_error
 from vllm.exceptions import VLLMValidationError
-from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.platforms.interface import Platform
@@ -388,6 +389,13 @@ def test_the_workers_still_have_what_we_call():
     # An adapter that is registered takes its slot in the step that needs it.
     assert "self.add_adapter(lora)" in vllms_source(LRUCacheWorkerLoRAManager._apply_adapters)
     assert "self._adapter_manager.activate_adapter" in inspect.getsource(LRUCacheWorkerLoRAManager.add_adapter)
+    # What DoRA scales, and when.
+    assert "self._apply_lora_to_output(x, output)" in inspect.getsource(BaseLinearLayerWithLoRA._apply_sync)
+    assert callable(BaseLinearLayerWithLoRA._get_quant_method)
+    for name in ("activate_adapter", "get_adapter", "list_adapters"):
+        assert callable(getattr(LRUCacheLoRAModelManager, name))
+    assert "self._active_adapters" in vllms_source(LRUCacheLoRAModelManager.activate_adapter)
+    assert "self.packed_modules: dict[str, list[str]] = {}" in inspect.getsource(LoRAModelManager.__init__)
     read = set(re.findall(r"lora_request\.(\w+)", inspect.getsource(LRUCacheWorkerLoRAManager._load_adapter)))
     assert read <= {"lora_path", "lora_int_id", "lora_name", "is_3d_lora_weight"}, (
         "the worker extension hands it only these"
