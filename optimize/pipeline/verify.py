@@ -148,9 +148,7 @@ class Verify:
         there = _exported(self.folder)
         found.files = sum(there.get(name) == digest for name, digest in claimed.items())
         found.problems += [f"{name} is missing" for name in sorted(set(claimed) - set(there))]
-        found.problems += [
-            f"{name} is new: the manifest does not have it" for name in sorted(set(there) - set(claimed))
-        ]
+        found.problems += [f"{name} is not in the manifest" for name in sorted(set(there) - set(claimed))]
         found.problems += [
             f"{name} is not the file of the manifest"
             for name in sorted(claimed)

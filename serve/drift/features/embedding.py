@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from serve.errors import ConfigError
+from serve.models.gguf.kept import inputs_of, types_of, values_of
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class Embedding:
 
     @classmethod
     def of(cls, checkpoint: Path, *, dimensions: int = DIMENSIONS, seed: int = 0) -> Self:
-        """Of a checkpoint folder: one safetensors file or shards, BF16, F16 or F32, tied or not."""
+        """Of a checkpoint folder: one safetensors file or shards, of floats or of a GGUF file's blocks, tied or not."""
         projected = cls.project(rows(checkpoint), dimensions=dimensions, seed=seed)
         return replace(projected, numbers=number_tokens(checkpoint, len(projected.table)))
 
@@ -161,17 +162,25 @@ def _narrow(source: Rows | NDArray[np.floating]) -> NDArray[np.int8]:
 
 
 class Rows:
-    """A matrix in a safetensors file, mapped: slices of it become float32, the rest stays on the disk."""
+    """A matrix in a safetensors file, mapped: slices of it become float32, the rest stays on the disk.
 
-    def __init__(self, path: Path, dtype: str, shape: tuple[int, int], offset: int) -> None:
-        self.shape = shape
+    `kept` is the type of its blocks where they are those of a GGUF file, and `shape` then counts bytes.
+    """
+
+    def __init__(self, path: Path, dtype: str, shape: tuple[int, int], offset: int, kept: str = "") -> None:
+        self.shape = (shape[0], inputs_of(kept, shape[1])) if kept else shape
         self._bf16 = dtype == "BF16"
-        self._map = np.memmap(path, {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}[dtype], "r", offset, shape)
+        self._kept = kept
+        kind = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "U8": "u1"}[dtype]
+        self._map = np.memmap(path, kind, "r", offset, shape)
 
     def __getitem__(self, which: slice | NDArray[np.integer]) -> NDArray[np.float32]:
         part = np.asarray(self._map[which])
-        # The upper half of a float32.
-        read = (part.astype(np.uint32) << 16).view(np.float32) if self._bf16 else part.astype(np.float32)
+        if self._kept:
+            read = values_of(self._kept, part)
+        else:
+            # The upper half of a float32.
+            read = (part.astype(np.uint32) << 16).view(np.float32) if self._bf16 else part.astype(np.float32)
         with suppress(AttributeError, OSError, ValueError):  # the pages that were read count as this process's memory
             self._map._mmap.madvise(mmap.MADV_DONTNEED)
         return read
@@ -250,11 +259,12 @@ def _open(path: Path, tensor: str) -> Rows:
     if entry is None:
         raise ConfigError(f"the index names {path.name} for {tensor}, which is not in it; fetch the checkpoint again")
     dtype, shape = entry["dtype"], tuple(entry["shape"])
-    if dtype not in ("BF16", "F16", "F32") or len(shape) != 2:
+    kept = types_of(path.parent).get(tensor.removesuffix(".weight"), "") if dtype == "U8" else ""
+    if not (kept or dtype in ("BF16", "F16", "F32")) or len(shape) != 2:
         raise ConfigError(
             f"{tensor} is {dtype} {list(shape)}; drift reads an embedding of two dimensions in BF16, F16 or F32"
         )
     start, end = entry["data_offsets"]
     if path.stat().st_size < begin + end:
         raise ConfigError(f"{path.name} was cut short; fetch the checkpoint again")
-    return Rows(path, dtype, shape, begin + start)
+    return Rows(path, dtype, shape, begin + start, kept)

@@ -6,8 +6,13 @@ to part there.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from serve.models.gguf.file import TYPES, Tensor
 
@@ -44,6 +49,22 @@ def kept_types(names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[
             layers.setdefault(_layer(module), {})[module] = tensors[source]
     kept = [parts for layer, parts in layers.items() if _fits(layer, list(parts.values()))]
     return {module: tensor.type for parts in kept for module, tensor in parts.items()}
+
+
+def types_of(folder: Path) -> dict[str, str]:
+    """By name, the types of the modules of a checkpoint folder whose weights are kept; none of another folder."""
+    try:
+        said = json.loads((folder / "config.json").read_text())["quantization_config"]
+        return dict(said["types"]) if said["quant_method"] == METHOD else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def values_of(kind: str, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """(rows, bytes) in blocks of this type as the numbers that they stand for, (rows, weights)."""
+    from gguf import GGMLQuantizationType, dequantize
+
+    return np.asarray(dequantize(rows, GGMLQuantizationType[kind]), np.float32)
 
 
 def modules_of(layer: str, known: Iterable[str]) -> list[str]:

@@ -11,6 +11,11 @@ from safetensors.torch import save_file
 
 from serve.drift.features.embedding import Embedding, rows
 from serve.errors import ConfigError
+from serve.models.gguf import conversion
+from serve.models.gguf.checkpoint import Form
+from serve.models.gguf.families import values
+from serve.models.gguf.file import GGUF
+from tests.support.gguf_files import write
 
 TABLE = torch.randn(300, 16, generator=torch.Generator().manual_seed(1))
 
@@ -23,6 +28,18 @@ def test_rows_come_as_float32_to_the_bit(tmp_path, dtype):
     assert table.shape == (300, 16)
     assert np.array_equal(table[:], TABLE.to(dtype).float().numpy())
     assert np.array_equal(table[np.array([7, 3])], TABLE.to(dtype).float().numpy()[[7, 3]])
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q8_0"])
+def test_rows_that_stay_as_they_are_in_a_gguf_file_are_read_too(kind, tmp_path):
+    file = write(tmp_path / "a.gguf", "qwen2", kind)
+    (folder := tmp_path / "kept").mkdir()
+    conversion.convert(file, folder, Form.KEPT, lambda share: None)
+    table, theirs = rows(folder), values(GGUF.open(file).tensors["token_embd.weight"])
+    assert table.shape == theirs.shape
+    assert np.array_equal(table[:], theirs) and np.array_equal(table[np.array([7, 3])], theirs[[7, 3]])
+    embedding = Embedding.of(folder)
+    assert len(embedding.table) == len(theirs) and embedding.mean_row([1, 2, 3]).any()
 
 
 def test_shards_and_a_tied_head_give_the_same_embedding(tmp_path):
