@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from statistics import median
 
 import pytest
@@ -12,6 +14,8 @@ from tests.support.server import BASE, Server, done
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 TOKENS = 12
+
+MIXTURE = "mixture"  # of 0.3 of one and -0.5 of the other, in PEFT
 
 
 @pytest.fixture(scope="module")
@@ -26,28 +30,67 @@ def peft_models(adapters, tmp_path_factory):
 
     base = AutoModelForCausalLM.from_pretrained(ensure(BASE), dtype=torch.float32)
     faint = variant(adapters["bravo"], tmp_path_factory.mktemp("faint"), scale=0.05)
+    weight_decomposed = _dora(base, faint, tmp_path_factory.mktemp("dora"))
     model = PeftModel.from_pretrained(base, adapters["alpha"], adapter_name="voice")
     model.load_adapter(str(faint), adapter_name="faint")
+    model.load_adapter(str(weight_decomposed), adapter_name="dora")
+    model.add_weighted_adapter(["voice", "faint"], [0.3, -0.5], MIXTURE, combination_type="cat")
     return model.eval()
 
 
-def test_mixed_with_other_answers_an_adapter_gives_what_peft_gives(server: Server, voice, faint, peft_models):
+def _dora(base, faint: Path, folder: Path) -> Path:
+    """`faint` with magnitudes that are some percent off the norms, as a DoRA of PEFT's."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from peft.utils import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    settings = json.loads((faint / "adapter_config.json").read_text())
+    config = LoraConfig(
+        r=settings["r"], lora_alpha=settings["lora_alpha"], target_modules=settings["target_modules"], use_dora=True
+    )
+    model = get_peft_model(base, config)
+    set_peft_model_state_dict(model, load_file(faint / "adapter_model.safetensors"))
+    draw = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1 + 0.05 * torch.randn(parameter.shape, generator=draw)
+    model.save_pretrained(folder)
+    model.unload()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dora(server: Server, peft_models, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("pushed")
+    peft_models.save_pretrained(folder, selected_adapters=["dora"])
+    server.upload("dora", folder / "dora").raise_for_status()
+    return "dora"
+
+
+def test_mixed_with_other_answers_an_adapter_gives_what_peft_gives(server: Server, voice, faint, dora, peft_models):
     import torch
 
     body = {"max_tokens": TOKENS, "temperature": 0, "logprobs": 1, "return_token_ids": True, "ignore_eos": True}
     texts, drift, gaps = prompts(300)[::60], [], []
-    for name in (voice, faint, BASE):
+    for name, theirs in (
+        (voice, voice),
+        (faint, faint),
+        (dora, dora),
+        (f"{voice}:0.3+{faint}:-0.5", MIXTURE),
+        (BASE, ""),
+    ):
         # One request, several prompts: they prefill and decode in one batch.
         answer = done(server.http.post("/v1/completions", json={**body, "model": name, "prompt": texts}, timeout=300))
         for choice in answer["choices"]:
             before, after = choice["prompt_token_ids"], choice["token_ids"]
             assert len(after) == TOKENS
             with torch.inference_mode():
-                if name == BASE:
+                if not theirs:
                     with peft_models.disable_adapter():
                         logits = peft_models(torch.tensor([before + after])).logits[0]
                 else:
-                    peft_models.set_adapter(name)
+                    peft_models.set_adapter(theirs)
                     logits = peft_models(torch.tensor([before + after])).logits[0]
             likely = logits.log_softmax(-1)[len(before) - 1 : -1]
             chosen = likely.gather(-1, torch.tensor(after)[:, None]).flatten()
