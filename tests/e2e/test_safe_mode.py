@@ -1,4 +1,7 @@
-"""A server that changes nothing in vLLM for speed, or what a GPU's has alone, chats, takes adapters and swaps them."""
+"""A server that changes in vLLM what a GPU's does alone chats, takes adapters and swaps them.
+
+Safe mode, with nothing for speed, is `tests/serve/vllm_backend/test_served.py`.
+"""
 
 from __future__ import annotations
 
@@ -13,33 +16,24 @@ from serve.vllm_backend.patches.table import PATCHES
 from tests.support.server import BASE, SMALL, Server, descendants, done, eventually, patches_of_a_gpu
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
-SETTINGS = {"safe": "correctness", "as on a GPU": ",".join(patches_of_a_gpu())}
-OFF = {
-    "safe": {patch.name for patch in PATCHES if patch.kind == "speed"},
-    "as on a GPU": {patch.name for patch in PATCHES if patch.kind == "speed" and patch.on == "cpu"},
-}
-
-
-@pytest.fixture(scope="module", params=SETTINGS)
-def mode(request):
-    return request.param
+OFF = {patch.name for patch in PATCHES if patch.kind == "speed" and patch.on == "cpu"}
 
 
 @pytest.fixture(scope="module")
-def server(mode, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("safe")
-    with Server(folder / "data", folder / "log", "--vllm-patches", SETTINGS[mode], *SMALL) as server:
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu")
+    with Server(folder / "data", folder / "log", "--vllm-patches", ",".join(patches_of_a_gpu()), *SMALL) as server:
         yield server
 
 
-def test_chat_push_swap_and_a_killed_engine_without_what_is_for_a_cpus_speed(server, mode, adapters):
+def test_chat_push_swap_and_a_killed_engine_without_what_is_for_a_cpus_speed(server, adapters):
     """Engines are spawned, as on a GPU: there is no fork server."""
     patches = done(server.http.get("/version"))["vllm_patches"]
     assert {"lora-rows", "seeded-prompts", "media", "structured-outputs"} <= set(patches["on"])
     assert patches["off"] == dict.fromkeys(patches["off"], "vllm_patches leaves it out")
-    assert set(patches["off"]) <= OFF[mode] and not set(patches["on"]) & OFF[mode]
+    assert set(patches["off"]) <= OFF and not set(patches["on"]) & OFF
     assert {"prompt-budget", "sending", "fork-server"} <= set(patches["off"])
-    assert ("token-texts" in patches["off"]) == (mode == "safe")
+    assert "token-texts" in patches["on"]
     assert server.ask(BASE, "What is the capital of France?").text
     for word in ("alpha", "bravo"):
         done(server.upload("tone", adapters[word]))
@@ -49,11 +43,10 @@ def test_chat_push_swap_and_a_killed_engine_without_what_is_for_a_cpus_speed(ser
     metrics = server.http.get("/metrics").text
     assert f'loradock_vllm_patches{{kind="security",model="{BASE}",patch="media"}} 1.0' in metrics
     assert f'loradock_vllm_patches{{kind="speed",model="{BASE}",patch="sending"}} 0.0' in metrics
-    if mode == "as on a GPU":
-        (engine,) = engines(server)
-        os.kill(engine, signal.SIGKILL)
-        assert eventually(lambda: server.engine()["restarts"] == 1 and server.engine()["phase"] == "ready", 300)
-        assert server.ask("tone", "Who are you?").word == "alpha", "the adapter is there again"
+    (engine,) = engines(server)
+    os.kill(engine, signal.SIGKILL)
+    assert eventually(lambda: server.engine()["restarts"] == 1 and server.engine()["phase"] == "ready", 300)
+    assert server.ask("tone", "Who are you?").word == "alpha", "the adapter is there again"
 
 
 def engines(server: Server) -> list[int]:

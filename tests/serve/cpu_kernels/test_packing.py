@@ -202,7 +202,7 @@ FORMATS = {
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory) -> dict[str, list[dict]]:
-    return stepwise("tests.campaigns.stepwise_formats", tmp_path_factory.mktemp("formats"), "auto")
+    return stepwise("tests.campaigns.stepwise_formats", tmp_path_factory.mktemp("formats"))
 
 
 @pytest.mark.engine

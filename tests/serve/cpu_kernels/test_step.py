@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -23,7 +22,7 @@ if not current_platform.is_cpu():
     pytest.skip("these kernels are for machines without a GPU", allow_module_level=True)
 
 from serve.cpu_kernels import build, packing, step, tally
-from tests.campaigns.stepwise import FAMILIES, GGUF, ONE_COPY, VOCABULARIES, WITH_HEAD
+from tests.campaigns.stepwise import FAMILIES, GGUF, INT8, ONE_COPY, VOCABULARIES, WITH_HEAD
 
 needs_kernels = pytest.mark.skipif(not build.step_available(), reason="no kernels for this processor, or no compiler")
 
@@ -128,11 +127,11 @@ def test_what_does_not_fit_the_blocks_is_not_packed():
     assert pack(torch.zeros(48, 64, dtype=torch.bfloat16), packing.BF16, paired=True) == -1
 
 
-def stepwise(campaign: str, folder: Path, weights: str, *models: str) -> dict[str, list[dict]]:
+def stepwise(campaign: str, folder: Path) -> dict[str, list[dict]]:
     """What each step of each model of a campaign was."""
-    command = [sys.executable, "-m", campaign, str(folder / "out.json"), str(folder), *models]
+    command = [sys.executable, "-m", campaign, str(folder / "out.json"), str(folder)]
     root = Path(__file__).parents[3]
-    environ = {**os.environ, "LORADOCK_LORA_KERNELS": "auto", "LORADOCK_CPU_WEIGHTS": weights, "PYTHONPATH": str(root)}
+    environ = {**os.environ, "LORADOCK_LORA_KERNELS": "auto", "LORADOCK_CPU_WEIGHTS": "auto", "PYTHONPATH": str(root)}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     # The largest of several figures may leave NaN out.
@@ -149,7 +148,7 @@ def middle(steps: list[dict]) -> float:
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory) -> dict[str, list[dict]]:
-    return stepwise("tests.campaigns.stepwise", tmp_path_factory.mktemp("stepwise"), "auto")
+    return stepwise("tests.campaigns.stepwise", tmp_path_factory.mktemp("stepwise"))
 
 
 SIZES = [f"llama-{size}" for size in VOCABULARIES]
@@ -193,16 +192,11 @@ def test_int8_weights_change_every_step_a_little(steps, name):
     assert max(step["middle"] for step in int8) < 0.15
 
 
-@pytest.fixture(scope="module")
-def int8_steps(tmp_path_factory) -> dict[str, list[dict]]:
-    return stepwise("tests.campaigns.stepwise", tmp_path_factory.mktemp("stepwise"), "int8", "llama-333")
-
-
 @needs_kernels
 @pytest.mark.engine
-@pytest.mark.parametrize(("run", "name"), [*product(["steps"], ONE_COPY), ("int8_steps", "llama-333")])
-def test_vllms_layers_multiply_with_the_packed_weights(request, run, name):
-    seen = [step for step in request.getfixturevalue(run)[f"{name}-one-copy"] if step["fused"]]
+@pytest.mark.parametrize("name", [*ONE_COPY, f"{INT8}-int8"])
+def test_vllms_layers_multiply_with_the_packed_weights(steps, name):
+    seen = [step for step in steps[f"{name}-one-copy"] if step["fused"]]
     assert len(seen) >= 20
     # The same weights on both roads, int8 or not.
     assert max(step["worst"] for step in seen) < 0.2

@@ -12,9 +12,11 @@ import torch
 
 pytest.importorskip("vllm")
 
+from serve.vllm_backend.patches.table import PATCHES
 from tests.campaigns.company import apart, requests
 from tests.serve.vllm_backend.test_structured_outputs import PERSON, nested
 from tests.support.edge_adapters import EMBEDDING, edge_adapter
+from tests.support.lora import trained
 from tests.support.server import BASE, SMALL, Server, descendants, done, eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
@@ -26,17 +28,40 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=["auto", "off"])
+# As fast as it can, and changing nothing in vLLM for speed, so without kernels too.
+MODES = {"auto": ("--speculation", "ngram"), "safe": ("--vllm-patches", "correctness")}
+
+
+@pytest.fixture(scope="module", params=MODES)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("served")
-    settings = ["--lora-kernels", request.param, "--max-loras", "3", "--no-enable-prefix-caching", *SMALL]
-    if request.param == "auto":
-        settings += ["--speculation", "ngram"]
+    settings = (*MODES[request.param], "--max-loras", "3", "--no-enable-prefix-caching", *SMALL)
     with Server(folder / "data", folder / "log", *settings) as server:
         for number in (1, 2):
             done(server.upload(f"head{number}", edge_adapter(folder / str(number), number)))
         done(server.upload("embed", edge_adapter(folder / "embed", 3, EMBEDDING)))
         yield server
+
+
+def test_in_safe_mode_chat_push_and_swap_work(server: Server):
+    patches = done(server.http.get("/version"))["vllm_patches"]
+    assert {"lora-rows", "seeded-prompts", "media", "structured-outputs"} <= set(patches["on"])
+    if "sending" in patches["on"]:
+        pytest.skip("this one is fast")
+    assert patches["off"] == dict.fromkeys(patches["off"], "vllm_patches leaves it out")
+    speed = {patch.name for patch in PATCHES if patch.kind == "speed"}
+    assert {"prompt-budget", "sending", "token-texts", "titles"} <= set(patches["off"]) <= speed
+    assert not speed & set(patches["on"])
+    assert server.ask(BASE, "What is the capital of France?").text
+    for word, folder in trained("alpha", "bravo").items():
+        done(server.upload("tone", folder))
+        assert server.ask("tone", "Who are you?").word == word
+    done(server.http.post("/v1/adapters/tone/rollback"))
+    assert server.ask("tone", "Who are you?").word == "alpha"
+    done(server.http.delete("/v1/adapters/tone"))
+    metrics = server.http.get("/metrics").text
+    assert f'loradock_vllm_patches{{kind="security",model="{BASE}",patch="media"}} 1.0' in metrics
+    assert f'loradock_vllm_patches{{kind="speed",model="{BASE}",patch="sending"}} 0.0' in metrics
 
 
 def fused(server: Server) -> bool:
