@@ -133,7 +133,7 @@ def _of_gguf(file: Path, folder: Path) -> Path:
     from tests.support import gguf_files
 
     kinds = {"attn_v.weight": "Q6_K", "blk.1.ffn_down.weight": "Q5_0", "token_embd.weight": "Q8_0"}
-    gguf_files.write(file, "qwen2", "Q4_K", kinds=kinds)
+    gguf_files.write(file, "qwen2", "Q4_K", kinds=kinds, size=0.12)
     for name, form in ((GGUF, Form.KEPT), (f"{GGUF}-dense", Form.BFLOAT16)):
         (folder / name).mkdir()
         conversion.convert(file, folder / name, form, lambda share: None)

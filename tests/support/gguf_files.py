@@ -17,13 +17,15 @@ WORDS = [*(chr(33 + i) for i in range(90)), "Ġ", "Ġa", "ab", "<|end|>", "<|use
 MERGES = ["Ġ a", "a b", "b a"]
 
 
-def blocks(kind: gguf.GGMLQuantizationType, shape: tuple[int, int], random: np.random.Generator) -> np.ndarray:
-    """Rows of quantized blocks of any content, with scales of a weight's size."""
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    raw = random.integers(0, 256, (shape[0], shape[1] // block, size), np.uint8)
+def blocks(
+    kind: gguf.GGMLQuantizationType, shape: tuple[int, int], random: np.random.Generator, size: float = 1.0
+) -> np.ndarray:
+    """Rows of quantized blocks of any content, with scales of a weight's size, or so many times as large."""
+    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    raw = random.integers(0, 256, (shape[0], shape[1] // block, nbytes), np.uint8)
     # Scales are halves at the beginning of a block, or at its end in Q6_K; two of them in these.
     name = kind.name
-    scale = np.frombuffer(np.float16(0.0002 if name.endswith("_K") else 0.004).tobytes(), np.uint8)
+    scale = np.frombuffer(np.float16(size * (0.0002 if name.endswith("_K") else 0.004)).tobytes(), np.uint8)
     raw[..., -2:] = scale if name in ("Q6_K", "Q3_K") else raw[..., -2:]
     if name not in ("Q6_K", "Q3_K", "Q2_K"):
         raw[..., :2] = scale
@@ -107,8 +109,11 @@ def write(
     rule: str = "gpt-2",
     context: int = 256,
     kinds: dict[str, str] | None = None,
+    size: float = 1.0,
 ) -> Path:
-    """A model of random weights. extra: numbers and texts for its metadata. kinds: of tensors, by their endings."""
+    """A model of random weights. extra: numbers and texts for its metadata. kinds: of tensors, by their endings. size:
+    of the weights; the model's attention is so sharp that a rounding decides what a token looks at, unless it is small.
+    """
     random = np.random.default_rng(seed)
     out = gguf.GGUFWriter(path, family)
     out.add_block_count(LAYERS)
@@ -151,7 +156,7 @@ def write(
             out.add_tensor(name, made)
         else:
             assert len(shape) == 2
-            out.add_tensor(name, blocks(quantized, shape, random), raw_dtype=quantized)
+            out.add_tensor(name, blocks(quantized, shape, random, size), raw_dtype=quantized)
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
