@@ -10,7 +10,7 @@ weighted mean of many R (Shin, Ramdas and Rinaldo, E-detectors, 2022).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import NormalDist
 from typing import TypeAlias
 
@@ -66,6 +66,55 @@ _SCORE_BETS = np.ascontiguousarray(np.concatenate((_UP, _UP[:, ::-1])).T)  # (CE
 MANY_BETS = np.ascontiguousarray(np.array([_shifted(*bet) for bet in ALONG_MANY]).T)
 
 
+class Runs:
+    """R of some bets; and Page's statistic of each, which falls to 1 before a change and tells when it did last."""
+
+    def __init__(self, bets: int) -> None:
+        self._both = np.array([np.zeros(bets), np.ones(bets)])
+        self._start = np.zeros(bets, np.int64)
+
+    @property
+    def r(self) -> NDArray[np.float64]:
+        """(bets,)"""
+        # No view that is kept: a deep copy would make it an array of its own.
+        r: NDArray[np.float64] = self._both[0]
+        return r
+
+    def steps(self, bets: NDArray[np.float64], nows: Sequence[int]) -> Iterator[None]:
+        """Place (n, bets) of n requests, one after another."""
+        path, last = np.empty((len(bets), *self._both.shape)), self._both
+        for both, bet in zip(path, bets, strict=True):
+            np.add(last[0], 1.0, out=both[0])
+            np.maximum(last[1], 1.0, out=both[1])
+            both *= bet
+            last = np.minimum(both, MOST, out=both)
+        quiet = np.where(path[:, 1] <= 1, np.array(nows)[:, None], -1)
+        began = np.maximum.accumulate(quiet, axis=0)
+        for both, start in zip(path, np.where(began < 0, self._start, began), strict=True):
+            self._both[:] = both
+            self._start[:] = start
+            yield
+
+    def began(self) -> tuple[float, int]:
+        """Page's statistic of the strongest bet, and the update after which its run began."""
+        strongest = self._both[1].argmax()
+        return float(self._both[1, strongest]), int(self._start[strongest])
+
+    def reset(self, now: int) -> None:
+        """Begin again at no evidence."""
+        self._both[0] = 0
+        self._both[1] = 1
+        self._start[:] = now
+
+    def state(self) -> State:
+        return {"r": self.r.copy(), "page": self._both[1].copy(), "start": self._start.copy()}
+
+    def restore(self, state: Mapping[str, NDArray]) -> None:
+        """Go on where this `state()` was."""
+        for name, kept in (("r", self._both[0]), ("page", self._both[1]), ("start", self._start)):
+            kept[:] = state[name].reshape(-1)
+
+
 class Bank:
     """Streams of p-values with their bets. weights: (streams,) what each weighs in the evidence."""
 
@@ -73,16 +122,11 @@ class Bank:
         share = np.asarray(weights, np.float64)
         self._stream_share = share / share.sum()
         self._share = np.repeat(self._stream_share / FIXED, FIXED)
-        # R of each bet; and Page's statistic, which falls to 1 before a change and tells when it did last.
-        bets = len(self._share)
-        self._both = np.array([np.zeros(bets), np.ones(bets)])
-        self._r, self._page = self._both
-        self._start = np.zeros(bets, np.int64)
-        self._evidence = 0.0
+        self._runs = Runs(len(self._share))
 
     @staticmethod
     def prepare(p: Floats, bounds: tuple[Floats, Floats] | None = None) -> NDArray[np.float64]:
-        """(n, bets) for `place`: what is bet on the p-values (n, streams) of n requests.
+        """(n, bets) for `steps`: what is bet on the p-values (n, streams) of n requests.
 
         bounds: the least and the most that each may be, where only that is known. What grows with p bets on the lower
         bound, and what falls on the upper one.
@@ -91,50 +135,36 @@ class Bank:
         up, down = _SCORE_BETS.take(cells(least), axis=0), _SCORE_BETS.take(cells(most), axis=0)
         return np.concatenate((up[..., : len(_UP)], down[..., len(_UP) :]), axis=-1).reshape(len(p), -1)
 
-    def place(self, bets: NDArray[np.float64], now: int) -> None:
-        """Place what was prepared for a request."""
-        self._r += 1
-        np.maximum(self._page, 1, out=self._page)
-        self._both *= bets
-        np.minimum(self._both, MOST, out=self._both)
-        np.putmask(self._start, self._page <= 1, now)
-        self._evidence = float(self._r @ self._share)
+    def steps(self, bets: NDArray[np.float64], nows: Sequence[int]) -> Iterator[None]:
+        """Place what was prepared for some requests, one after another."""
+        return self._runs.steps(bets, nows)
 
     def evidence(self) -> float:
         """The weighted mean of all R."""
-        return self._evidence
+        return float(self._runs.r @ self._share)
 
     def log_means(self) -> Floats:
         """(streams,): ln of the mean over the bets of each."""
-        means = self._r.reshape(-1, FIXED).mean(axis=1)
+        means = self._runs.r.reshape(-1, FIXED).mean(axis=1)
         return np.log(means, out=np.full(means.shape, -np.inf), where=means > 0)
 
     def weights(self) -> Floats:
         """(streams,) with the sum 1: half by the evidence of each stream, half as from the beginning."""
-        total = (self._r * self._share).reshape(-1, FIXED).sum(axis=1)
+        total = (self._runs.r * self._share).reshape(-1, FIXED).sum(axis=1)
         weights: Floats = (total / max(total.sum(), 1e-300) + self._stream_share) / 2
         return weights
 
     def began(self) -> tuple[float, int]:
         """Page's statistic of the strongest bet, and the update after which its run began."""
-        strongest = self._page.argmax()
-        return float(self._page[strongest]), int(self._start[strongest])
+        return self._runs.began()
 
     def reset(self, now: int) -> None:
         """Begin again at no evidence."""
-        self._r[:] = 0
-        self._evidence = 0.0
-        self._page[:] = 1
-        self._start[:] = now
+        self._runs.reset(now)
 
     def state(self) -> State:
-        return {name: getattr(self, f"_{name}").copy() for name in _KEPT}
+        return self._runs.state()
 
     def restore(self, state: Mapping[str, NDArray]) -> None:
         """Go on where this `state()` was."""
-        for name in _KEPT:
-            getattr(self, f"_{name}")[:] = state[name]
-        self._evidence = float(self._r @ self._share)
-
-
-_KEPT = ("r", "page", "start")
+        self._runs.restore(state)

@@ -46,6 +46,7 @@ from serve.drift.tolerance import less_error
 from serve.sequential.random_state import rng_from, rng_state
 
 _GAUGE_FADE = 0.5 ** (1 / EFFECT_HALF_LIFE)
+_SQUARES_FADE = _GAUGE_FADE**2
 # The size of the effect is looked for while the evidence is above the threshold to the power of this.
 SIZED = 0.5
 # An evidence of so many thresholds is sure: the size was seen on requests that raised the evidence, so that an
@@ -104,7 +105,7 @@ class Drift:
         self.tolerated_share = 1.0
         self._moved = np.full(k, -np.inf)
         self._shift = np.zeros(k)
-        self._seen = np.zeros(2)  # weight of the gauges, and of its squares
+        self._seen = 0.0, 0.0  # weight of the gauges, and of its squares
         self._rows = RecentRows(k)
         self._mean_rows: deque[NDArray[np.float32] | None] = deque(maxlen=RECENT)
 
@@ -129,28 +130,34 @@ class Drift:
         return self._steps(scores, mean_rows)
 
     def _steps(self, scores: NDArray[np.float32], mean_rows: Sequence[NDArray[np.float32] | None]) -> Iterator[bool]:
+        nows = range(self.updates + 1, self.updates + 1 + len(scores))
         lots = [self._bags.lots(self._rng, ahead) for ahead in range(len(scores))]
-        bets = self._bank.prepare(*self._bags.rank(scores, lots))
-        ranks = self._score_ranks(scores) - 0.5
-        for row, mean_row, bet, rank in zip(scores, mean_rows, bets, ranks, strict=True):
+        placed = self._bank.steps(self._bank.prepare(*self._bags.rank(scores, lots)), nows)
+        seen = [(row, now) for row, now in zip(mean_rows, nows, strict=True) if row is not None]
+        if self.means is not None and seen:
+            means = self.means.steps(np.array([row for row, _ in seen]), [now for _, now in seen])
+        less, upto = self._score_places(scores)
+        ranks = self._middle(less, upto) - 0.5
+        for i, mean_row in enumerate(mean_rows):
             if self._sized:
-                self._effect.observe(*self._places(row, mean_row), self.tolerated_share)
-            self._note(row, mean_row, rank)
-            self._bank.place(bet, self.updates)
+                places = self._places(less[i : i + 1], upto[i : i + 1], [mean_row])
+                self._effect.observe(places[0][0], places[1][0], self.tolerated_share)
+            self._note(scores[i], mean_row, ranks[i])
+            next(placed)
             if self.means is not None and mean_row is not None:
-                self.means.observe(mean_row, self.updates)
+                next(means)
             self._weigh(self._evidence())
             yield self.drifted
 
     def _note(self, row: NDArray[np.float32], mean_row: NDArray[np.float32] | None, rank: Floats) -> None:
         """What the gauges need of a request."""
         self.updates += 1
-        self._rows.extend(row[None], RECENT)
+        self._rows.append(row, RECENT)
         self._mean_rows.append(mean_row)
         self._shift *= _GAUGE_FADE
         self._shift += rank
-        self._seen *= (_GAUGE_FADE, _GAUGE_FADE**2)
-        self._seen += 1
+        weight, squares = self._seen
+        self._seen = weight * _GAUGE_FADE + 1, squares * _SQUARES_FADE + 1
 
     @property
     def drifted(self) -> bool:
@@ -204,7 +211,7 @@ class Drift:
         n = min(self.updates - self.changed_at, len(self._rows))
         if not self.drifted or not 0 < n < RECENT:
             return self._faded_rank_shift(self.gauge_error)
-        ranks = self._score_ranks(self._rows.last(n))
+        ranks = self._middle(*self._score_places(self._rows.last(n)))
         return less_error(ranks.mean(axis=0) - 0.5, n**-0.5)
 
     @property
@@ -216,7 +223,7 @@ class Drift:
     def gauge_error(self) -> float:
         """Standard error of a mean over recent requests, of something with a standard deviation of 1."""
         weight, squares = self._seen
-        return math.sqrt(squares) / float(weight) if weight else math.inf
+        return math.sqrt(squares) / weight if weight else math.inf
 
     def reset(self, *, effects: bool = False) -> None:
         """Begin again at no evidence, after an alarm has been dealt with; what the bag holds stays.
@@ -232,7 +239,7 @@ class Drift:
             self._rows.clear()
             self._mean_rows.clear()
             self._shift[:] = 0
-            self._seen[:] = 0
+            self._seen = 0.0, 0.0
 
     def state(self) -> State:
         """All of it, as arrays for `numpy.savez`: no objects, nothing to unpickle."""
@@ -244,7 +251,7 @@ class Drift:
             "lots": rng_state(self._rng),
             "moved": self._moved.copy(),
             "shift": self._shift.copy(),
-            "seen": self._seen.copy(),
+            "seen": np.array(self._seen),
             "weights": self._weights.copy(),
             "margin": self._margin.copy(),
             "rows": self._rows.last(),
@@ -280,7 +287,8 @@ class Drift:
         self._sized, self._sure = (bool(stage) for stage in state["stages"])
         self._moved = own(k, state["moved"])
         self._shift = own(k, state["shift"])
-        self._seen = own(2, state["seen"])
+        weight, squares = own(2, state["seen"]).tolist()
+        self._seen = weight, squares
         rows = state["rows"]
         self._rows = RecentRows(k, own((len(rows), k), rows, np.float32))
         self._mean_rows = deque([None] * len(self._rows), maxlen=RECENT)
@@ -320,33 +328,33 @@ class Drift:
     def _begin_effect(self) -> None:
         """Look for the size of the effect from here on, where requests since the change let expect it."""
         since = min(max(self.updates - self.changed_at, 1), len(self._rows))
-        rows, mean_rows = self._rows.last(since), list(self._mean_rows)[-since:]
-        places = [self._places(*each) for each in zip(rows, mean_rows, strict=True)]
-        less, upto = np.array(places).transpose(1, 0, 2)
+        less, upto = self._places(*self._score_places(self._rows.last(since)), list(self._mean_rows)[-since:])
         self._effect.begin(self._stream_weights(), less, upto, self.tolerated_share)
 
     def _places(
-        self, scores: NDArray[np.float32], mean_row: NDArray[np.float32] | None
+        self, less: NDArray[np.intp], upto: NDArray[np.intp], mean_rows: Sequence[NDArray[np.float32] | None]
     ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """(streams,) each: how many of the reference alone lie below the scores, and how many not above them."""
-        # Of a single row: faster than a search in each score's column.
-        known, row = self._reference, scores[:, None]
-        less, upto = np.count_nonzero(known < row, axis=1), np.count_nonzero(known <= row, axis=1)
-        size = known.shape[1]
-        if self.means is not None and mean_row is not None:
-            below, above = self.means.reference_places(mean_row, size)
-        else:
-            below, above = np.zeros(len(MEAN_HALF_LIVES), np.intp), np.full(len(MEAN_HALF_LIVES), size)
-        return np.concatenate((less, below)), np.concatenate((upto, above))
+        """(n, streams) each: how many of the reference alone lie below what n requests have, and how many not above it;
+        of the scores these are known."""
+        size, shape = self._reference.shape[1], (len(mean_rows), len(MEAN_HALF_LIVES))
+        below, above = np.zeros(shape, np.intp), np.full(shape, size)
+        there = [i for i, row in enumerate(mean_rows) if row is not None]
+        if self.means is not None and there:
+            rows = np.array([mean_rows[i] for i in there])
+            below[there], above[there] = self.means.reference_places(rows, size)
+        return np.concatenate((less, below), axis=1), np.concatenate((upto, above), axis=1)
 
-    def _score_ranks(self, rows: NDArray[np.float32]) -> Floats:
-        """(n, k) where the scores of rows lie in the reference, ties in their middle."""
-        ranks = np.empty((len(self._reference), len(rows)))
-        columns = np.ascontiguousarray(rows.T)
-        for known, column, rank in zip(self._reference, columns, ranks, strict=True):
-            np.add(known.searchsorted(column, "left"), known.searchsorted(column, "right"), out=rank)
-        ranks /= 2 * self._reference.shape[1]
-        return ranks.T
+    def _score_places(self, rows: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """(n, k) each: how many of the reference lie below the scores of rows, and how many not above them."""
+        less, upto = np.empty((2, len(self._reference), len(rows)), np.intp)
+        for i, (known, column) in enumerate(zip(self._reference, np.ascontiguousarray(rows.T), strict=True)):
+            less[i], upto[i] = known.searchsorted(column), known.searchsorted(column, "right")
+        return less.T, upto.T
+
+    def _middle(self, less: NDArray[np.intp], upto: NDArray[np.intp]) -> Floats:
+        """(n, k) where scores lie in the reference, ties in their middle."""
+        ranks: Floats = (less + upto) / (2 * self._reference.shape[1])
+        return ranks
 
 
 def _effect_size(scores: int, size: int) -> EffectSize:

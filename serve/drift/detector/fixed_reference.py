@@ -25,6 +25,8 @@ those of independent ones. By as much as they do, p is higher.
 from __future__ import annotations
 
 import math
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -92,7 +94,9 @@ class FixedReference:
         # their sums; of a rank also of the ranks.
         self._won, self._since = np.ones((n, len(RISES))), np.zeros((n, len(RISES)))
         self._count, self._sums, self._rank_sums = (np.zeros((n, len(RISES))) for _ in range(3))
-        self._sorted: dict[int, Floats] = {}
+        self._sorted: dict[int, array[float]] = {}
+        # The numbers' evidence, None until one looks.
+        self._least: Floats | None = None
 
     @property
     def gathered(self) -> int:
@@ -111,7 +115,8 @@ class FixedReference:
 
     def update(self, values: Mapping[str, float | None], now: float) -> None:
         """Take in one unit; what is missing, or None, is left out."""
-        x, raw = np.full((2, len(self.kinds)), np.nan)
+        x, raw = np.zeros((2, len(self.kinds), 1))
+        seen = np.zeros_like(x)
         for i, (name, kind) in enumerate(self.kinds.items()):
             value = values.get(name)
             if value is None or not math.isfinite(value):
@@ -119,29 +124,34 @@ class FixedReference:
             if not self._ready[i]:
                 self._gather(i, value)
                 continue
-            raw[i] = value
+            seen[i], raw[i] = 1, value
             x[i] = value if kind is Kind.SHARE else self._rank(i, value, kind)
-        seen = ~np.isnan(x)
         if not seen.any():
             return
-        factors = 1 + self._stakes[seen] * (x[seen, None] - self._shares[seen])[..., None]
-        self._run[seen] = (self._run[seen] + 1) * factors
-        self._won[seen] *= factors[:, 0]
-        self._count[seen] += 1
-        self._sums[seen] += raw[seen, None]
-        self._rank_sums[seen] += x[seen, None]
+        # What is missing multiplies by 1 and adds 0.
+        factors = 1 + self._stakes * ((x - self._shares) * seen)[..., None]
+        self._run += seen[..., None]
+        self._run *= factors
+        self._least = None
+        self._won *= factors[:, 0]
+        self._count += seen
+        self._sums += raw
+        self._rank_sums += x
         # What came so far speaks against a change: it began later.
         quiet = self._won <= 1
-        self._since[quiet], self._won[quiet] = now, 1
+        np.putmask(self._since, quiet, now)
+        np.putmask(self._won, quiet, 1)
         for kept in (self._count, self._sums, self._rank_sums):
-            kept[quiet] = 0
+            np.putmask(kept, quiet, 0)
 
     def moved(self, log_threshold: float) -> list[Moved]:
         """Numbers whose own part of the evidence is beyond the threshold, by as much as matters; the strongest
         first."""
-        evidence, moved = self._evidence() * self._weights, []
-        kinds = list(self.kinds.items())
-        for i in np.flatnonzero(evidence >= math.exp(min(log_threshold, 700.0))).tolist():
+        evidence, least = self._evidence() * self._weights, math.exp(min(log_threshold, 700.0))
+        if np.maximum.reduce(evidence) < least:
+            return []
+        moved, kinds = [], list(self.kinds.items())
+        for i in np.flatnonzero(evidence >= least).tolist():
             (name, kind), best = kinds[i], (i, int(self._won[i].argmax()))
             count = int(self._count[best])
             if not count:
@@ -157,7 +167,7 @@ class FixedReference:
 
     def reset(self) -> None:
         """An alarm has been dealt with: the evidence begins again at nothing, the reference stays."""
-        self._run[:] = 0
+        self._run[:], self._least = 0, None
         self._won[:] = 1
         for kept in (self._count, self._sums, self._rank_sums):
             kept[:] = 0
@@ -170,14 +180,15 @@ class FixedReference:
 
     def _evidence(self) -> Floats:
         """(numbers,): the least of the grid's, 0 while a number has no reference."""
-        evidence: Floats = (self._run @ BET_WEIGHTS * self._against).min(axis=1)
-        return evidence
+        if self._least is None:
+            self._least = (self._run @ BET_WEIGHTS * self._against).min(axis=1)
+        return self._least
 
     def _rank(self, i: int, value: float, kind: Kind) -> float:
         """The middle of those that are equal."""
         reference = self._sorted[i]
-        rank = (reference.searchsorted(value) + reference.searchsorted(value, "right")) / (2 * len(reference))
-        return float(rank if kind is Kind.RANK else 1 - rank)
+        rank = (bisect_left(reference, value) + bisect_right(reference, value)) / (2 * len(reference))
+        return rank if kind is Kind.RANK else 1 - rank
 
     def _gather(self, i: int, value: float) -> None:
         self._gathered[i].append(value)
@@ -197,7 +208,7 @@ class FixedReference:
             against = _against(values, np.minimum(shares, _SAFE))
             rises = RISES
         else:
-            self._sorted[i] = np.sort(values)
+            self._sorted[i] = array("d", np.sort(values).tobytes())
             values = np.array([self._rank(i, value, kind) for value in values])
             shares, against = np.full(GRID, 0.5 + SURE / math.sqrt(12 * n)), np.ones(GRID)
             rises = RANK_RISES
@@ -207,7 +218,7 @@ class FixedReference:
         spread = shares * (1 - shares) if kind is Kind.SHARE else np.full(GRID, 1 / 12)
         stakes = np.minimum(shares[:, None] + rises, 1) - shares[:, None]
         self._stakes[i] = np.minimum(stakes / spread[:, None], _SAFE / shares[:, None])
-        self._ready[i] = True
+        self._ready[i], self._least = True, None
 
     def state(self) -> dict[str, NDArray]:
         """All of it as arrays."""
@@ -216,20 +227,22 @@ class FixedReference:
         state = {name: getattr(self, f"_{name}").copy() for name in _KEPT}
         state |= {"names": np.array(list(self.kinds), "U32"), "needed": np.array(self.needed), "sizes": sizes}
         state["gathered"] = np.concatenate(gathered) if gathered else np.zeros(0)
-        return state | {f"sorted.{list(self.kinds)[i]}": values for i, values in self._sorted.items()}
+        return state | {f"sorted.{list(self.kinds)[i]}": np.array(values) for i, values in self._sorted.items()}
 
     def restore(self, state: Mapping[str, NDArray]) -> None:
         """Go on where the one was whose `state()` this is. Nothing of one with other numbers: they begin anew."""
         if not state or state["names"].tolist() != list(self.kinds):
             return
-        self.needed = int(state["needed"])
+        self.needed, self._least = int(state["needed"]), None
         for name in _KEPT:
             kept = getattr(self, f"_{name}")
             kept[...] = own(kept.shape, state[name], kept.dtype)
         gathered = np.split(state["gathered"], np.cumsum(state["sizes"])[:-1])
         self._gathered = [values.tolist() for values in gathered]
         self._sorted = {
-            i: np.asarray(state[f"sorted.{name}"]) for i, name in enumerate(self.kinds) if f"sorted.{name}" in state
+            i: array("d", state[f"sorted.{name}"].tolist())
+            for i, name in enumerate(self.kinds)
+            if f"sorted.{name}" in state
         }
 
 

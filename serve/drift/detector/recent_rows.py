@@ -38,6 +38,13 @@ class RecentRows:
         self._ring[begin : begin + ahead] = latest[:ahead]
         self._ring[: len(latest) - ahead] = latest[ahead:]
 
+    def append(self, row: Rows, most: int) -> None:
+        """Keep one row, as `extend` does."""
+        if len(self._ring) != most:
+            self._resize(most)
+        self._ring[self._count % most] = row
+        self._count += 1
+
     def last(self, count: int | None = None) -> Rows:
         """(n, columns): a copy of the newest `count` rows, or of all, oldest first."""
         n = len(self) if count is None else max(0, min(count, len(self)))

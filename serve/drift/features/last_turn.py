@@ -24,6 +24,9 @@ from serve.drift.features.shared_ends import NUMBER, RUN, hashed_runs
 
 # Characters at either end of a longer message that are looked at, and words of a system prompt.
 MOST_CHARACTERS, MOST_WORDS = 16_384, 1024
+# System prompts whose runs are remembered.
+MOST_SYSTEMS = 64
+_known_runs: dict[bytes, NDArray[np.uint64]] = {}
 _SYSTEMS = ("system", "developer")
 _TEXT_PARTS = ("text", "input_text")
 
@@ -58,21 +61,20 @@ class Turn:
 
 def last_turn(question: Mapping[str, Any] | None, prompt: Sequence[int], text: Tokens | None) -> Turn:
     """Of the body of a request, if it was kept, and its rendered prompt."""
-    whole = np.array(prompt, np.int64)
     if text is None:
-        return Turn(whole)
+        return Turn(np.array(prompt, np.int64))
     messages = _messages(question)
     said = [content for role, content in messages if role == "user"]
     tokens = text.tokens(_ends(said[-1])) if said else None
     if tokens is None:
-        return Turn(_between_special(whole, text.special))
+        return Turn(_between_special(np.array(prompt, np.int64), text.special))
     return Turn(
         np.array(tokens, np.int64),
         len(said) - 1,
         messages[-1][0] != "user",
         _digest(said[-1]),
         _digest(said[-2]) if len(said) > 1 else b"",
-        _word_runs("\n".join(content for role, content in messages if role in _SYSTEMS)),
+        _system_runs("\n".join(content for role, content in messages if role in _SYSTEMS)),
     )
 
 
@@ -131,12 +133,25 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.strip().encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
+def _system_runs(text: str) -> NDArray[np.uint64]:
+    """The runs of words of a system prompt, which comes with many requests. Remembered by its digest."""
+    runs = _known_runs.get(digest := hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
+    if runs is None:
+        if len(_known_runs) >= MOST_SYSTEMS:
+            _known_runs.clear()
+        runs = _known_runs[digest] = _word_runs(text)
+        runs.flags.writeable = False
+    return runs
+
+
 def _word_runs(text: str) -> NDArray[np.uint64]:
     """The runs of RUN words of a text: the same over restarts, and whatever its numbers are."""
     words = text.split(maxsplit=MOST_WORDS)[:MOST_WORDS]
-    symbols = [
-        NUMBER if any(map(str.isdigit, word)) else zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words
-    ]
+    symbols = [NUMBER if _has_digit(word) else zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words]
     # A short one is a run as well.
     padded = symbols + [NUMBER] * (RUN - len(symbols)) if symbols else []
     return np.unique(hashed_runs(np.array(padded, np.int64), RUN))
+
+
+def _has_digit(word: str) -> bool:
+    return not word.isalpha() and any(map(str.isdigit, word))

@@ -176,19 +176,27 @@ class SharedEnds:
         words, n = read.words, len(read.words.symbols)
         number = read.number
         mine, its_end = read.begin, read.end
-        others = [other for other in self._recent if other.number != number and other.begin.whole != mine.whole]
-        least = OFTEN * len(others)
-        begins = [
-            (each.number, mine.alike(each.begin, self._usual[0])) for each in others if each.begin.run == mine.run
-        ]
-        ends = [
-            (each.number, its_end.alike(each.end, self._usual[1])) for each in others if each.end.run == its_end.run
-        ]
-        begin = _common(number, begins, least) if mine.run else 0
-        end = min(_common(number, ends, least), n - begin) if its_end.run else 0
+        begins = [each for each in self._recent if each.begin.run == mine.run and each.number != number]
+        ends = [each for each in self._recent if each.end.run == its_end.run and each.number != number]
+        begin = end = 0
+        if begins or ends:
+            others = [each for each in self._recent if each.number != number and each.begin.whole != mine.whole]
+            least, usual = OFTEN * len(others), self._usual
+            begun = [
+                (each.number, mine.alike(each.begin, usual[0])) for each in begins if each.begin.whole != mine.whole
+            ]
+            ended = [
+                (each.number, its_end.alike(each.end, usual[1])) for each in ends if each.begin.whole != mine.whole
+            ]
+            begin = _common(number, begun, least) if mine.run else 0
+            end = min(_common(number, ended, least), n - begin) if its_end.run else 0
         self._usual = begin, end
         rest = words.symbols[begin : n - end]
-        known = np.concatenate((hashed_runs(words.symbols[:begin], RUN), hashed_runs(words.symbols[n - end :], RUN)))
+        known = _NO_RUNS
+        if begin or end:
+            known = np.concatenate(
+                [hashed_runs(part, RUN) for part in (words.symbols[:begin], words.symbols[n - end :])]
+            )
         own = words.kept(begin, n - end)
         return Own(own, known, signature(rest), bool((rest != NUMBER).any()), len(rest) == n)
 
@@ -228,4 +236,5 @@ def _common(number: int, group: Sequence[tuple[int, int]], many: float) -> int:
     return lately if lately >= common + RUN else common
 
 
+_NO_RUNS = np.zeros(0, np.uint64)
 _NO_WORDS = Words(np.zeros(0, np.int32), np.zeros(0, np.int64), None)

@@ -26,6 +26,18 @@ _CONSONANTS = re.compile(r"[bcdfghjklmnpqrstvwxz]{5}|[A-Za-z][0-9][A-Za-z]|[a-z]
 _DAMAGE = re.compile(
     r"\ufffd|\u00c3[\u0080-\u00bf\u0192\u2013-\u2122]|\u00e2\u20ac|\u00c2[\u0080-\u00bf]|&#?\w{2,6};.*&#?\w{2,6};"
 )
+# Without any of them a text in ASCII has no word that is none.
+_MAY_BE_NONE = re.compile(
+    r"(?<![A-Za-z0-9+/=_])[B-DF-HJ-NP-TV-XZb-df-hj-np-tv-xz0-9+/=_]{4}|[A-Za-z0-9+/=_]{26}"
+    r"|[B-DF-HJ-NP-TV-XZb-df-hj-np-tv-xz]{5}|[A-Za-z][0-9][A-Za-z]|[a-z][A-Z][a-z]*[A-Z]"
+)
+# One of them is in each phrase of `_JAILBREAK`.
+_IN_PHRASES = (
+    *("ignore ", "disregard ", "forget ", "anything now", "dan", "developer mode", "jailbr", "restriction", "filter"),
+    *("guideline", "limit", "evil", "uncensored", "unrestricted", "amoral", "never ", " prompt"),
+)
+_NOT_LETTERS = bytes(byte for byte in range(256) if not chr(byte).isalpha() or byte > 127)
+_CAPITALS = bytes(range(ord("A"), ord("Z") + 1))
 _JAILBREAK = re.compile(
     r"ignore (?:all |any |the |your |my )*(?:previous|prior|above|earlier) (?:instruction|prompt|rule|message)"
     r"|(?:disregard|forget) (?:all |any |the |your |every)*(?:previous |prior |above )?(?:instruction|rule|guideline)"
@@ -40,19 +52,32 @@ _JAILBREAK = re.compile(
 
 def marks_of(text: str) -> tuple[str, ...]:
     """Those of SAID that a text has."""
-    letters = "".join(_LETTER.findall(text))
+    plain = text.isascii()
+    letters, capitals = _plain_letters(text) if plain else _letters(text)
     found = []
-    if len(letters) >= LETTERS and letters.lower() != letters.upper():
-        capitals = sum(map(str.isupper, letters))
-        found += [LOWER] if not capitals else [UPPER] if capitals > CAPITALS * len(letters) else []
-    if _DAMAGE.search(text):
+    if letters >= LETTERS:
+        found += [LOWER] if not capitals else [UPPER] if capitals > CAPITALS * letters else []
+    if (not plain or "&" in text) and _DAMAGE.search(text):
         found.append(DAMAGED)
-    words = _WORD.findall(text) if text.isascii() else []
+    words = _WORD.findall(text) if plain and _MAY_BE_NONE.search(text) else []
     if words and sum(map(_is_none, words)) > SHARE * len(words):
         found.append(NO_WORDS)
-    if _JAILBREAK.search(text):
+    # To look for the words first takes a fraction of the time.
+    if (not plain or any(map(text.lower().__contains__, _IN_PHRASES))) and _JAILBREAK.search(text):
         found.append(JAILBREAK)
     return tuple(found)
+
+
+def _plain_letters(text: str) -> tuple[int, int]:
+    """How many letters there are in ASCII, and how many of them are capitals."""
+    letters = text.encode().translate(None, _NOT_LETTERS)
+    return len(letters), len(letters) - len(letters.translate(None, _CAPITALS))
+
+
+def _letters(text: str) -> tuple[int, int]:
+    """The same in any writing; none in one without capitals."""
+    letters = "".join(_LETTER.findall(text))
+    return (len(letters) if letters.lower() != letters.upper() else 0), sum(map(str.isupper, letters))
 
 
 def _is_none(word: str) -> bool:

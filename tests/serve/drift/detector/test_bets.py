@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from serve.drift.detector import bets
-from serve.drift.detector.bets import CELLS, FIXED, Bank
+from serve.drift.detector.bets import CELLS, FIXED, MOST, Bank, Runs
 
 
 @pytest.mark.parametrize("table", [bets._SCORE_BETS, bets.MANY_BETS], ids=["scores", "many"])
@@ -47,8 +47,27 @@ def test_what_moves_far_needs_no_learning(shift, requests):
     normal = np.sort(rng.standard_normal(20_000))
     for now in range(1, 100):
         where = normal.searchsorted(rng.standard_normal() + shift) / len(normal)
-        bank.place(Bank.prepare(np.array([[min(where, 0.9999), rng.random()]]))[0], now)
+        next(bank.steps(Bank.prepare(np.array([[min(where, 0.9999), rng.random()]])), [now]))
         if bank.evidence() >= 1e4:
             break
     assert now <= requests
     assert bank.began()[1] == 0 and bank.weights().argmax() == 0
+
+
+def test_bets_of_several_requests_at_once_are_those_of_one_after_another():
+    rng = np.random.default_rng(4)
+    at_once, runs = Runs(6), Runs(6)
+    r, page, start = np.zeros(6), np.ones(6), np.zeros(6, np.int64)
+    for now in range(0, 200, 8):
+        bets = rng.lognormal(0, 1, (8, 6)) * (1e15 if 40 <= now < 120 else 1)
+        for i, _ in enumerate(at_once.steps(bets, range(now, now + 8))):
+            next(runs.steps(bets[i : i + 1], [now + i]))
+            r, page = np.minimum((r + 1) * bets[i], MOST), np.minimum(np.maximum(page, 1) * bets[i], MOST)
+            start[page <= 1] = now + i
+            for each in (at_once, runs):
+                kept = each.state()
+                assert (kept["r"] == r).all() and (kept["page"] == page).all() and (kept["start"] == start).all()
+        if now == 120:
+            for each in (at_once, runs):
+                each.reset(now)
+            r, page, start = np.zeros(6), np.ones(6), np.full(6, now)

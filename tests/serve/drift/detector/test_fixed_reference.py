@@ -126,3 +126,20 @@ def test_it_goes_on_after_a_restart_and_begins_again_when_it_is_told_to():
     other = FixedReference({"refusal": Kind.SHARE}, 5)
     other.restore(half.state())
     assert other.gathered == 0 and other.needed == 5
+
+
+def test_what_is_missing_leaves_the_evidence_of_its_number_as_it_is():
+    rng = np.random.default_rng(3)
+    reference = watching(rng)
+    loop = list(KINDS).index("loop")
+    for now, unit in enumerate(answers(rng, 300, refusal=0.1, loop=0.1, factor=1.5)):
+        before = reference.state()
+        missing = now % 3 == 0
+        reference.update(unit | {"loop": None} if missing else unit, float(now))
+        same = [(before[name][loop] == reference.state()[name][loop]).all() for name in ("run", "won", "sums", "count")]
+        assert all(same) == missing
+        # As it is defined: what is there is multiplied by what is bet on it.
+        x = np.array([unit["refusal"]])
+        factors = 1 + before["stakes"][0] * (x - before["shares"][0])[:, None]
+        assert (reference.state()["run"][0] == (before["run"][0] + 1) * factors).all()
+    assert reference.log_evidence > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from serve.drift.detector.mean_rows import HALF_LIVES, MeanRows, Phase
+from serve.drift.detector.mean_rows import HALF_LIVES, SAME, MeanRows, Phase
 
 WIDTH, NEEDED = 64, 300
 
@@ -126,5 +126,49 @@ def test_of_a_reference_that_says_nothing_no_evidence_from_before_a_restart_is_l
 
 def test_before_there_is_a_reference_a_row_lies_in_no_end_of_it():
     means = MeanRows(NEEDED)
-    less, upto = means.reference_places(np.zeros(WIDTH, np.float32), 500)
-    assert less.tolist() == [0] * len(HALF_LIVES) and upto.tolist() == [500] * len(HALF_LIVES)
+    less, upto = means.reference_places(np.zeros((1, WIDTH), np.float32), 500)
+    assert less.tolist() == [[0] * len(HALF_LIVES)] and upto.tolist() == [[500] * len(HALF_LIVES)]
+
+
+class PlainlyRanked(MeanRows):
+    """Every row by itself, by looking at the whole bag."""
+
+    def _ranks(self, rows):
+        p = []
+        for row in rows:
+            m, own = self._size, (self._onto @ row.astype(np.float32))[:, None]
+            along = self._along[:, :m]
+            less, upto = (along < own - SAME).sum(axis=1), (along <= own + SAME).sum(axis=1)
+            p.append((less + self._rng.random(len(less)) * (upto - less + 1)) / (m + 1))
+            place = m if m < self._capacity else int(self._rng.integers(m + 1))
+            self._size = min(m + 1, self._capacity)
+            self._along[:, place] = own[:, 0]
+            self._waiting_rows[self._waiting], self._waiting_places[self._waiting] = row, place
+            self._waiting += 1
+        return np.array(p)
+
+    def reference_places(self, rows, size):
+        own = (self._onto @ self._small(rows)[0].astype(np.float32))[:, None]
+        known = self._reference_along()
+        less, upto = (known < own - SAME).sum(axis=1), (known <= own + SAME).sum(axis=1)
+        scale = size / known.shape[1]
+        return (less * scale).astype(np.intp)[None], np.ceil(upto * scale).astype(np.intp)[None]
+
+
+@pytest.mark.parametrize("draw", [normal, few_texts])
+def test_rows_that_are_ranked_at_once_in_a_sorted_bag_are_ranked_as_one_by_one_in_all_of_it(draw):
+    rng = np.random.default_rng(5)
+    reference = list(draw(rng, (NEEDED, WIDTH)).astype(np.float32))
+    quick, plain = MeanRows.of(reference, 5), PlainlyRanked.of(reference, 5)
+    now, requests = 0, 3 * NEEDED  # the bag is full before their end
+    while now < requests:
+        rows = draw(rng, (int(rng.integers(1, 50)), WIDTH)).astype(np.float32) + (now > NEEDED) * np.float32(0.2)
+        for row, _ in zip(rows, quick.steps(rows, range(now, now + len(rows))), strict=False):
+            plain.observe(row, now)
+            assert (quick.evidence(), quick.began()) == (plain.evidence(), plain.began())
+            places = zip(quick.reference_places(row[None], 1000), plain.reference_places(row[None], 1000), strict=True)
+            assert all((ours == theirs).all() for ours, theirs in places)
+            now += 1
+        for name, kept in quick.state().items():
+            assert (kept == plain.state()[name]).all()
+    assert quick._size == quick._capacity
