@@ -115,14 +115,14 @@ class Runs:
             kept[:] = state[name].reshape(-1)
 
 
-class Bank:
+class Bank(Runs):
     """Streams of p-values with their bets. weights: (streams,) what each weighs in the evidence."""
 
     def __init__(self, weights: ArrayLike) -> None:
         share = np.asarray(weights, np.float64)
         self._stream_share = share / share.sum()
         self._share = np.repeat(self._stream_share / FIXED, FIXED)
-        self._runs = Runs(len(self._share))
+        super().__init__(len(self._share))
 
     @staticmethod
     def prepare(p: Floats, bounds: tuple[Floats, Floats] | None = None) -> NDArray[np.float64]:
@@ -135,36 +135,17 @@ class Bank:
         up, down = _SCORE_BETS.take(cells(least), axis=0), _SCORE_BETS.take(cells(most), axis=0)
         return np.concatenate((up[..., : len(_UP)], down[..., len(_UP) :]), axis=-1).reshape(len(p), -1)
 
-    def steps(self, bets: NDArray[np.float64], nows: Sequence[int]) -> Iterator[None]:
-        """Place what was prepared for some requests, one after another."""
-        return self._runs.steps(bets, nows)
-
     def evidence(self) -> float:
         """The weighted mean of all R."""
-        return float(self._runs.r @ self._share)
+        return float(self.r @ self._share)
 
     def log_means(self) -> Floats:
         """(streams,): ln of the mean over the bets of each."""
-        means = self._runs.r.reshape(-1, FIXED).mean(axis=1)
+        means = self.r.reshape(-1, FIXED).mean(axis=1)
         return np.log(means, out=np.full(means.shape, -np.inf), where=means > 0)
 
     def weights(self) -> Floats:
         """(streams,) with the sum 1: half by the evidence of each stream, half as from the beginning."""
-        total = (self._runs.r * self._share).reshape(-1, FIXED).sum(axis=1)
+        total = (self.r * self._share).reshape(-1, FIXED).sum(axis=1)
         weights: Floats = (total / max(total.sum(), 1e-300) + self._stream_share) / 2
         return weights
-
-    def began(self) -> tuple[float, int]:
-        """Page's statistic of the strongest bet, and the update after which its run began."""
-        return self._runs.began()
-
-    def reset(self, now: int) -> None:
-        """Begin again at no evidence."""
-        self._runs.reset(now)
-
-    def state(self) -> State:
-        return self._runs.state()
-
-    def restore(self, state: Mapping[str, NDArray]) -> None:
-        """Go on where this `state()` was."""
-        self._runs.restore(state)
