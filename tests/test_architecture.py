@@ -117,7 +117,7 @@ def public(node: ast.ClassDef) -> list[str]:
 
 
 # What exists to change objects of vLLM.
-CHANGES_VLLM = ("serve/vllm_backend/", "serve/cpu_kernels/", "serve/drift/")
+CHANGES_VLLM = ("serve/vllm_backend/", "serve/cpu_kernels/")
 # Attributes of objects that are not ours.
 OTHERS = {
     "serve/adapters/file_thread.py": {"_USED.cpu"},  # threading.local

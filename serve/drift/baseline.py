@@ -132,14 +132,9 @@ class Baseline:
         """Settings, which are no part of what is kept; `needed` counts for the signals that still gather."""
         for kind in SIGNALS:
             for signal in self.every(kind):
-                signal.tolerance = tolerance
-                signal.set_threshold(threshold)
-                if signal.phase is Phase.GATHERING and needed is not None:
-                    signal.needed = max(2, needed.get(kind, signal.needed))
-                for fixed in signal.fixed.values():
-                    fixed.needed = signal.needed
+                signal.configure(threshold, tolerance, None if needed is None else needed.get(kind))
         for kind, strata in self.strata.items():
-            strata.reference = self.signals[kind].needed
+            strata.gather(self.signals[kind].needed)
 
     def successor(self, provenance: Provenance) -> Baseline:
         """For the adapter's next version: the prompts' signal keeps its reference, the answers' begin anew."""
@@ -192,7 +187,7 @@ class Baseline:
         self = cls(provenance)
         try:
             for kind, signal in self.signals.items():
-                signal.tolerance = tolerance
+                signal.configure(signal.threshold, tolerance)
                 # Earlier releases did not watch follow-ups.
                 if kind != FOLLOW_UP or below(arrays, f"{kind}/"):
                     signal.restore(below(arrays, f"{kind}/"))

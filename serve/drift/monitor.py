@@ -28,7 +28,7 @@ from serve.drift.features.last_turn import last_turn
 from serve.drift.features.parameter_strata import most_common
 from serve.drift.features.request_rows import reference_rows
 from serve.drift.features.request_text import RequestText
-from serve.drift.features.traffic_profile import TrafficProfile, TrafficProfiles
+from serve.drift.features.traffic_profile import TrafficProfiles
 from serve.drift.open_alarms import OpenAlarms, UnloadedAlarms
 from serve.drift.probe_comparison import ProbeAnswers
 from serve.drift.watched_version import PROBE, DriftSettings, ProbeResult, WatchedVersion
@@ -410,7 +410,7 @@ class DriftMonitor(Collector):
                 continue
             watched = WatchedVersion(adapter, version, id, base, baseline, self._settings, **known)
             for kind in PROMPTS:
-                watched.profiles[kind].reference = TrafficProfile.from_state(sibling.profiles[kind].reference.state())
+                watched.profiles[kind].inherit(sibling.profiles[kind])
             return watched
         return WatchedVersion(adapter, version, id, base, Baseline(provenance), self._settings, **known)
 

@@ -95,11 +95,17 @@ class Signal:
         # Of answers: shares and means against a reference that does not learn, for first answers and for later ones.
         self.fixed = {lane: FixedReference(KINDS, self.needed, WEIGHTS) for lane in LANES} if kind == OUTPUT else {}
 
-    def set_threshold(self, threshold: float) -> None:
-        """The evidence so far stays: it does not depend on the threshold."""
+    def configure(self, threshold: float, tolerance: Tolerance, needed: int | None = None) -> None:
+        """Settings, which are in no `state()`. The evidence so far stays: it does not depend on the threshold. `needed`
+        counts while the reference is gathered."""
         self.threshold = threshold
+        self.tolerance = tolerance
         if self._detector is not None:
             self._detector.threshold = threshold
+        elif needed is not None:
+            self.needed = max(2, needed)
+        for fixed in self.fixed.values():
+            fixed.gather(self.needed)
 
     @property
     def phase(self) -> Phase:
@@ -140,8 +146,8 @@ class Signal:
         raws = self._parts(rows)[0]
         means = self._means(rows, raws) if structure.exchangeable else None
         if means is not None and detector.means is None:
-            detector.means = MeanRows(self.needed, self._seed)
-        detector.tolerated_share = self.tolerance.foreign_share
+            detector.watch_means(MeanRows(self.needed, self._seed))
+        detector.tolerate(self.tolerance.foreign_share)
         scores = scale.each(raws)
         units = list(scores) if structure.exchangeable else [structure.unit(each) for each in scores]
         full = [unit for unit in units if unit is not None]
@@ -321,7 +327,7 @@ class Signal:
     def take_mean_rows(self, other: Signal) -> None:
         """Those of the `other` signal, which are in no `state()`."""
         if self._detector is not None and other._detector is not None:
-            self._detector.means = copy.deepcopy(other._detector.means)
+            self._detector.watch_means(copy.deepcopy(other._detector.means))
 
     def state(self) -> dict[str, NDArray]:
         if self._detector is None or self._scale is None:

@@ -109,6 +109,14 @@ class Drift:
         self._rows = RecentRows(k)
         self._mean_rows: deque[NDArray[np.float32] | None] = deque(maxlen=RECENT)
 
+    def tolerate(self, share: float) -> None:
+        """What share of foreign requests is nobody's concern: `beyond_tolerated_share` is held against it."""
+        self.tolerated_share = share
+
+    def watch_means(self, means: MeanRows | None) -> None:
+        """Rows go to these mean rows from now on."""
+        self.means = means
+
     def update(self, row: ArrayLike, mean_row: NDArray[np.float32] | None = None) -> bool:
         """Take the scores of one request, and say whether the evidence has reached the threshold."""
         (drifted,) = self.steps(np.asarray(row, np.float32)[None], [mean_row])

@@ -98,6 +98,10 @@ class FixedReference:
         # The numbers' evidence, None until one looks.
         self._least: Floats | None = None
 
+    def gather(self, needed: int) -> None:
+        """So many make a reference, where none is full yet."""
+        self.needed = needed
+
     @property
     def gathered(self) -> int:
         """How many units the first number has in its reference."""

@@ -140,7 +140,7 @@ def _system_runs(text: str) -> NDArray[np.uint64]:
         if len(_known_runs) >= MOST_SYSTEMS:
             _known_runs.clear()
         runs = _known_runs[digest] = _word_runs(text)
-        runs.flags.writeable = False
+        runs.setflags(write=False)
     return runs
 
 

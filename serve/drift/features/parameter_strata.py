@@ -119,6 +119,10 @@ class ParameterStrata(Generic[Kept]):
         self._gone = (0, 0)
         self.reference = reference
 
+    def gather(self, reference: int) -> None:
+        """So many requests make a reference from now on."""
+        self.reference = reference
+
     def every(self) -> Iterator[tuple[Stratum, Kept]]:
         """The current stratum, then the others."""
         yield self.current or LEGACY, self._signals[self._kind]

@@ -129,6 +129,10 @@ class TrafficProfiles:
     reference: TrafficProfile = field(default_factory=TrafficProfile)
     recent: TrafficProfile = field(default_factory=TrafficProfile.of_recent)
 
+    def inherit(self, other: TrafficProfiles) -> None:
+        """The reference is a copy of the `other`'s."""
+        self.reference = TrafficProfile.from_state(other.reference.state())
+
     def accept(self, count: int) -> None:
         """The latest `count` requests are the reference from now on."""
         self.reference, self.recent = self.recent.accepted(count), TrafficProfile.of_recent()

@@ -25,6 +25,11 @@ LONG = "LORADOCK_TEST_DRIFT_STREAMS" in os.environ
 STREAMS = 400 if LONG else 24
 
 
+def at_most(alpha, runs):
+    """How many of `runs` may end by chance where each does with `alpha` at most, 99 % sure."""
+    return alpha * runs + 2.33 * math.sqrt(runs * alpha * (1 - alpha))
+
+
 def latency(tolerance):
     return Check("inter_token", LATENCY, Worse.HIGHER, Unit.RATIO, tolerance, required=True)
 
@@ -82,7 +87,7 @@ def test_a_slower_canary_is_called_worse_in_time(slower, tolerance, within):
 def test_what_lies_within_the_tolerance_is_not_called_worse_and_proves_itself():
     within = [judged(itl(1.04), seed, checks=[latency(0.05)], requests=2500)[0] for seed in range(STREAMS)]
     same = [judged(itl(1.0), seed, checks=[latency(0.10)], requests=2500) for seed in range(STREAMS)]
-    assert within.count(Verdict.WORSE) == 0
+    assert within.count(Verdict.WORSE) <= at_most(0.01, len(within))
     proved = [requests for verdict, requests, _ in same if verdict is Verdict.PROVED]
     print(f"proved within 10 %: {len(proved)}/{len(same)}, median {np.median(proved):.0f} requests")
     assert len(proved) >= 0.9 * len(same)
@@ -92,7 +97,7 @@ def test_what_is_worse_by_more_than_the_tolerance_does_not_prove_itself():
     runs = [
         judged(itl(1.06), seed, checks=[latency(0.05)], alpha=0.05, requests=2500)[0] for seed in range(2 * STREAMS)
     ]
-    assert runs.count(Verdict.PROVED) <= 0.05 * len(runs) + 2.33 * math.sqrt(len(runs) * 0.05 * 0.95)
+    assert runs.count(Verdict.PROVED) <= at_most(0.05, len(runs))
 
 
 def damaged(rng, labels):
@@ -127,8 +132,8 @@ def test_errors_are_compared_as_rates_with_a_tolerance():
     some = [judged(failing(0.015), seed, checks=[check], alpha=0.05)[0] for seed in range(STREAMS)]
     many = [judged(failing(0.20), seed, checks=[check])[0] for seed in range(STREAMS)]
     none = [judged(failing(0.0), seed, checks=[check], alpha=0.05, requests=8000)[0] for seed in range(STREAMS)]
-    assert alike.count(Verdict.WORSE) <= 0.1 * len(alike) + 2.33 * math.sqrt(0.09 * len(alike))
-    assert some.count(Verdict.WORSE) <= 2
+    assert alike.count(Verdict.WORSE) <= at_most(0.1, len(alike))
+    assert some.count(Verdict.WORSE) <= at_most(0.05, len(some))
     assert many.count(Verdict.WORSE) >= 0.9 * STREAMS
     assert none.count(Verdict.PROVED) >= 0.6 * STREAMS
 

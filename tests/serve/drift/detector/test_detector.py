@@ -131,7 +131,7 @@ def test_the_share_of_foreign_requests_is_estimated_from_below(share, shift):
         detector = Drift(rng.standard_normal((1000, 10)), threshold=1e5, seed=seed)
         list(detector.steps(rng.standard_normal((100, 10)), [None] * 100))
         assert detector.foreign_share is None
-        detector.tolerated_share = 0.03
+        detector.tolerate(0.03)
         rows = rng.standard_normal((1300, 10))
         rows[:, 3] += shift * (rng.random(1300) < share)
         now = next(now for now, row in enumerate(rows) if detector.update(row) and detector.beyond_tolerated_share)
@@ -166,7 +166,7 @@ def test_a_share_that_is_tolerated_is_seldom_called_larger():
     for seed in range(30):
         rng = np.random.default_rng(seed)
         detector = Drift(rng.standard_normal((500, 4)), threshold=2, seed=seed)
-        detector.tolerated_share = 0.03
+        detector.tolerate(0.03)
         for row in rng.standard_normal((1500, 4)):
             row[1] += 6 * (rng.random() < 0.02)
             detector.update(row)
