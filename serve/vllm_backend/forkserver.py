@@ -11,6 +11,7 @@ nothing of it otherwise. `follow` is for what was started in another way.
 
 It also waits for what it forked. There a Linux 6.18 guest was seen to keep it in the kernel for minutes, after an
 engine of 2 GB had ended while another one computed; so in that case the next engine comes from a fresh one: `leave`.
+The other one may be another server's: one that does not fork within `ANSWER_SECONDS` is left too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
+import io
 import logging
 import multiprocessing
 import os
@@ -28,8 +30,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from multiprocessing import forkserver, resource_tracker
-from multiprocessing.connection import arbitrary_address  # type: ignore[attr-defined]
+from multiprocessing import context, forkserver, popen_forkserver, reduction, resource_tracker, spawn, util
+from multiprocessing.connection import arbitrary_address, wait  # type: ignore[attr-defined]
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.util import is_abstract_socket_namespace
 from pathlib import Path
@@ -44,6 +46,8 @@ PROCESS, PRELOAD = "serve.vllm_backend.forkserver_process", "serve.vllm_backend.
 PREPARED = "serve.vllm_backend.prepared"
 # Of the server's (serve/server/logs.py): their handlers write where it alone writes.
 LOGGERS = ("serve", "loradock", "uvicorn", "asyncio")
+# A fork takes milliseconds; the first one waits for all that the fork server imports.
+ANSWER_SECONDS = 30.0
 UNKNOWN = 255  # multiprocessing's, where nobody is left to tell
 PR_SET_PDEATHSIG = 1
 
@@ -176,7 +180,17 @@ def leave() -> None:
         os.close(server._forkserver_alive_fd)
         server._forkserver_address = server._forkserver_alive_fd = server._forkserver_pid = None
     threading.Thread(target=os.waitpid, args=(left, 0), daemon=True, name="left-forkserver").start()
-    _ensure_running()
+    running = threading.Event()
+
+    def keep() -> None:
+        try:
+            _ensure_running()
+        finally:
+            running.set()
+        threading.Event().wait()  # it ends with the thread that started it
+
+    threading.Thread(target=keep, daemon=True, name="forkserver").start()
+    running.wait()
 
 
 def install() -> None:
@@ -206,8 +220,47 @@ def follow(sentinel: int, leave: Callable[[int], object] = os._exit) -> None:
     leave(1)
 
 
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+class Popen(popen_forkserver.Popen):
+    """As multiprocessing's, but the process is told what to do once it is there, and a fork server that does not make
+    it is left for a fresh one. What it makes in the end is told nothing, and ends."""
+
+    _fds: list[int]  # that it inherits
+
+    def _launch(self, process_obj: Any) -> None:
+        data = spawn.get_preparation_data(process_obj._name)
+        told = io.BytesIO()
+        context.set_spawning_popen(self)
+        try:
+            reduction.dump(data, told)
+            reduction.dump(process_obj, told)
+        finally:
+            context.set_spawning_popen(None)
+        self.sentinel, tell = forkserver.connect_to_new_process(self._fds)
+        if not wait([self.sentinel], ANSWER_SECONDS):
+            log.warning("the fork server has not answered for %.0f s: the next one takes its place", ANSWER_SECONDS)
+            os.close(self.sentinel)
+            os.close(tell)
+            leave()
+            self.sentinel, tell = forkserver.connect_to_new_process(self._fds)
+        # As a sentinel of this process in the other one.
+        held = os.dup(tell)
+        self.finalizer = util.Finalize(self, _close, (held, self.sentinel))
+        self.pid = forkserver.read_signed(self.sentinel)
+        with open(tell, "wb") as pipe:
+            pipe.write(told.getbuffer())
+
+
 class Process(ForkServerProcess):
     """A process with the environment that its creator has when it starts it, as after fork or spawn."""
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Popen:
+        return Popen(process_obj)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _born, (type(self), dict(os.environ)), self.__dict__

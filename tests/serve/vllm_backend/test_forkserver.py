@@ -63,6 +63,36 @@ def test_the_next_comes_from_a_fresh_one_and_the_old_one_ends_with_its_last(tmp_
     assert eventually(lambda: not Path(f"/proc/{old}").exists(), 10), "neither running nor a zombie"
 
 
+def test_a_fork_server_that_does_not_answer_is_left_for_a_fresh_one(tmp_path, monkeypatch):
+    multiprocessing.forkserver.ensure_running()
+    server = multiprocessing.forkserver._forkserver
+    stuck = server._forkserver_pid
+    os.kill(stuck, signal.SIGSTOP)
+    monkeypatch.setattr(forkserver, "ANSWER_SECONDS", 0.2)
+    try:
+        process = Context().Process(target=report, args=(tmp_path / "out",))
+        process.start()
+        process.join(30)
+        assert process.exitcode == 0 and (tmp_path / "out").exists()
+        assert server._forkserver_pid not in (None, stuck)
+    finally:
+        os.kill(stuck, signal.SIGCONT)
+    # What it was asked for in vain is nobody's, and it has nothing else to do.
+    assert eventually(lambda: not Path(f"/proc/{stuck}").exists(), 10)
+
+
+def test_a_fresh_one_outlives_the_thread_that_asked_for_it(tmp_path):
+    multiprocessing.forkserver.ensure_running()
+    asking = threading.Thread(target=forkserver.leave)
+    asking.start()
+    asking.join(30)
+    fresh = multiprocessing.forkserver._forkserver._forkserver_pid
+    process = Context().Process(target=report, args=(tmp_path / "out",))
+    process.start()
+    process.join(30)
+    assert process.exitcode == 0 and multiprocessing.forkserver._forkserver._forkserver_pid == fresh
+
+
 FORKED = """
 import gc, json, logging, multiprocessing, os, socket, sys
 from pathlib import Path
