@@ -10,11 +10,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from serve.models.gguf.file import TYPES, Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 METHOD = "loradock-gguf"  # in config.json, as `quant_method`: vLLM looks it up among its methods
 # Where the scales of a block are, float16, from its beginning: all else that is there are whole numbers.
@@ -62,6 +64,7 @@ def types_of(folder: Path) -> dict[str, str]:
 
 def values_of(kind: str, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
     """(rows, bytes) in blocks of this type as the numbers that they stand for, (rows, weights)."""
+    import numpy as np
     from gguf import GGMLQuantizationType, dequantize
 
     return np.asarray(dequantize(rows, GGMLQuantizationType[kind]), np.float32)
