@@ -168,7 +168,7 @@ def platform() -> Iterator[dict[str, Any]]:
 
     platforms._current_platform = cuda.NvmlCudaPlatform()
     vllm.config.vllm.HAS_TRITON = True  # as it is where there is a GPU: it decides which model runner computes
-    found = mock.patch.object(launch, "find", lambda model, cache: model)
+    found = mock.patch.object(launch, "find", lambda model, cache, **_: model)
     on_gpu = mock.patch.object(hardware, "on_cpu", lambda: False)
     driver = mock.patch.object(gpus, "_library", lambda: nvml)
     with found, on_gpu, driver:

@@ -14,7 +14,7 @@ from optimize.pipeline import lock, run
 
 
 def making(out: Path) -> Any:
-    return run.Run(None, None, out, 0, lambda *_: None)._working()  # type: ignore[arg-type]
+    return run.Run(None, None, out, 0, lambda *_: None).working()  # type: ignore[arg-type]
 
 
 def test_a_second_run_is_refused_and_the_lock_leaves_nothing(tmp_path):

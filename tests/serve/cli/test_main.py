@@ -67,7 +67,7 @@ def test_completion_can_be_shown_and_installed():
 
 
 def test_an_error_before_any_server_is_asked_is_json_too(monkeypatch, capsys):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise AdapterRejected("no", problems=["one", "two"])
 
     monkeypatch.setattr("serve.models.checkpoint.find", refuse)

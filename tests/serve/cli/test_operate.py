@@ -19,7 +19,7 @@ PLAN = Plan(
 
 @pytest.fixture
 def planned(monkeypatch):
-    monkeypatch.setattr("serve.models.checkpoint.find", lambda model, cache: model)
+    monkeypatch.setattr("serve.models.checkpoint.find", lambda model, cache, **_: model)
     monkeypatch.setattr("serve.models.memory_plan.plan", lambda *_, **__: PLAN)
 
 

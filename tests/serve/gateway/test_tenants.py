@@ -106,7 +106,7 @@ async def test_no_route_tells_a_private_adapter_from_one_that_does_not_exist(ope
                 response = await globex.request(method, url, **BODIES.get((method, path), {}))
                 answers.append(seen(response, name))
             assert answers[0] == answers[1], f"{method} {path} with {there}"
-            if "{name}" in path:
+            if "{name}" in path and not path.endswith("/mix"):  # which makes an adapter of one's own
                 assert answers[0][0] == 404, f"{method} {path} with {there}"
             told = answers[0][2]
             assert not any(one["digest"][:12] in told or "secret" in told or "anna" in told for one in secret)
