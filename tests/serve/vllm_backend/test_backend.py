@@ -331,7 +331,7 @@ def test_what_a_check_of_gpus_rests_on():
 
 
 async def test_the_workers_are_asked_ever_less_often_whether_they_have_read_an_adapter(tiny_model, monkeypatch):
-    """Each time is a call of all of them, between two steps."""
+    """Each time is a call of all of them, between two steps; ten times a second they have time for their part."""
     backend, now, asked = VLLMBackend(str(tiny_model), "base", {}), 0.0, []
 
     async def rpc(method, *_):
@@ -347,7 +347,7 @@ async def test_the_workers_are_asked_ever_less_often_whether_they_have_read_an_a
     monkeypatch.setattr("serve.vllm_backend.backend.asyncio.sleep", sleep)
     monkeypatch.setattr("serve.vllm_backend.backend.time.monotonic", lambda: now)
     await backend.add("tone@1", 1, Path("/somewhere"))
-    assert len(asked) < 60 and asked[-1] < 6 * 1.15
+    assert len(asked) < 90 and asked[-1] < 6.11
     assert asked[:4] == pytest.approx([0, 0.005, 0.010, 0.015])
 
 
