@@ -177,7 +177,7 @@ four-bits: setup-dev ## methods of 4 bits on the same model, text and windows, l
 cpu-speed: setup-dev ## a model with each --cpu-weights, and llama.cpp's formats where they are given, in turns over HTTP; 10 minutes
 	@$(BIN)/python -m tests.campaigns.cpu_speed $(ARGS)
 
-real-models: setup-dev ## GGUF files in DIR: answers, perplexity and speed, beside llama.cpp's (ARGS="--llama-python DIR/bin/python"); 15 minutes a file
+real-models: setup-dev ## GGUF files in DIR: answers, perplexity and speed, beside llama.cpp's (ARGS="--llama-python DIR/bin/python"), each file of them; 15 minutes
 	@$(BIN)/python -m tests.campaigns.real_models $(DIR) $(ARGS)
 
 vllm-diff: setup-dev ## what another vLLM changes of what loradock replaces or imports (V=0.33.0): its wheel is read, not installed; a minute

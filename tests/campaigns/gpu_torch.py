@@ -31,7 +31,7 @@ STEPS: Mapping[str, dict[str, Any]] = {
     "quantize-awq": {"quantize": {"scheme": "w4a16", "method": "awq"}},
     "quantize-nvfp4": {"quantize": {"scheme": "nvfp4"}},
     "prune": {"prune": {"layers": 1, "mlp": 0.75}},
-    "tune": {"tune": {"train": "EXAMPLES", "validation": "EXAMPLES", "epochs": 1, "rank": 8, "name": "tone"}},
+    "tune": {"tune": {"train": "EXAMPLES", "validation": "HELD_OUT", "epochs": 1, "rank": 8, "name": "tone"}},
 }
 # The command, without the server that it is a part of.
 OPTIMIZE = "import sys; from pathlib import Path; from optimize.cli import run; sys.exit(run(sys.argv[1:], Path))"
@@ -66,13 +66,16 @@ class Machine:
         lines = [
             json.dumps({"prompt": f"the river {number}", "completion": " ran past a town"}) for number in range(64)
         ]
-        examples.write_text("\n".join(lines) + "\n")
-        steps = json.loads(json.dumps([STEPS[name]]).replace("EXAMPLES", str(examples)))
+        held_out = examples.with_name(f"held-out-{examples.name}")
+        part = max(10, len(lines) // 5)
+        examples.write_text("\n".join(lines[part:]) + "\n")
+        held_out.write_text("\n".join(lines[:part]) + "\n")
+        steps = json.dumps([STEPS[name]]).replace("EXAMPLES", str(examples)).replace("HELD_OUT", str(held_out))
         recipe = {
             "model": str(self.model),
             "target": "gpu",
             "device": self.device if device == "cuda" else "cpu",
-            "steps": steps,
+            "steps": json.loads(steps),
             "calibration": {"text": str(calibration), "samples": 8, "tokens": 128},
             "evaluate": {"text": str(evaluation), "samples": 8, "tokens": 128, "engine": False, "prompts": []},
         }
