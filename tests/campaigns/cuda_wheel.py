@@ -76,19 +76,15 @@ class Ranges(io.RawIOBase):
 
 
 def open_wheel(version: str = PINNED) -> zipfile.ZipFile:
-    """The wheel of `vllm` for this machine's architecture, read over HTTP."""
-    command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
-    index = (
-        subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "https://pypi.org/simple"
-    )
+    """The wheel of `vllm` for this machine, read over HTTP from where pip would take it."""
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps"]
+    command += ["--only-binary", ":all:", "--quiet", "--report", "-", f"vllm=={version}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"pip has no wheel of vLLM {version}: {done.stderr.strip().splitlines()[-1]}")
+    (chosen,) = json.loads(done.stdout)["install"]
     http = httpx.Client(follow_redirects=True, timeout=60)
-    accept = {"Accept": "application/vnd.pypi.simple.v1+json"}
-    files = http.get(f"{index.rstrip('/')}/vllm/", headers=accept).raise_for_status().json()["files"]
-    url = next(
-        file["url"]
-        for file in files
-        if file["filename"].startswith(f"vllm-{version}-") and file["filename"].endswith("x86_64.whl")
-    )
+    url = chosen["download_info"]["url"]
     return zipfile.ZipFile(io.BufferedReader(Ranges(http, url), 1 << 20))
 
 
