@@ -57,7 +57,7 @@ def cli() -> str:
         if words == ["loradock", "serve"]:
             text = _help(words, command).partition("\n  Most used:")[0] + "\n\n  Settings: see the page Configuration."
         elif words[:2] == ["loradock", "optimize"]:
-            text = _optimize_help(words[2:])
+            text = optimize_help(words[2:])
         else:
             text = _help(words, command)
         lines += [f"## {' '.join(words)}", "", "```text", text.rstrip(), "```", ""]
@@ -86,7 +86,7 @@ def _help(words: list[str], command: Any) -> str:
     return printed.getvalue()
 
 
-def _optimize_help(words: list[str]) -> str:
+def optimize_help(words: list[str]) -> str:
     from optimize.cli import run
 
     with _printed() as printed:
@@ -146,19 +146,19 @@ def _route(path: str, method: str, said: dict[str, Any], document: dict[str, Any
         if given["in"] == "query"
     ]
     for content in said.get("requestBody", {}).get("content", {}).values():
-        body = _resolved(content["schema"], document)
+        body = resolved(content["schema"], document)
         required = body.get("required", [])
         known = {row[0] for row in rows}
         for name, schema in body.get("properties", {}).items():
-            resolved = _resolved(schema, document)
+            target = resolved(schema, document)
             if f"`{name}`" not in known:  # a push is a form, or nearly the same as JSON
-                rows.append((f"`{name}`", _kind(resolved), _default(schema, name in required)))
+                rows.append((f"`{name}`", _kind(target), _default(schema, name in required)))
     if rows:
         lines += _table(("Field", "Type", "Default"), rows)
     return lines
 
 
-def _resolved(schema: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
+def resolved(schema: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
     """What a schema says where it refers to another, or to another or null."""
     for option in [schema, *schema.get("anyOf", [])]:
         if "$ref" in option:

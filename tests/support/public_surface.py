@@ -37,7 +37,7 @@ def _commands() -> Iterator[str]:
         name = " ".join(words)
         yield name
         if command is None:
-            options = re.findall(r"(?<![\w-])--[a-z][\w-]*", generate._optimize_help(words[2:]))
+            options = re.findall(r"(?<![\w-])--[a-z][\w-]*", generate.optimize_help(words[2:]))
         else:
             options = [option for given in command.params for option in (*given.opts, *given.secondary_opts)]
         yield from (f"{name} {option}" for option in options)
@@ -54,7 +54,7 @@ def _routes() -> Iterator[str]:
             yield name
             yield from (f"{name} {given['name']}" for given in said.get("parameters", []))
             for content in said.get("requestBody", {}).get("content", {}).values():
-                body = generate._resolved(content["schema"], document)
+                body = generate.resolved(content["schema"], document)
                 yield from (f"{name} {field}" for field in body.get("properties", {}))
 
 
