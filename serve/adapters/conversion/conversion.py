@@ -10,9 +10,7 @@ import asyncio
 import contextvars
 import json
 import os
-import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.adapters.adapter import NOTE_BYTES, NOTES, WEIGHTS, Limits
+from serve.adapters.child_program import running
 from serve.adapters.conversion.kinds import check, linears
 from serve.adapters.fair_threads import FairThreads
 from serve.adapters.peft_config import CONVERTED
@@ -115,17 +114,9 @@ def _convert(
 
 def _answer(job: Mapping[str, Any], kind: str, stop: threading.Event) -> dict[str, Any]:
     """What the program says; it is ended with its time, or once `stop` is set."""
-    process = subprocess.Popen(
-        [sys.executable, "-P", str(PROGRAM)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=_environ(),
-        start_new_session=True,
-    )
     left = SECONDS
     said: bytes | None = json.dumps(job).encode()
-    try:
+    with running(PROGRAM, stderr=subprocess.PIPE, env=_environ()) as process:
         while True:
             try:
                 out, err = process.communicate(said, timeout=_LOOK_SECONDS)
@@ -139,8 +130,6 @@ def _answer(job: Mapping[str, Any], kind: str, stop: threading.Event) -> dict[st
                     f"this {kind} adapter was not converted within {SECONDS:g} s; train it as a LoRA, or merge it "
                     "into its base with `loradock optimize`"
                 )
-    finally:
-        _end(process)
     try:
         answer: dict[str, Any] = json.loads(out)
         return answer
@@ -153,20 +142,6 @@ def _answer(job: Mapping[str, Any], kind: str, stop: threading.Event) -> dict[st
             "extra cpu or gpu"
         )
     raise AdapterRejected(f"this {kind} adapter cannot be converted ({shown(why, 300)}); train it as a LoRA")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # it has ended
-    process.wait()
-    for pipe in (process.stdin, process.stdout, process.stderr):
-        if pipe:
-            try:
-                pipe.close()
-            except BrokenPipeError:
-                pass  # it ended before it had read everything
 
 
 def _environ() -> dict[str, str]:

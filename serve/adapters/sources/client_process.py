@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from serve.adapters.adapter import CONFIG, FILES, NOTES
+from serve.adapters.child_program import running
 from serve.adapters.sources.address import Source
 from serve.adapters.sources.transfer import Transfer, absent, forbidden, not_installed, unreachable
 from serve.errors import AdapterRejected, BadRequest, LoradockError
@@ -39,7 +39,9 @@ _LINE_BYTES = 64 << 10
 def bring(source: Source, files: Transfer) -> Source:
     """The adapter's files into the folder; or, as a `file` source, the folder of this machine where they are."""
     package = PROGRAMS[source.scheme][1]
-    with _Client(source, package, files) as client:
+    program = Path(__file__).parent / PROGRAMS[source.scheme][0]
+    with running(program, PYTHON, stderr=subprocess.DEVNULL, cwd=files.folder) as process:
+        client = _Client(process, source, package, files)
         client.say({"path": source.path, "folder": str(files.folder), "max_bytes": files.max_bytes})
         found = client.answer()
         version = str(found.get("version", ""))
@@ -54,38 +56,13 @@ def bring(source: Source, files: Transfer) -> Source:
 
 
 class _Client:
-    """The process, and what it says; it ends with the block."""
+    """What the process says, and is told."""
 
-    def __init__(self, source: Source, package: str, files: Transfer) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], source: Source, package: str, files: Transfer) -> None:
+        self._process = process
         self._source = source
         self._package = package
         self._files = files
-        program = Path(__file__).parent / PROGRAMS[source.scheme][0]
-        self._process = subprocess.Popen(
-            [PYTHON, "-P", str(program)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=files.folder,
-            start_new_session=True,
-        )
-
-    def __enter__(self) -> _Client:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # And what it started itself.
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # all have ended
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe:
-                try:
-                    pipe.close()
-                except BrokenPipeError:
-                    pass  # it ended before it had read everything
 
     def say(self, line: dict[str, Any]) -> None:
         assert self._process.stdin
