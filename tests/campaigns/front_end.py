@@ -63,7 +63,8 @@ KINDS: dict[str, dict[str, Any]] = {
         ]
     },
 }
-OPTIONS = ("--max-model-len", "8192", "--max-num-seqs", "1024", "--kv-cache-memory-bytes", "1G")
+# A part of the places is kept for other tenants: 1,280 hold 1,000 streams of one.
+OPTIONS = ("--max-model-len", "8192", "--max-num-seqs", "1280", "--kv-cache-memory-bytes", "1G")
 _TEXT = re.compile(rb'"(?:content|text|reasoning)":"[^"]')
 START_SECONDS = 600
 
