@@ -136,9 +136,9 @@ def loradock(
     own = Path(tempfile.mkdtemp(dir=folder))
     with Server(own / "data", own / "log", *words, model=str(model), root=root) as server:
         for adapter in adapters:
-            server.upload(adapter.name, adapter).raise_for_status()
+            server.upload(adapter.stem, adapter).raise_for_status()
         base = done(server.http.get("/v1/models"))["data"][0]["id"]
-        names = [adapter.name for adapter in adapters] or [base]
+        names = [adapter.stem for adapter in adapters] or [base]
         yield Up(server.url, server.process.pid, names, server.engine()["weights"])
 
 

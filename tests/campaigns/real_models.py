@@ -1,13 +1,14 @@
 """`make real-models DIR=...`: GGUF files in a folder, served as they are, beside llama.cpp on the same files.
 
 For each file: answers that a person can judge, perplexity on the same windows, and, in turns, the time of a token at
-one stream, tokens a second at 16, the first token of 1,024, and memory. llama.cpp is the package xllamacpp's, in an
-environment of its own:
+one stream, tokens a second at 16, the first token of 1,024, and memory. llama.cpp's logits are those of the package
+xllamacpp, in an environment of its own. Its server can be one compiled for this processor; the package's is for AVX2:
 
     python -m venv llama && llama/bin/pip install xllamacpp
-    make real-models DIR=models ARGS="--llama-python llama/bin/python"
+    make real-models DIR=models ARGS="--llama-python llama/bin/python --llama-server llama.cpp/build/bin/llama-server"
 
-Without it loradock is measured alone. `--no-speed` leaves out what wants a quiet machine.
+Without it loradock is measured alone. With `--adapters 16` both have the same GGUF adapters of rank 8, and streams take
+turns among them. `--no-speed` leaves out what wants a quiet machine.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import asyncio
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,13 +28,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gguf
 import httpx
 import numpy as np
 
-from tests.campaigns.cpu_speed import CASES, STREAMS, Choice, Up, against, loradock, measure, processor
+from tests.campaigns.cpu_speed import CASES, RANK, STREAMS, Choice, Up, against, llama, loradock, measure, processor
 from tests.support.server import ROOT, done, free_port
 
 TOKENS = 512  # of a window of text
+MATRIX = re.compile(r"blk\.\d+\.(attn_(q|k|v|output)|ffn_(gate|up|down))\.weight$")
 QUESTIONS = (
     "What is the capital of France, and which river flows through it?",
     "Write a Python function that reverses the words of a sentence.",
@@ -42,7 +46,7 @@ LIBRARY = Path(__file__).with_name("llama_library.py")
 
 
 @contextmanager
-def llama(python: Path, file: Path, folder: Path) -> Iterator[Up]:
+def package(python: Path, file: Path, folder: Path) -> Iterator[Up]:
     port = free_port()
     command = [str(python), str(LIBRARY), "serve", str(file), str(port), str(STREAMS)]
     with (folder / f"{file.name}.llama.log").open("wb") as log:
@@ -59,6 +63,31 @@ def llama(python: Path, file: Path, folder: Path) -> Iterator[Up]:
     finally:
         process.terminate()
         process.wait()
+
+
+def adapters_of(file: Path, count: int, folder: Path) -> list[Path]:
+    """Random ones of rank 8 on all of a layer's matrices, in GGUF format."""
+    reader = gguf.GGUFReader(file)
+    architecture = reader.fields["general.architecture"].contents()
+    matrices = {found[0]: tensor for tensor in reader.tensors if (found := MATRIX.match(tensor.name))}
+    numbers = np.random.default_rng(0)
+    adapters = []
+    for number in range(count):
+        adapters.append(folder / f"adapter-{number}.gguf")
+        out = gguf.GGUFWriter(adapters[-1], architecture)
+        out.add_type("adapter")
+        out.add_string("adapter.type", "lora")
+        out.add_float32("adapter.lora.alpha", 2.0 * RANK)
+        for name, tensor in matrices.items():
+            inputs, outputs = map(int, tensor.shape)
+            a = numbers.standard_normal((RANK, inputs), np.float32) * np.float32(inputs**-0.5)
+            out.add_tensor(f"{name}.lora_a", a.astype(np.float16))
+            out.add_tensor(f"{name}.lora_b", (numbers.standard_normal((outputs, RANK)) * 0.01).astype(np.float16))
+        out.write_header_to_file()
+        out.write_kv_data_to_file()
+        out.write_tensors_to_file()
+        out.close()
+    return adapters
 
 
 def post(up: Up, path: str, **body: Any) -> Any:
@@ -134,17 +163,22 @@ def compare_speed(ours: Choice, theirs: Choice | None, up: dict[str, Up], rounds
 
 def measured(file: Path, given: argparse.Namespace, folder: Path) -> None:
     print(f"## {file.name}, {file.stat().st_size / 1e6:.0f} MB\n")
-    ours = Choice("loradock", partial(loradock, file, "auto", [], folder, given.kv_cache))
+    adapters = adapters_of(file, given.adapters, folder)
+    ours = Choice("loradock", partial(loradock, file, "auto", adapters, folder, given.kv_cache))
     with ExitStack() as stack:
         up = {ours.name: stack.enter_context(ours.start())}
         print(f"weights: {up[ours.name].weights}\n")
-        answers(up[ours.name])
-        compare_quality(up[ours.name], file, given)
+        if not adapters:
+            answers(up[ours.name])
+            compare_quality(up[ours.name], file, given)
         if given.no_speed:
             return
         theirs = None
-        if given.llama_python:
-            theirs = Choice("llama.cpp", partial(llama, given.llama_python, file, folder), llama=True, compared=True)
+        if given.llama_server or given.llama_python:
+            start = partial(package, given.llama_python, file, folder)
+            if given.llama_server:
+                start = partial(llama, given.llama_server, file, adapters, folder)
+            theirs = Choice("llama.cpp", start, llama=True, compared=True)
             up[theirs.name] = stack.enter_context(theirs.start())
         compare_speed(ours, theirs, up, given.rounds)
     print()
@@ -154,11 +188,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="where GGUF files are, or one of them")
     parser.add_argument("--llama-python", type=Path, help="a Python that has xllamacpp")
+    parser.add_argument("--llama-server", type=Path, help="llama.cpp's server, for the speed")
+    parser.add_argument("--adapters", type=int, default=0, help="speed with so many; for llama.cpp by --llama-server")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--no-speed", action="store_true")
     parser.add_argument("--kv-cache", default="1G", help="of loradock's server")
     given = parser.parse_args()
+    if given.adapters and given.llama_python and not given.llama_server:
+        parser.error("--adapters is compared with --llama-server")
     files = [given.folder] if given.folder.is_file() else sorted(given.folder.glob("*.gguf"))
     if not files:
         raise SystemExit(f"{given.folder} has no GGUF file")

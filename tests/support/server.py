@@ -128,7 +128,8 @@ class Server:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
 
     def upload(self, name: str, folder: Path, promote: bool | None = True) -> httpx.Response:
-        files = [("files", (file.name, file.read_bytes())) for file in sorted(folder.iterdir())]
+        every = [folder] if folder.is_file() else sorted(folder.iterdir())
+        files = [("files", (file.name, file.read_bytes())) for file in every]
         return self.push(files, name=name, **({} if promote is None else {"promote": str(promote).lower()}))
 
     def push(self, files: list[tuple[str, tuple[str, bytes]]], **fields: str) -> httpx.Response:
