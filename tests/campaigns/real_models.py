@@ -7,8 +7,9 @@ xllamacpp, in an environment of its own. Its server can be one compiled for this
     python -m venv llama && llama/bin/pip install xllamacpp
     make real-models DIR=models ARGS="--llama-python llama/bin/python --llama-server llama.cpp/build/bin/llama-server"
 
-Without it loradock is measured alone. With `--adapters 16` both have the same GGUF adapters of rank 8, and streams take
-turns among them. `--no-speed` leaves out what wants a quiet machine.
+`--llama-server` takes several, as NAME=BINARY (ik_llama.cpp's is started alike), and `--mistral-python` a Python that
+has mistralrs. Without any loradock is measured alone. With `--adapters 16` both have the same GGUF adapters of rank 8,
+and streams take turns among them. `--no-speed` leaves out what wants a quiet machine.
 """
 
 from __future__ import annotations
@@ -42,14 +43,18 @@ QUESTIONS = (
     "Write a Python function that reverses the words of a sentence.",
     "Explain in two sentences why the sky is blue.",
 )
-LIBRARY = Path(__file__).with_name("llama_library.py")
+SCRIPTS, LLAMA, MISTRAL = Path(__file__).parent, "llama_library.py", "mistral_library.py"
 
 
 @contextmanager
-def package(python: Path, file: Path, folder: Path) -> Iterator[Up]:
+def package(python: Path, script: str, file: Path, folder: Path, *words: str) -> Iterator[Up]:
+    """A package's own server, or ours before it, in its own environment."""
     port = free_port()
-    command = [str(python), str(LIBRARY), "serve", str(file), str(port), str(STREAMS)]
-    with (folder / f"{file.name}.llama.log").open("wb") as log:
+    command = [str(python), str(SCRIPTS / script), *words, str(file), str(port), str(STREAMS)]
+    if script == MISTRAL:
+        command.append(",".join(map(str, ends(file))))
+    log_file = folder / f"{file.name}.{script}.log"
+    with log_file.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         for _ in range(600):
@@ -57,12 +62,19 @@ def package(python: Path, file: Path, folder: Path) -> Iterator[Up]:
                 if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
                     break
             if process.poll() is not None:
-                raise SystemExit((folder / f"{file.name}.llama.log").read_text()[-2000:])
+                raise SystemExit(log_file.read_text()[-2000:])
             time.sleep(0.5)
         yield Up(f"http://127.0.0.1:{port}", process.pid, ["any"])
     finally:
         process.terminate()
         process.wait()
+
+
+def ends(file: Path) -> list[int]:
+    """Ids of the tokens that end an answer, as far as the file says."""
+    fields = gguf.GGUFReader(file).fields
+    keys = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "bos", "padding")]
+    return sorted({int(fields[key].contents()) for key in keys if key in fields})
 
 
 def adapters_of(file: Path, count: int, folder: Path) -> list[Path]:
@@ -119,7 +131,7 @@ def losses(up: Up, window: list[int]) -> list[float]:
 
 
 def losses_of_llama(python: Path, file: Path, text: list[list[int]]) -> Iterator[list[float]]:
-    command = [str(python), str(LIBRARY), "logits", str(file)]
+    command = [str(python), str(SCRIPTS / LLAMA), "logits", str(file)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as process:
         assert process.stdin and process.stdout
@@ -147,8 +159,8 @@ def compare_quality(up: Up, file: Path, given: argparse.Namespace) -> None:
     print(f"{said}\n")
 
 
-def compare_speed(ours: Choice, theirs: Choice | None, up: dict[str, Up], rounds: int) -> None:
-    every = [choice for choice in (ours, theirs) if choice]
+def compare_speed(every: list[Choice], up: dict[str, Up], rounds: int) -> None:
+    """The first is this server."""
     for number in range(rounds):
         for place, case in enumerate(CASES):
             for choice in every if (number + place) % 2 == 0 else every[::-1]:
@@ -157,8 +169,24 @@ def compare_speed(ours: Choice, theirs: Choice | None, up: dict[str, Up], rounds
     print(f"| | weights | {' | '.join(CASES)} | memory |\n|---|---|{'---|' * len(CASES)}---|")
     for choice in every:
         print(choice.row())
-    if theirs:
-        print(f"\n| ratios of turns | {' | '.join(CASES)} |\n|---|{'---|' * len(CASES)}\n{against(ours, theirs)}")
+    if every[1:]:
+        print(f"\n| ratios of turns | {' | '.join(CASES)} |\n|---|{'---|' * len(CASES)}")
+        for theirs in every[1:]:
+            print(against(every[0], theirs))
+
+
+def peers(file: Path, adapters: list[Path], given: argparse.Namespace, folder: Path) -> Iterator[Choice]:
+    for word in given.llama_server:
+        name, _, binary = word.rpartition("=")
+        yield Choice(
+            name or "llama.cpp", partial(llama, Path(binary), file, adapters, folder), llama=True, compared=True
+        )
+    if given.llama_python and not given.llama_server:
+        yield Choice(
+            "llama.cpp", partial(package, given.llama_python, LLAMA, file, folder, "serve"), llama=True, compared=True
+        )
+    if given.mistral_python:
+        yield Choice("mistral.rs", partial(package, given.mistral_python, MISTRAL, file, folder), compared=True)
 
 
 def measured(file: Path, given: argparse.Namespace, folder: Path) -> None:
@@ -173,14 +201,9 @@ def measured(file: Path, given: argparse.Namespace, folder: Path) -> None:
             compare_quality(up[ours.name], file, given)
         if given.no_speed:
             return
-        theirs = None
-        if given.llama_server or given.llama_python:
-            start = partial(package, given.llama_python, file, folder)
-            if given.llama_server:
-                start = partial(llama, given.llama_server, file, adapters, folder)
-            theirs = Choice("llama.cpp", start, llama=True, compared=True)
-            up[theirs.name] = stack.enter_context(theirs.start())
-        compare_speed(ours, theirs, up, given.rounds)
+        every = [ours, *peers(file, adapters, given, folder)]
+        up |= {choice.name: stack.enter_context(choice.start()) for choice in every[1:]}
+        compare_speed(every, up, given.rounds)
     print()
 
 
@@ -188,7 +211,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="where GGUF files are, or one of them")
     parser.add_argument("--llama-python", type=Path, help="a Python that has xllamacpp")
-    parser.add_argument("--llama-server", type=Path, help="llama.cpp's server, for the speed")
+    parser.add_argument(
+        "--llama-server", nargs="*", default=[], metavar="[NAME=]BINARY", help="llama.cpp's server, for the speed"
+    )
+    parser.add_argument("--mistral-python", type=Path, help="a Python that has mistralrs, for the speed")
     parser.add_argument("--adapters", type=int, default=0, help="speed with so many; for llama.cpp by --llama-server")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--windows", type=int, default=8)
