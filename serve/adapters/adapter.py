@@ -51,6 +51,21 @@ class Adapter:
         """Whose it is."""
         return tenant_of(self.name)
 
+    @property
+    def is_mixed(self) -> bool:
+        """It is made of several adapters, for a request, and is none that is registered."""
+        return False
+
+    @property
+    def names(self) -> list[str]:
+        """The full names of the adapters in it."""
+        return [self.name]
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        """How metrics name it and its version."""
+        return self.name, f"v{self.version}"
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

@@ -39,9 +39,12 @@ class Fetch(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Mix(Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of a mixture that is kept as a version: NAME[@VERSION][:WEIGHT] each."""
+    """The body of a mixture that is kept as a version: NAME[@VERSION][:WEIGHT] each. `density` of each update's entries
+    stay, where the method prunes."""
 
     adapters: Annotated[list[str], Meta(min_length=1, max_length=MAX_PARTS)]
+    method: Literal["cat", "ties", "dare_linear", "dare_ties"] = "cat"
+    density: Annotated[float, Meta(gt=0, le=1)] = 0.5
     promote: bool = True
     why: str = ""
 

@@ -101,6 +101,11 @@ def mix(
     name: Name,
     parts: Annotated[list[str], typer.Argument(metavar="NAME[:WEIGHT]...", help="Adapters, and how much of each.")],
     promote: Annotated[bool, typer.Option("--promote/--no-promote", help="Make it the live version.")] = True,
+    method: Annotated[
+        Literal["cat", "ties", "dare_linear", "dare_ties"],
+        typer.Option(help="cat is the exact sum; the others prune each adapter first, and need a larger rank."),
+    ] = "cat",
+    density: Annotated[float, typer.Option(min=0, max=1, help="The part of each that pruning leaves.")] = 0.5,
     why: Why = "",
     url: Url = URL,
     key: Key = None,
@@ -113,7 +118,8 @@ def mix(
     from serve.client.mixture_client import MixtureClient
 
     with told("adapters"), MixtureClient(url, key) as client:
-        answer = client.mix(name, parts, promote=promote, why=why)
+        options: dict[str, str | float] = {} if method == "cat" else {"method": method, "density": density}
+        answer = client.mix(name, parts, promote=promote, why=why, **options)
     say(answer, as_json, adapter_pages.pushed)
 
 

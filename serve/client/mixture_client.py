@@ -11,9 +11,12 @@ from serve.errors import ConfigError
 
 
 class MixtureClient(ApiClient):
-    def mix(self, name: str, parts: Sequence[str], *, promote: bool = True, why: str = "") -> dict[str, Any]:
-        """Keep a weighted sum of adapters (`tone:0.7`, `legal:0.3`) as a version of `name`."""
+    def mix(
+        self, name: str, parts: Sequence[str], *, promote: bool = True, why: str = "", **options: str | float
+    ) -> dict[str, Any]:
+        """Keep a weighted sum of adapters (`tone:0.7`, `legal:0.3`) as a version of `name`; by which `method`, at which
+        `density`."""
         if name in ("", ".", ".."):
             raise ConfigError(f"{name!r} is no name")
-        body = {"adapters": [*parts], "promote": promote} | ({"why": why} if why else {})
+        body = {"adapters": [*parts], "promote": promote} | ({"why": why} if why else {}) | options
         return self._call("POST", f"/v1/adapters/{quote(name, safe='')}/mix", json=body)

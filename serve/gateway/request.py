@@ -11,6 +11,7 @@ import msgspec
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope
 
+from serve.adapters.mixing.mixture import listed, parse
 from serve.asgi.json_weight import decoded
 from serve.asgi.request_body import replayed
 from serve.engine.engine import LOW_PRIORITY
@@ -48,7 +49,7 @@ RANK = b"x-data-parallel-rank"
 PRIORITY = b"x-vllm-priority"
 # What other servers read as "answer with this adapter". Nothing here does: without a word the base would answer.
 FOREIGN_MODEL_FIELDS = (
-    *("adapter", "adapter_id", "adapter_name", "adapter_source", "adapters", "merged_adapters"),  # LoRAX, mistral.rs
+    *("adapter", "adapter_id", "adapter_name", "adapter_source", "merged_adapters"),  # LoRAX
     *("lora", "lora_id", "lora_name", "lora_path", "lora_request", "loras"),  # llama.cpp, SGLang, TensorRT-LLM
     "engine",  # OpenAI's older API
 )
@@ -61,8 +62,10 @@ NOTHING_KEPT = (
 )
 # OpenRouter's: names in the order in which they are tried.
 MAX_MODELS = 8
+# Fields of a body that are this server's, and no engine's.
+_OURS = ("priority", "models", "adapters")
 # Fields that say how to answer, and nothing of what is read.
-_ANSWERING = ("priority", "models", "stream", "stream_options", "background", "store", "request_id", "cache_salt")
+_ANSWERING = (*_OURS, "stream", "stream_options", "background", "store", "request_id", "cache_salt")
 _FRAMING = (b"content-length", b"transfer-encoding")
 _LOOKED_INTO = {
     "structured_outputs": (dict, "an object such as {'regex': '...'}"),
@@ -158,7 +161,7 @@ class InferenceRequest:
                     raise NotFound(NOTHING_KEPT, param="previous_response_id")
                 check_response_owner(previous, tenant)
             changes["request_id"] = new_response_id(tenant)
-        own = {name: value for name, value in self.fields.items() if name not in ("priority", "models")}
+        own = {name: value for name, value in self.fields.items() if name not in _OURS}
         fields = {**own, **changes}
         return self.fields if fields == self.fields else fields
 
@@ -248,6 +251,8 @@ def _model_names(fields: dict[str, Any]) -> tuple[str | None, tuple[str, ...]]:
     if model is not None and not isinstance(model, str):
         raise BadRequest("model takes a string: GET /v1/models lists the names", param="model")
     models = fields.get("models")
+    if (adapters := fields.get("adapters")) is not None:
+        return _mixture_name(listed(adapters), model, models), ()
     if models is None:
         return model or None, ()
     names = models if isinstance(models, list) else []
@@ -258,6 +263,20 @@ def _model_names(fields: dict[str, Any]) -> tuple[str | None, tuple[str, ...]]:
         )
     first, *fallbacks = dict.fromkeys([model, *names] if model else names)
     return first, tuple(fallbacks)
+
+
+def _mixture_name(name: str, model: str | None, models: Any) -> str:
+    """The mixture that `adapters` lists; BadRequest, if the request names another model as well."""
+    if models is not None:
+        raise BadRequest(
+            "send `adapters` or `models`: the one says who answers together, the other who may", param="models"
+        )
+    if model and sorted(parse(model)) != sorted(parse(name)):
+        raise BadRequest(
+            f"model is `{shown(model, 80)}`, and adapters are `{shown(name, 160)}`: send one of them, or both alike",
+            param="adapters",
+        )
+    return name
 
 
 def body_limit(path: str, media: bool) -> int:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from starlette.types import ASGIApp, Scope
 
 from serve.adapters.adapter import Adapter
-from serve.adapters.mixing.folders import MixtureFolders
+from serve.adapters.mixing.folders import AdapterFolders
 from serve.adapters.mixing.mixture import Mixture, Part, is_mixture, mixed, parse
 from serve.adapters.registry.registry import Registry
 from serve.adapters.store import Store
@@ -24,7 +23,7 @@ from serve.engine.supervisor import Supervisor
 from serve.errors import BadRequest, EngineUnavailable, NotFound
 from serve.fleet.membership import Peer
 from serve.gateway.forwarding import Forwarding
-from serve.names import MIXED, accounted_name, shown, spelled, tenant_of
+from serve.names import shown, spelled, tenant_of
 from serve.rollout.canary.askers import Asker, Askers
 from serve.rollout.canary.traffic_split import Draw, Shares
 
@@ -86,11 +85,10 @@ class Router:
         self.forwarding = forwarding
         self.fleet = fleet
         self.registry = registry
-        self.store = store
         # Hears of every request for an adapter.
         self._used = used
         self._shares = Shares(shared=shared)
-        self._mixtures = MixtureFolders(store, lambda id: any(base.engine.holds(id) for base in fleet))
+        self._folders = AdapterFolders(store, lambda id: any(base.engine.holds(id) for base in fleet))
         self._askers = Askers()
 
     @asynccontextmanager
@@ -141,7 +139,7 @@ class Router:
         if self.forwarding is None:
             return None
         adapter = self.answerer(model, caller)
-        if adapter is None or isinstance(adapter, Mixture):
+        if adapter is None or adapter.is_mixed:
             return None
         return self.forwarding.peer(scope, adapter)
 
@@ -169,16 +167,16 @@ class Router:
             # No await between the look-up and the lease, or a swap could come between.
             adapter = live = self.answerer(model, caller)
             shadow, draw = None, None
-            dealt = adapter is not None and model is not None and "@" not in model and not isinstance(adapter, Mixture)
+            dealt = adapter is not None and model is not None and "@" not in model and not adapter.is_mixed
             if adapter and dealt:  # a version that was asked for by number is never dealt away
                 adapter, shadow, draw = self._split_traffic(adapter, asker, draws)
             labels = _labels(adapter, supervisor)
             addressed(*labels)
             engine = supervisor.engine
-            if adapter and not engine.holds(adapter.id) and not self._has(adapter):
-                await self._bring(adapter)
+            if adapter and not engine.holds(adapter.id) and not self._folders.has(adapter):
+                await self._folders.bring(adapter)
                 continue
-            path = self._path(engine, adapter) if adapter else None
+            path = self._folders.path(adapter, engine) if adapter else None
             id = adapter.id if adapter else None
             begins = opening(fields) if engine.backend.ranks > 1 else ""
             priority = fields.get("priority") or 0
@@ -189,46 +187,20 @@ class Router:
                 if not engine.failing():
                     raise
                 continue
-            if id and not isinstance(adapter, Mixture):
-                self._used(id)
+            if adapter and not adapter.is_mixed:
+                self._used(adapter.id)
             role = _role(adapter, live if dealt else None)
             return Route(lease, *labels, shadow, dealt, asker.key, draw, asker, role)
-
-    def _path(self, engine: Engine, adapter: Adapter) -> Path:
-        """Where its bytes are; what the engine holds answers also while they are out of reach."""
-        if isinstance(adapter, Mixture):
-            return self._mixtures.path(adapter)
-        if engine.holds(adapter.id):
-            return self.store.place(adapter.digest)
-        return self.store.path(adapter.digest)
-
-    def _has(self, adapter: Adapter) -> bool:
-        """Its bytes are on this machine."""
-        return self._mixtures.has(adapter) if isinstance(adapter, Mixture) else self.store.has(adapter.digest)
-
-    async def _bring(self, adapter: Adapter) -> None:
-        """Get its bytes onto this machine."""
-        if isinstance(adapter, Mixture):
-            return await self._mixtures.bring(adapter)
-        try:
-            await self.store.bring(adapter.digest)
-            return None
-        except NotFound as lost:
-            raise EngineUnavailable(f"{adapter.tag} is registered and {lost}: an operator must see to it") from lost
 
     def names_of(self, model: str | None, caller: Caller) -> list[str]:
         """The full names of the adapters that `model` means, or the name of a base; NotFound as `answerer`."""
         adapter = self.answerer(model, caller)
-        if isinstance(adapter, Mixture):
-            return [part.adapter.name for part in adapter.parts]
-        return [adapter.name if adapter else self.fleet.get(model).name]
+        return adapter.names if adapter else [self.fleet.get(model).name]
 
     def base_of(self, model: str | None, caller: Caller) -> Supervisor:
         """Whose engine answers for `model`; NotFound as `answerer`."""
         adapter = self.answerer(model, caller)
-        if isinstance(adapter, Mixture):
-            return self.fleet.of(adapter.parts[0].adapter.name)
-        return self.fleet.of(adapter.name) if adapter else self.fleet.get(model)
+        return self.fleet.of(adapter.names[0]) if adapter else self.fleet.get(model)
 
     def _split_traffic(
         self, live: Adapter, asker: Asker, draws: dict[int, Draw]
@@ -296,16 +268,14 @@ class Router:
 
 def _labels(adapter: Adapter | None, supervisor: Supervisor) -> tuple[str, str]:
     """How metrics name who answers."""
-    if isinstance(adapter, Mixture):
-        return accounted_name(adapter.id), MIXED
-    return (adapter.name, f"v{adapter.version}") if adapter else (supervisor.name, "base")
+    return adapter.labels if adapter else (supervisor.name, "base")
 
 
 def _role(adapter: Adapter | None, live: Adapter | None) -> str:
     """How traces name the choice: `live` is the version that has the name, None if a number was asked for."""
     if adapter is None:
         return "base"
-    if isinstance(adapter, Mixture):
+    if adapter.is_mixed:
         return "mixed"
     if live is None:
         return "pinned"

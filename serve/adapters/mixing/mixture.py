@@ -2,7 +2,9 @@
 
     tone+legal        tone:0.7+legal:0.3        tone@v2:-0.5+legal        tone:1.5
 
-A part is a model's name, of a version too, and a weight, 1 unless it is stated.
+A part is a model's name, of a version too, and a weight, 1 unless it is stated. A request may list them instead:
+
+    "adapters": [{"name": "tone", "weight": 0.7}, {"name": "legal", "weight": 0.3}]
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from serve.adapters.adapter import Adapter
 from serve.errors import BadRequest
-from serve.names import full_name, part_label, shown
+from serve.names import MIXED, accounted_name, full_name, part_label, shown
 
 MAX_PARTS = 8
 MAX_WEIGHT = 100.0
 
+_NAME = re.compile(r"[^:+]+")
 _PART = re.compile(r"(?P<name>[^:+]+)(?::(?P<weight>-?[0-9]{1,3}(?:\.[0-9]{1,6})?))?")
 
 
@@ -37,6 +41,18 @@ class Mixture(Adapter):
     has its blocks."""
 
     parts: tuple[Part, ...] = ()
+
+    @property
+    def is_mixed(self) -> bool:
+        return True
+
+    @property
+    def names(self) -> list[str]:
+        return [part.adapter.name for part in self.parts]
+
+    @property
+    def labels(self) -> tuple[str, str]:
+        return accounted_name(self.id), MIXED
 
 
 def is_mixture(model: str) -> bool:
@@ -60,14 +76,44 @@ def parse_part(text: str) -> tuple[str, float]:
             f"`{shown(text, 80)}` is no part of a mixture: write NAME or NAME:WEIGHT, as tone:0.7+legal:0.3",
             param="model",
         )
-    weight = float(part["weight"] or 1)
+    return part["name"], _checked(part["name"], float(part["weight"] or 1))
+
+
+def listed(adapters: Any) -> str:
+    """The name of the mixture that a request's `adapters` lists; weights are rounded to six decimals."""
+    parts = adapters if isinstance(adapters, list) else []
+    if not 1 <= len(parts) <= MAX_PARTS or not all(map(_is_listed, parts)):
+        raise BadRequest(
+            f'adapters takes 1 to {MAX_PARTS} objects such as {{"name": "tone", "weight": 0.7}}, not '
+            f"{shown(adapters, 80)}",
+            param="adapters",
+        )
+    weights = [_checked(part["name"], round(float(part.get("weight", 1)), 6)) for part in parts]
+    if weights == [1]:
+        return str(parts[0]["name"])
+    pairs = zip(parts, weights, strict=True)
+    return "+".join(f"{part['name']}:{f'{weight:.6f}'.rstrip('0').rstrip('.')}" for part, weight in pairs)
+
+
+def _is_listed(part: Any) -> bool:
+    return (
+        isinstance(part, dict)
+        and part.keys() <= {"name", "weight"}
+        and isinstance(part.get("name"), str)
+        and _NAME.fullmatch(part["name"]) is not None
+        and type(part.get("weight", 1)) in (int, float)
+    )
+
+
+def _checked(name: str, weight: float) -> float:
+    """The weight, if a part may have it."""
     if not 0 < abs(weight) <= MAX_WEIGHT:
         raise BadRequest(
-            f"the weight of `{shown(part['name'], 80)}` is {weight:g}; it must be from -{MAX_WEIGHT:g} to "
+            f"the weight of `{shown(name, 80)}` is {weight:g}; it must be from -{MAX_WEIGHT:g} to "
             f"{MAX_WEIGHT:g}, and not 0: leave it out instead",
             param="model",
         )
-    return part["name"], weight
+    return weight
 
 
 def mixed(parts: Sequence[Part], tenant: str, max_rank: int) -> Mixture:

@@ -15,6 +15,7 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 
 from serve.adapters.adapter import CONFIG, WEIGHTS
+from serve.adapters.mixing.pruning import Pruning, factors
 from serve.adapters.peft_config import Patterns, PeftConfig, read_config, scaling_of
 from serve.adapters.tensors import Tensor, read_header
 from serve.adapters.untrusted import create, open_plain, write
@@ -71,18 +72,21 @@ class _Source:
         return values.reshape(tensor.shape)
 
 
-def stack(parts: Sequence[tuple[Path, float]], into: Path) -> int:
-    """Write the weighted sum of LoRAs as one into the empty folder `into`; its rank."""
+def stack(parts: Sequence[tuple[Path, float]], into: Path, pruning: Pruning | None = None) -> int:
+    """Write the weighted sum of LoRAs as one into the empty folder `into`; its rank. With `pruning` of what that leaves
+    of their updates."""
     sources: list[_Source] = []
     try:
         for folder, weight in parts:
             sources.append(_Source(folder, weight))
-        rank = sum(source.rank for source in sources)
+        names = list(dict.fromkeys(name for source in sources for name in source.modules))
+        shapes = [_shape(sources, name) for name in names]
+        rank = pruning.rank(shapes) if pruning else sum(source.rank for source in sources)
         dtypes = set().union(*(source.dtypes for source in sources))
         dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= {"BF16", "F16"} else "F32"
         endings = {name: pair.ending for source in sources for name, pair in source.modules.items()}
         with create(into / WEIGHTS) as sink:
-            _write(sink, sources, endings, rank, dtype)
+            _write(sink, sources, endings, rank, dtype, pruning)
     finally:
         for source in sources:
             source.file.close()
@@ -101,7 +105,12 @@ def stack(parts: Sequence[tuple[Path, float]], into: Path) -> int:
 
 
 def _write(
-    sink: IO[bytes], sources: Sequence[_Source], endings: dict[str, tuple[str, str]], rank: int, dtype: str
+    sink: IO[bytes],
+    sources: Sequence[_Source],
+    endings: dict[str, tuple[str, str]],
+    rank: int,
+    dtype: str,
+    pruning: Pruning | None,
 ) -> None:
     """The tensors of every module, one after the other."""
     width = {"BF16": 2, "F16": 2, "F32": 4}[dtype]
@@ -117,16 +126,26 @@ def _write(
     header += b" " * (-len(header) % 8)
     write(sink, len(header).to_bytes(8, "little") + header)
     for name in endings:
-        out, into = _shape(sources, name)
-        a, b = np.zeros((rank, into), "<f4"), np.zeros((out, rank), "<f4")
-        with np.errstate(over="ignore"):
-            for begin, own_a, own_b in _halves(sources, name):
-                a[begin : begin + own_a.shape[0]] = own_a
-                b[:, begin : begin + own_b.shape[1]] = own_b
-        if not np.isfinite(b).all():
+        with np.errstate(over="ignore", invalid="ignore"):
+            a, b = _pruned(sources, name, rank, pruning) if pruning else _stacked(sources, name, rank)
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
             raise AdapterRejected("the weights of this mixture are not finite numbers any more: take smaller ones")
         write(sink, _bytes(a, dtype))
         write(sink, _bytes(b, dtype))
+
+
+def _stacked(sources: Sequence[_Source], name: str, rank: int) -> tuple[Floats, Floats]:
+    out, into = _shape(sources, name)
+    a, b = np.zeros((rank, into), "<f4"), np.zeros((out, rank), "<f4")
+    for _, begin, own_a, own_b in _halves(sources, name):
+        a[begin : begin + own_a.shape[0]] = own_a
+        b[:, begin : begin + own_b.shape[1]] = own_b
+    return a, b
+
+
+def _pruned(sources: Sequence[_Source], name: str, rank: int, pruning: Pruning) -> tuple[Floats, Floats]:
+    updates = [(part, sources[part].weight, b @ a) for part, _, a, b in _halves(sources, name, weighted=False)]
+    return factors(pruning.merged(name, updates), rank)
 
 
 def _shape(sources: Sequence[_Source], name: str) -> tuple[int, int]:
@@ -135,15 +154,18 @@ def _shape(sources: Sequence[_Source], name: str) -> tuple[int, int]:
     return pair.b.shape[0], pair.a.shape[1]
 
 
-def _halves(sources: Sequence[_Source], name: str) -> Iterator[tuple[int, Floats, Floats]]:
-    """Where each adapter's rows begin, its lora_A, and its lora_B as it counts in the sum."""
+def _halves(
+    sources: Sequence[_Source], name: str, *, weighted: bool = True
+) -> Iterator[tuple[int, int, Floats, Floats]]:
+    """The number of each adapter that has the module, where its rows begin, its lora_A, and its lora_B as it counts in
+    the sum; not `weighted`, as it counts in its own update."""
     begin = 0
     patterns = Patterns()
-    for source in sources:
+    for number, source in enumerate(sources):
         if pair := source.modules.get(name):
             assert pair.a and pair.b
-            factor = source.weight * scaling_of(name, source.config, patterns)
-            yield begin, source.read(pair.a), source.read(pair.b) * np.float32(factor)
+            factor = scaling_of(name, source.config, patterns) * (source.weight if weighted else 1.0)
+            yield number, begin, source.read(pair.a), source.read(pair.b) * np.float32(factor)
         begin += source.rank
 
 

@@ -155,3 +155,79 @@ async def test_a_removed_part_takes_its_mixture_along(client, backend, two):
     assert (await client.delete("/v1/adapters/legal")).status_code == 200
     await refused(client, "tone+legal", 404)
     assert await settled(lambda: id not in backend.held), "its weights are in no engine any more"
+
+
+async def asked(client, adapters, **more):
+    return await ask(client, more.pop("model", None), adapters=adapters, **more)
+
+
+async def test_a_list_of_adapters_is_the_mixture_of_that_name(client, backend, two):
+    named = (await answered(client, "tone:0.7+legal:-0.3")).json()["model"]
+    listed = [{"name": "tone", "weight": 0.7}, {"name": "legal", "weight": -0.3}]
+    for fields in ({}, {"model": None}, {"model": ""}, {"model": "legal:-0.3+tone:0.70"}):
+        answer = await asked(client, listed, **fields)
+        assert answer.status_code == 200 and answer.json()["model"] == named, answer.text
+    assert "adapters" not in backend.bodies[-1]
+    both = (await answered(client, "tone+legal")).json()["model"]
+    assert (await asked(client, [{"name": "tone"}, {"name": "legal@v1", "weight": 1}])).json()["model"] == both
+    alone = await asked(client, [{"name": "tone"}], model="tone")
+    assert alone.headers["x-loradock-version"] == "tone@v1", "one adapter as it is is no mixture"
+    third = await asked(client, [{"name": "tone", "weight": 1 / 3}])
+    assert third.json()["model"] == (await answered(client, "tone:0.333333")).json()["model"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"model": "tone", "adapters": [{"name": "tone"}, {"name": "legal"}]}, "adapters", "or both alike"),
+        ({"model": "base", "adapters": [{"name": "tone"}]}, "adapters", "or both alike"),
+        ({"model": "tone:0.7+legal", "adapters": [{"name": "tone"}, {"name": "legal"}]}, "adapters", "or both alike"),
+        ({"models": ["tone"], "adapters": [{"name": "tone"}]}, "models", "`adapters` or `models`"),
+        ({"adapters": []}, "adapters", "1 to 8 objects"),
+        ({"adapters": ["tone"]}, "adapters", "1 to 8 objects"),
+        ({"adapters": "tone"}, "adapters", "1 to 8 objects"),
+        ({"adapters": [{"name": "tone"}] * 9}, "adapters", "1 to 8 objects"),
+        ({"adapters": [{"name": "tone", "scale": 1}]}, "adapters", "1 to 8 objects"),
+        ({"adapters": [{"name": "tone+legal"}]}, "adapters", "1 to 8 objects"),
+        ({"adapters": [{"name": "tone", "weight": True}]}, "adapters", "1 to 8 objects"),
+        ({"adapters": [{"name": "tone", "weight": 1e-9}]}, "model", "the weight of `tone` is 0"),
+        ({"adapters": [{"name": "tone", "weight": 1e3}]}, "model", "from -100 to 100"),
+    ],
+)
+async def test_a_list_that_means_no_mixture_is_refused_in_a_sentence(client, backend, two, fields, param, says):
+    answer = await client.post("/v1/chat/completions", json={"messages": [], **fields})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param) and says in error["message"]
+    assert not backend.bodies
+
+
+async def test_pruned_sums_are_kept_where_the_engine_takes_their_rank(client, backend, two):
+    body = {"adapters": ["tone:0.7", "legal:0.3"], "method": "ties", "density": 0.4}
+    kept = await client.post("/v1/adapters/desk/mix", json=body)
+    assert kept.status_code == 201, kept.text
+    assert kept.json()["rank"] == tiny.HIDDEN
+    assert kept.json()["checks"]["mixed_by"] == {"method": "ties", "density": 0.4}
+    assert (await client.post("/v1/adapters/desk/mix", json=body)).json()["version"] == 1, "the same bytes"
+    dare = await client.post("/v1/adapters/desk/mix", json=body | {"method": "dare_linear"})
+    assert dare.status_code == 201, dare.text
+    backend.max_lora_rank = 8
+    refused = await client.post("/v1/adapters/desk/mix", json=body | {"density": 0.3})
+    assert refused.status_code == 422 and "a max_lora_rank of 16 would be needed" in refused.json()["error"]["message"]
+    odd = await client.post("/v1/adapters/desk/mix", json=body | {"density": 0})
+    assert odd.status_code == 400
+
+
+async def test_an_answer_of_a_mixture_ends_on_the_versions_it_began_on(client, backend, two, make_adapter):
+    backend.flow.clear()
+    fields = {"model": "tone+legal", "messages": [], "stream": True}
+    answering = asyncio.create_task(client.post("/v1/chat/completions", json=fields))
+    assert await settled(lambda: backend.running == 1)
+    [began_on] = [id for id in backend.held if "+" in id]
+    await push(client, make_adapter(2), "tone")
+    later = (await answered(client, "tone+legal")).json()["model"]
+    assert later != began_on and began_on in backend.held
+    assert (await client.post("/v1/adapters/tone/rollback")).status_code == 200
+    assert (await answered(client, "tone+legal")).json()["model"] == began_on, "the same bytes are the same mixture"
+    backend.flow.set()
+    text = (await answering).text
+    assert began_on in text and later not in text

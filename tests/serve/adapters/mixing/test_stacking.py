@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from serve.adapters.adapter import CONFIG, WEIGHTS, Limits
 from serve.adapters.inspection import inspect
+from serve.adapters.mixing.pruning import Pruning
 from serve.adapters.mixing.stacking import stack
 from serve.errors import AdapterRejected
 
@@ -105,3 +106,52 @@ def test_weights_that_overflow_are_refused(tmp_path: Path) -> None:
     into.mkdir()
     with pytest.raises(AdapterRejected, match="not finite"):
         stack([(tone, 90.0)], into)
+
+
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_ties_is_what_peft_makes_of_the_updates(tmp_path: Path, density: float) -> None:
+    from peft.utils import merge_utils
+
+    tone, legal = part(tmp_path / "tone", 0), part(tmp_path / "legal", 1, use_rslora=True, targets=("q_proj",))
+    into = tmp_path / "mixture"
+    into.mkdir()
+    assert stack([(tone, 0.7), (legal, -0.3)], into, Pruning("ties", density, ("a", "b"), 16)) == 16
+    one, other = products(tone, {"": 2.0, "down_proj": 4.0}), products(legal, {"": 4.0})
+    mixed = products(into, {"": 1.0})
+    assert mixed.keys() == one.keys()
+    for name, product in mixed.items():
+        updates = [(each[name], weight) for each, weight in ((one, 0.7), (other, -0.3)) if name in each]
+        weights = torch.tensor([weight for _, weight in updates], dtype=torch.float64)
+        expected = merge_utils.ties([update for update, _ in updates], weights, density)
+        torch.testing.assert_close(product, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_dare_drops_what_the_digests_say_and_means_the_sum(tmp_path: Path) -> None:
+    tone, legal = part(tmp_path / "tone", 0), part(tmp_path / "legal", 1)
+
+    def mixed(digests: tuple[str, str], method: str = "dare_linear") -> dict[str, torch.Tensor]:
+        into = tmp_path / f"{method}-{'-'.join(digests)}"
+        into.mkdir(exist_ok=True)
+        for file in into.iterdir():
+            file.unlink()
+        stack([(tone, 1.0), (legal, 0.5)], into, Pruning(method, 0.5, digests, 16))
+        return products(into, {"": 1.0})
+
+    name = "model.layers.0.down_proj"
+    first = mixed(("a", "b"))[name]
+    assert torch.equal(first, mixed(("a", "b"))[name]), "the same adapters, the same mixture"
+    assert not torch.equal(first, mixed(("a", "c"))[name])
+    assert not torch.equal(first, mixed(("a", "b"), "dare_ties")[name])
+    assert 0.15 < (first == 0).double().mean() < 0.35, "a quarter is dropped of both"
+    scale = {"": 2.0, "down_proj": 4.0}
+    whole = products(tone, scale)[name] + 0.5 * products(legal, scale)[name]
+    mean = sum(mixed((f"{draw}", f"{draw}x"))[name] for draw in range(60)) / 60
+    assert (mean - whole).norm() < 0.25 * whole.norm()
+
+
+def test_a_pruned_update_needs_the_rank_of_its_matrix(tmp_path: Path) -> None:
+    tone, into = part(tmp_path / "tone", 0), tmp_path / "mixture"
+    into.mkdir()
+    with pytest.raises(AdapterRejected, match=r"rank 16, .* up to 8: a max_lora_rank of 16 would be needed.*optimize"):
+        stack([(tone, 1.0)], into, Pruning("ties", 0.5, ("a",), 8))
+    assert not list(into.iterdir())
