@@ -20,6 +20,7 @@ from serve.dataset.feedback import Feedback
 from serve.drift.baseline_build import BaselineBuild
 from serve.drift.monitor import DriftMonitor
 from serve.engine.fleet import Fleet
+from serve.gateway.auto import Auto
 from serve.gateway.forwarding import Forwarding
 from serve.gateway.moderation import Moderator
 from serve.gateway.router import Router
@@ -53,6 +54,7 @@ def part(name: str) -> Any:
 TheRegistry = Annotated[Registry, part("registry")]
 TheFleet = Annotated[Fleet, part("fleet")]
 TheRouter = Annotated[Router, part("router")]
+TheAuto = Annotated[Auto, part("auto")]
 TheLifecycle = Annotated[Lifecycle, part("lifecycle")]
 TheAdmission = Annotated[VersionAdmission, part("admission")]
 ThePolicies = Annotated[Policies, part("policies")]

@@ -10,6 +10,8 @@ from serve.names import short_name
 REQUEST_ID = b"x-request-id"
 # NAME@vN: what a trainer needs to know of an answer, and a model's name for the next request.
 VERSION = "x-loradock-version"
+# What `auto` chose, and why.
+AUTO = b"x-loradock-auto"
 # As W3C's Trace Context Level 2 has it.
 SPAN = b"traceresponse"
 
@@ -19,7 +21,9 @@ def version_tag(full: str, version: int | str, tenant: str) -> str:
     return f"{short_name(full, tenant)}@v{str(version).removeprefix('v')}"
 
 
-def labelled(start: Message, request_id: str, version: str, trace: RequestTrace | None = None) -> Message:
+def labelled(
+    start: Message, request_id: str, version: str, trace: RequestTrace | None = None, auto: str = ""
+) -> Message:
     """The start of an answer with these, where they are not empty."""
     headers, own = start["headers"], []
     if request_id:
@@ -27,6 +31,8 @@ def labelled(start: Message, request_id: str, version: str, trace: RequestTrace 
         own.append((REQUEST_ID, request_id.encode()))
     if version:
         own.append((VERSION.encode(), version.encode()))
+    if auto:
+        own.append((AUTO, auto.encode()))
     if trace and trace.sampled:
         own.append((SPAN, trace.header.encode()))
     return {**start, "headers": [*headers, *own]} if own else start

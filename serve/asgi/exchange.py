@@ -193,6 +193,21 @@ watching: ContextVar[Watch | None] = ContextVar("watching", default=None)
 
 
 @dataclass(frozen=True, slots=True)
+class AutoChoice:
+    """Who answers a request for `auto`, as its caller may name it, why, and by how much its prompt fits the best
+    adapter better than the next one, in nats; None where there is no next one."""
+
+    name: str
+    reason: str
+    margin: float | None = None
+
+    @property
+    def header(self) -> str:
+        margin = "" if self.margin is None else f"; margin={self.margin:.2f}"
+        return f"{self.name}; reason={self.reason}{margin}"
+
+
+@dataclass(frozen=True, slots=True)
 class Exchange:
     """One request as it went by. Times are seconds from its arrival; None where there was none.
 
@@ -231,6 +246,13 @@ class Exchange:
     # What the client calls the request (`RequestId`), and the id of the API key that it came with.
     client_id: str = ""
     key: str = ""
+    # What `auto` chose, if that was asked.
+    auto: AutoChoice | None = None
+
+    @property
+    def routed(self) -> bool:
+        """Its prompt was chosen by what its adapter is asked."""
+        return self.auto is not None
 
     @property
     def echoed_id(self) -> str:
@@ -319,6 +341,7 @@ class Tap:
         "_started",
         "adapter",
         "asker",
+        "auto",
         "began",
         "dealt",
         "draw",
@@ -363,6 +386,7 @@ class Tap:
         self.dealt = False
         self.draw: bytes | None = None
         self.status = LEFT
+        self.auto: AutoChoice | None = None
         self.watch = Watch(background=background)
         # The answer is a stream of server-sent events.
         self.events = False
@@ -380,7 +404,9 @@ class Tap:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message = labelled(message, self.request_id.echo, self._version_tag(), self.trace)
+            message = labelled(
+                message, self.request_id.echo, self._version_tag(), self.trace, self.auto.header if self.auto else ""
+            )
             self.events = any(
                 name == b"content-type" and value.startswith(b"text/event-stream") for name, value in message["headers"]
             )
@@ -402,6 +428,10 @@ class Tap:
         self.watch.tools = bool(question.get("tools"))
         if self.trace:
             self.trace.asked(question.get("model"), question.get("stream"))
+
+    def chose(self, choice: AutoChoice | None) -> None:
+        """Say what `auto` chose, if that was asked."""
+        self.auto = choice
 
     def queued(self, tenant: str, key: str = "") -> None:
         """The request has been read, and waits for its turn."""
@@ -488,6 +518,7 @@ class Tap:
             trace=self.trace,
             client_id=self.request_id.client,
             key=self.key,
+            auto=self.auto,
         )
 
     def _seat_wait(self, total: float) -> float | None:

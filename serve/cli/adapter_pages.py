@@ -10,6 +10,8 @@ from serve.cli.terminal import age, nbytes, portion, table
 from serve.errors import NotFound
 
 NOTHING = "-"
+# Whether the model `auto` may choose it.
+_AUTO = {"yes": "takes part", "gathering": "not yet: it has no reference of its prompts", "default": "answers the rest"}
 
 
 def listed(answer: dict[str, Any]) -> str:
@@ -31,6 +33,9 @@ def listed(answer: dict[str, Any]) -> str:
                 str(len(versions)),
             )
         )
+    autos = [str(adapter.get("auto", "no")) for adapter in answer["data"]]
+    if set(autos) > {"no"}:
+        rows = [(*row, auto) for row, auto in zip(rows, ("AUTO", *autos), strict=True)]
     return table(rows) if len(rows) > 1 else "no adapters yet; begin with: loradock adapters push NAME PATH"
 
 
@@ -129,6 +134,8 @@ def _facts(answer: dict[str, Any]) -> list[str]:
         rows.append(("also asked as", ", ".join(former)))
     if engine := about.get("engine"):
         rows.append(("engine", str(engine)))
+    if (auto := answer.get("auto", "no")) != "no":
+        rows.append(("auto", _AUTO.get(auto, auto)))
     if visibility := answer.get("visibility"):
         rows.append(("visibility", f"{visibility}, tenant {tenant}" if tenant else str(visibility)))
     return _indented(table(rows))

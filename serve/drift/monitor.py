@@ -31,6 +31,7 @@ from serve.drift.features.request_text import RequestText
 from serve.drift.features.traffic_profile import TrafficProfiles
 from serve.drift.open_alarms import OpenAlarms, UnloadedAlarms
 from serve.drift.probe_comparison import ProbeAnswers
+from serve.drift.prompt_fit import PromptFits
 from serve.drift.watched_version import PROBE, DriftSettings, ProbeResult, WatchedVersion
 from serve.errors import ConfigError
 from serve.events import DriftAlarm, Events
@@ -51,6 +52,9 @@ class Watching(Protocol):
 
     def watches(self, adapter: str, tenant: str) -> bool:
         """Whether the requests of this tenant say anything of this adapter."""
+
+    def routes(self, adapter: str) -> bool:
+        """Whether requests are routed to this adapter by what it is asked."""
 
 
 class DriftMonitor(Collector):
@@ -74,6 +78,7 @@ class DriftMonitor(Collector):
     ) -> None:
         self._files = BaselineFiles(folder)
         self.kept = self._files.kept
+        self.fits = PromptFits(self._look)
         self._unloaded = UnloadedAlarms(self._files, exists)
         self._false_alarms = FalseAlarms(settings.threshold)
         self._settings = settings
@@ -145,6 +150,7 @@ class DriftMonitor(Collector):
         requests, rows = watched.requests_watched, watched.rows_watched
         alarms = watched.count()
         self._false_alarms.count(watched.requests_watched - requests, watched.rows_watched - rows)
+        self._note_fit(watched)
         self._note_logprobs(watched, began)
         self._note_alarms(watched, alarms)
 
@@ -226,7 +232,19 @@ class DriftMonitor(Collector):
         """Whether the versions of this base are watched."""
         return base in self._models
 
+    def _look(self, adapter: str, version: str, id: str) -> bool:
+        """Note what is kept of a version's reference; whether there is one."""
+        with self._lock:
+            watched = self._known(adapter, version, id) if self._base_of(adapter) in self._models else None
+            return watched is not None and self._note_fit(watched)
+
+    def _note_fit(self, watched: WatchedVersion) -> bool:
+        """Whether requests may be routed to its adapter, or to a base, and there is a reference to go by."""
+        routes = self._policies is not None and (not watched.id or self._policies.routes(watched.adapter))
+        return routes and self.fits.note(watched)
+
     def _unload(self, base: str) -> None:
+        self.fits.drop(base)
         for key in [key for key, watched in self._versions.items() if watched.base == base]:
             self._unloaded.unloaded(self._store(self._versions.pop(key)))
 
@@ -296,6 +314,7 @@ class DriftMonitor(Collector):
                 self._gathered.pop(gone, None)
             self._unloaded.forget(adapter, id)
             self._lacking_ids.pop(id, None)
+            self.fits.forget(id)
             self._files.remove(adapter, id)
 
     def build_baseline(self, adapter: str, version: str, id: str, exchanges: Sequence[Exchange]) -> dict[str, int]:
@@ -318,8 +337,7 @@ class DriftMonitor(Collector):
             if kind in rows:
                 strata.built(stratum)
         baseline.configure(threshold=self._settings.threshold, tolerance=self._settings.tolerance)
-        with self._lock:
-            self._watched(adapter, version, id, base).replace_baseline(baseline)
+        self._replace(adapter, version, id, baseline)
         return {kind: len(signal) for kind, signal in rows.items()}
 
     def export_baseline(self, adapter: str, version: str, id: str) -> bytes:
@@ -337,10 +355,15 @@ class DriftMonitor(Collector):
             provenance = self._provenance(adapter, id, base)
         baseline = from_zip(data, provenance, self._settings.tolerance)
         self._configure(baseline)
-        with self._lock:
-            self._watched(adapter, version, id, base).replace_baseline(baseline)
+        self._replace(adapter, version, id, baseline)
         signals = baseline.signals.items()
         return {kind: signal.gathered for kind, signal in signals if kind != FOLLOW_UP or signal.gathered}
+
+    def _replace(self, adapter: str, version: str, id: str, baseline: Baseline) -> None:
+        with self._lock:
+            watched = self._watched(adapter, version, id, self._base_of(adapter))
+            watched.replace_baseline(baseline)
+            self._note_fit(watched)
 
     # Reports
 

@@ -73,7 +73,9 @@ class Signal:
         self.names = names(kind)
         self._dimensions = dimensions
         self._columns = columns(kind, dimensions)
-        self._surprise: TokenSurprise | None = None
+        self.surprise: TokenSurprise | None = None
+        # The same of all of the reference's prompts, and not of the half that fits: what requests are routed by.
+        self.whole: TokenSurprise | None = None
         self.samples = 0  # rows watched, the reference not among them
         self.alarms = 0
         self.alarmed_at: int | None = None  # in samples
@@ -339,8 +341,10 @@ class Signal:
             arrays |= prefixed(self._structure.state(), "structure.")
             arrays |= prefixed(self._scale.arrays(), "scale.")
             arrays |= prefixed(self._detector.state(), "detector.")
-        if self._surprise is not None:
-            arrays |= prefixed(self._surprise.arrays(), "surprise.")
+        if self.surprise is not None:
+            arrays |= prefixed(self.surprise.arrays(), "surprise.")
+        if self.whole is not None:
+            arrays |= prefixed(self.whole.arrays(), "whole.")
         for lane, fixed in self.fixed.items():
             arrays |= prefixed(fixed.state(), f"fixed.{lane}.")
         alarmed_at = -1 if self.alarmed_at is None else self.alarmed_at
@@ -364,6 +368,8 @@ class Signal:
             fixed.restore(below(state, f"fixed.{lane}."))  # earlier releases had none
         if "surprise.spread" in state:
             self._score_tokens(TokenSurprise.from_arrays(below(state, "surprise.")))
+        if "whole.spread" in state:  # earlier releases had none
+            self.whole = TokenSurprise.from_arrays(below(state, "whole."))
         if "gathered" in state:
             rows = np.asarray(state["gathered"], np.float32)
             if len(rows) and rows.shape[1] != self._columns:
@@ -390,11 +396,11 @@ class Signal:
         """Rows (n, columns) as the scale takes them, and the sketches of their tokens where those are still needed."""
         columns = self._own_columns
         carried = rows[:, columns : columns + SKETCH] if rows.shape[1] >= columns + SKETCH else None
-        if carried is None and (rows.shape[1] != columns or self._surprise is not None):
+        if carried is None and (rows.shape[1] != columns or self.surprise is not None):
             raise ValueError(f"a row of {self.kind} has {columns} numbers; this one has {rows.shape[1]}")
         raw = rows[:, :columns]
-        if self._surprise is not None and carried is not None:
-            raw, carried = np.concatenate((raw, self._surprise(carried)), axis=1), None
+        if self.surprise is not None and carried is not None:
+            raw, carried = np.concatenate((raw, self.surprise(carried)), axis=1), None
         if not all_finite(raw):
             raise ValueError(f"a row of {self.kind} holds a number that is not finite; leave the request out")
         return raw, carried
@@ -402,12 +408,12 @@ class Signal:
     @property
     def _own_columns(self) -> int:
         """Numbers of a row before those that are made of its tokens."""
-        return self._columns - (0 if self._surprise is None else len(NAMES))
+        return self._columns - (0 if self.surprise is None else len(NAMES))
 
     def _means(self, rows: NDArray[np.float32], raws: NDArray[np.float32]) -> NDArray[np.float32] | None:
         """(n, numbers) what comes behind the sketches of the tokens, and what those became in `raws` of `_parts`."""
         means, own = rows[:, self._own_columns + SKETCH :], self._own_columns
-        return with_surprise(means, raws[:, own:] if self._surprise is not None else None) if means.size else None
+        return with_surprise(means, raws[:, own:] if self.surprise is not None else None) if means.size else None
 
     def _gather(self, raw: Rows, part: Rows | None, mean: Rows | None) -> None:
         if part is not None:
@@ -424,7 +430,7 @@ class Signal:
         rows = self._gathered
         if 2 * len(self._sketches) >= self.needed:
             rows = self._scored(sorted(self._sketches))
-        surprises = len(NAMES) if self._surprise is not None else 0
+        surprises = len(NAMES) if self.surprise is not None else 0
         self._scale, self._structure, reference = fit(
             self.kind, rows, surprises=surprises, seed=self._seed, ordered=self._ordered
         )
@@ -467,6 +473,8 @@ class Signal:
         fitting = [self._sketches[number] for number in numbers[::2]]
         surprise, scores = TokenSurprise.fit(fitting)
         self._score_tokens(surprise)
+        if self.kind == PROMPT:
+            self.whole, _ = TokenSurprise.fit([self._sketches[number] for number in numbers])
         scored = surprise(np.array([self._sketches[number] for number in numbers], np.float32))
         scored[::2] = scores  # as if they had not been among those that they fitted
         for number, row in zip(numbers, scored, strict=True):
@@ -476,8 +484,8 @@ class Signal:
 
     def _score_tokens(self, surprise: TokenSurprise) -> None:
         """From now on rows carry a sketch of their tokens, which becomes their last columns."""
-        if self._surprise is None:
+        if self.surprise is None:
             self.names += NAMES
             self._columns += len(NAMES)
             self._rows = RecentRows(self._columns)
-        self._surprise = surprise
+        self.surprise = surprise

@@ -131,7 +131,7 @@ class Thinning(Generic[Item]):
         self._window = window
         self._warm_up = warm_up
         self._ahead = ahead
-        self._shared = SharedEnds(numbers)
+        self.shared = SharedEnds(numbers)
         self._waiting: deque[_Waiting[Item]] = deque()
         self._raw = 0
         self._prompts, self._bands = _Window(window), _Window(window)
@@ -154,7 +154,7 @@ class Thinning(Generic[Item]):
         """Take in a request. Returns the one that came `ahead` requests before, if it is accepted. opening: the runs of
         what stands before `tokens`, where that is known; else it is what the tokens share with those around them."""
         ids = np.array(tokens, np.int64)
-        self._waiting.append(_Waiting(item, self._shared.read(ids), _digest(ids.tobytes()), key, now, opening))
+        self._waiting.append(_Waiting(item, self.shared.read(ids), _digest(ids.tobytes()), key, now, opening))
         return self._decide(self._waiting.popleft()) if len(self._waiting) > self._ahead else None
 
     def flush(self) -> list[Taken[Item]]:
@@ -163,7 +163,7 @@ class Thinning(Generic[Item]):
         return [taken for taken in decided if taken is not None]
 
     def _decide(self, request: _Waiting[Item]) -> Taken[Item] | None:
-        own = self._shared.split(request.read)
+        own = self.shared.split(request.read)
         reason = self._reason(request, own)
         if not self._steady:
             self._steady = self._is_steady(request.now)
@@ -234,6 +234,8 @@ class Thinning(Generic[Item]):
         state["askers.raw"] = np.array([raw for raw, _ in self._askers.values()], np.int64)
         state["askers.seconds"] = np.array([seconds for _, seconds in self._askers.values()], np.float64)
         state["raw"] = np.array([self._raw, self._steady, self._returned])
+        state["shared.openings"] = np.array(self.shared.openings, np.int64).reshape(-1, 2)
+        state["shared.endings"] = np.array(self.shared.endings, np.int64).reshape(-1, 2)
         state |= prefixed(self.acceptance.state(), "acceptance.")
         state |= prefixed(self.opening.state(), "opening.")
         state["counts"] = np.array([self.counts[name] for name in COUNTS])
@@ -250,6 +252,8 @@ class Thinning(Generic[Item]):
         self._raw = raw
         self._steady = bool(steady)
         self._returned = sum(returned)
+        if "shared.openings" in state:  # earlier releases wrote neither
+            self.shared.know(*(_pairs(state[f"shared.{name}"]) for name in ("openings", "endings")))
         self.acceptance.restore(below(state, "acceptance."))
         self.opening.restore(below(state, "opening."))
         if "counts" in state:
@@ -285,6 +289,10 @@ class Shuffle(Generic[Item]):
         """The items that wait for their block to fill, shuffled."""
         block, self._waiting = self._waiting, []
         return [block[i] for i in self._rng.permutation(len(block))]
+
+
+def _pairs(array: NDArray[np.int64]) -> tuple[tuple[int, int], ...]:
+    return tuple((length, hash) for length, hash in array.tolist())
 
 
 def _bands(minima: NDArray[np.uint64]) -> list[bytes]:

@@ -148,6 +148,8 @@ class _Sample:
     asker: int | None
     # Whether words of its prompt may be counted.
     words: bool
+    # Whether its prompt was chosen by the reference of prompts, so that it says nothing of that.
+    routed: bool
     # Once it is accepted.
     prompt: Prompt | None = None
     stratum: Stratum = LEGACY
@@ -165,6 +167,7 @@ class _FollowUp(NamedTuple):
     tenant: str
     asker: int | None
     words: bool
+    routed: bool
     tokens: NDArray[np.int64]
     stratum: Stratum
     facts: Facts
@@ -424,9 +427,9 @@ class WatchedVersion:
         lower = below[0] if below else LEGACY
         lower_rows = rows_of_answer(generation, embedding, lower) if below else {}
         beyond, asker = skipped(prompt), _asker(exchange)
-        sample = _Sample(
-            exchange.began, rows, quote, beyond, exchange.tenant, asker, owned, None, stratum, lower, lower_rows
-        )
+        sample = _Sample(exchange.began, rows, quote, beyond, exchange.tenant, asker, owned, exchange.routed)
+        sample.stratum, sample.lower = stratum, lower
+        sample.lower_rows = lower_rows
         sample.facts = answer_facts(generation, stratum.tokens, asks_json=asks_json(exchange.question))
         sample.spoken = spoken(generation.text)
         return sample
@@ -458,7 +461,7 @@ class WatchedVersion:
         stratum = Stratum.of(generation.parameters)
         facts = answer_facts(generation, stratum.tokens, asks_json=asks_json(exchange.question))
         facts |= other_language(spoken(generation.text), self._language(turn.tokens))
-        names = exchange.tenant, asker, self._may_quote(exchange)
+        names = exchange.tenant, asker, self._may_quote(exchange), exchange.routed
         return _FollowUp(exchange.began, *names, turn.tokens, stratum, facts)
 
     def _language(self, tokens: NDArray[np.integer]) -> str:
@@ -469,7 +472,7 @@ class WatchedVersion:
         block = [message for message in messages if message is not None]
         last = block[-1]
         row = follow_up_row(embedding, [message.tokens for message in block])
-        sample = _Sample(last.began, {FOLLOW_UP: row}, None, 0, last.tenant, last.asker, last.words)
+        sample = _Sample(last.began, {FOLLOW_UP: row}, None, 0, last.tenant, last.asker, last.words, last.routed)
         sample.stratum = last.stratum
         sample.facts = block_facts([message.facts for message in block if message.stratum == last.stratum])
         mean = sum(len(message.tokens) for message in block) // len(block)
@@ -488,7 +491,7 @@ class WatchedVersion:
         for sample, signals in zip(samples, taken, strict=True):
             if sample.quote is not None:
                 self._quotes.append((sample.rows[PROMPT], sample.quote))
-            if sample.prompt is not None:
+            if sample.prompt is not None and not sample.routed:
                 kind = FOLLOW_UP if FOLLOW_UP in sample.rows else PROMPT
                 gathering, profiles = self.baseline.signals[kind].phase is Phase.GATHERING, self.profiles[kind]
                 (profiles.reference if gathering else profiles.recent).add(sample.prompt)
@@ -536,6 +539,8 @@ class WatchedVersion:
                 strata.count(sample.stratum)
         for stratum, rows in ((sample.stratum, sample.rows), (sample.lower, sample.lower_rows)):
             for kind, row in rows.items():
+                if sample.routed and kind in PROMPTS:
+                    continue
                 by_parameters = self.baseline.strata.get(kind)
                 signal = by_parameters.signal(stratum) if by_parameters else self.baseline.signals[kind]
                 if signal is not None:

@@ -10,7 +10,6 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 from starlette.datastructures import Headers
@@ -32,6 +31,7 @@ from serve.auth.auth import Scope as KeyScope
 from serve.auth.rate_limits import Meter, Meters, RateLimitHeaders
 from serve.engine.payer import Cause, Payer
 from serve.errors import BadRequest, ClientLeft, ClientTooSlow, LoradockError
+from serve.gateway.auto import Auto
 from serve.gateway.fan_out import FanOut, RequestBounds
 from serve.gateway.guard import Guards
 from serve.gateway.reading import Reading
@@ -150,10 +150,13 @@ class Intake:
         bounds: RequestBounds | None = None,
         media: bool = False,
         resolver: Resolver | None = None,
+        *,
+        auto: Auto,
     ) -> None:
         self.forwarder = forwarder
         self.resolver = resolver
         self._auth = auth
+        self._auto = auto
         self._meters = meters
         self._router = router
         self._bounds = bounds or RequestBounds()
@@ -179,7 +182,7 @@ class Intake:
                 tap.asked(request.fields, len(request.body))
                 request.check(scope["path"])
                 await self._bring_unknown(request, caller)
-                request.settle(partial(self._router.chosen, caller=caller))
+                tap.chose(self._auto.settle(request, scope["path"], caller))
                 fan_out = FanOut.of(scope["path"], request.fields, len(request.body))
                 fan_out.check(self._bounds.of(caller.limits))
                 if meter:

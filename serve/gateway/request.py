@@ -146,6 +146,10 @@ class InferenceRequest:
         if self.fallbacks:
             self.model, self.fallbacks = choose((self.model, *self.fallbacks)), ()
 
+    def route_to(self, model: str) -> None:
+        """Ask for this model."""
+        self.model = model
+
     def rewritten(self, path: str, route: Route, tenant: str) -> dict[str, Any]:
         """The fields, asking for the route's model by the backend's name for it, within the caller's tenant."""
         changes: dict[str, Any] = {"model": route.model}

@@ -12,6 +12,7 @@
         train_on_traffic: false   # whether requests and answers are kept as examples to train it on
         guard: {}             # {prompt: NAME, answer: NAME, action: refuse}: models that look at them; or flag, count
         verdicts: {}          # {tenants: [acme], ratings_per_key: 10}: whose requests and ratings decide beside its own
+        auto: false           # true: the model `auto` may choose it; default: it answers what fits no other
         loop: {}              # {on: [drift]}: it may train its next version by itself (serve.rollout.loop_policy)
       tone: {proved: promote, canary_weight: 0.1}
 """
@@ -37,6 +38,7 @@ REFUSE = "refuse"
 FLAG = "flag"
 COUNT = "count"
 _ACTIONS = (REFUSE, FLAG, COUNT)
+ANSWERS_THE_REST = "default"
 _NUMBERS = ("canary_weight", "alpha", "golden_min")
 _CHOICES = {"worse": (ROLLBACK, HOLD, NOTIFY), "proved": (NOTIFY, PROMOTE)}
 
@@ -88,6 +90,7 @@ class Policy:
     verdicts: Say = Say()
     loop: LoopPolicy = LoopPolicy()
     train_on_traffic: bool = False
+    auto: bool | str = False
 
     @property
     def at_once(self) -> Policy:
@@ -134,6 +137,10 @@ class Policies:
         policy = self[adapter]
         return DRIFT not in policy.loop.on or policy.verdicts.has(adapter, tenant)
 
+    def routes(self, adapter: str) -> bool:
+        """Requests for `auto` may be the adapter's."""
+        return bool(self[adapter].auto)
+
 
 def _policy(base: Policy, adapter: Any, fields: Any) -> Policy:
     if not isinstance(adapter, str):
@@ -145,6 +152,7 @@ def _policy(base: Policy, adapter: Any, fields: Any) -> Policy:
             raise ConfigError(f"the policy of {adapter}: {name} takes {' or '.join(choices)}, not {fields[name]!r}")
     if not isinstance(learns := fields.get("train_on_traffic", False), bool):
         raise ConfigError(f"the policy of {adapter}: train_on_traffic takes true or false, not {learns!r}")
+    _check_auto(adapter, fields.get("auto", False))
     numbers = {name: _number(adapter, name, fields[name]) for name in _NUMBERS if name in fields}
     if not 0 <= numbers.get("canary_weight", 0) < 1:
         raise ConfigError(f"the policy of {adapter}: canary_weight takes 0 up to 1, not {fields['canary_weight']!r}")
@@ -164,6 +172,13 @@ def _policy(base: Policy, adapter: Any, fields: Any) -> Policy:
             f"the policy of {adapter}: a loop learns from its traffic: add train_on_traffic: true, or no `on`"
         )
     return policy
+
+
+def _check_auto(adapter: str, auto: Any) -> None:
+    if not isinstance(auto, bool) and auto != ANSWERS_THE_REST:
+        raise ConfigError(f"the policy of {adapter}: auto takes true, false or default, not {auto!r}")
+    if adapter == EVERY and auto == ANSWERS_THE_REST:
+        raise ConfigError(f"the policy of {EVERY}: one adapter is auto's default: say so in its own policy")
 
 
 def _guard(adapter: str, fields: Any) -> Guard:

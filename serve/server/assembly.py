@@ -63,6 +63,7 @@ from serve.events import (
     VersionAdded,
 )
 from serve.fleet.membership import Membership
+from serve.gateway.auto import Auto
 from serve.gateway.fan_out import RequestBounds
 from serve.gateway.forwarding import Forwarding
 from serve.gateway.guard import Guards
@@ -290,6 +291,7 @@ class Server:
         self.quality_worker = ExchangeWorker([self._data_quality], name="data-quality")
         self.exchange_worker = ExchangeWorker([self.canary_monitor, self.drift_monitor])
         self.shadow_agreement = ShadowAgreement(label)
+        self.auto = Auto(self.router, self.policies, self.drift_monitor.fits, self.exchange_worker.submit)
         self.baseline_build = BaselineBuild(self.fleet, self.store)
         kept = config.cache_dir / "embeddings"
         self._watched_bases = WatchedBases(self.fleet, self.drift_monitor, self.exchange_worker, kept)
@@ -329,6 +331,7 @@ class Server:
             self._guards,
             self.follower,
             self._me.id,
+            self.auto,
         )
         self.fine_tuning = finetuning.build(
             config,
@@ -403,6 +406,7 @@ class Server:
             self._bounds,
             media=any(takes_media(base.model) for base in config.bases),
             resolver=resolver if config.resolver_folder else None,
+            auto=self.auto,
         )
         take = ExchangeObservers(looks, self.metrics.tap_took).take
         self.inference = Inference(intake, take, tracing, self.follower, config.client_timeout)
@@ -441,6 +445,7 @@ class Server:
             self.exchange_worker,
             self._data_quality,
             self._webhooks,
+            self.auto,
             self._every_guard,  # the series is there, and empty, where no policy has a guard
             self.batches.metrics,
             self.fine_tuning.metrics,
@@ -516,6 +521,8 @@ class Server:
             # The first answers are watched already.
             learning = self._watched_bases.learn(models) if self.config.drift else asyncio.sleep(0)
             await asyncio.gather(self.fleet.start(self.lifecycle.adapters), learning)
+            self.auto.look()
+            await asyncio.to_thread(self.exchange_worker.settle)  # the first answers of `auto` are chosen already
         except LoradockError as error:
             self._on_failure(error)
             return

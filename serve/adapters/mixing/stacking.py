@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -25,6 +25,8 @@ PREFIX = "base_model.model."
 # How lora_A and lora_B end, by the kind of module.
 ENDINGS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
 _NUMPY = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
+# As arrays that are written: bfloat16 by its bits.
+_WRITTEN = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
 
 Floats = Any  # an array of 32 bits
 
@@ -61,15 +63,29 @@ class _Source:
                         setattr(pair, "ab"[number], tensor)
                         self.dtypes.add(tensor.dtype)
         self.rank = max((pair.a.shape[0] for pair in self.modules.values() if pair.a), default=0)
+        self._patterns = Patterns()
+
+    def scaling(self, name: str) -> float:
+        """Of its own update of a module."""
+        return scaling_of(name, self.config, self._patterns)
 
     def read(self, tensor: Tensor) -> Floats:
-        self.file.seek(tensor.start)
-        data = self.file.read(tensor.end - tensor.start)
+        data = self._data(tensor)
         if tensor.dtype == "BF16":
             values = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
         else:
             values = np.frombuffer(data, _NUMPY[tensor.dtype]).astype("<f4")
         return values.reshape(tensor.shape)
+
+    def as_written(self, tensor: Tensor, dtype: str) -> Any:
+        """As an array that is written; of the same type as it is in the file, without a look at it."""
+        if tensor.dtype == dtype:
+            return np.frombuffer(self._data(tensor), _WRITTEN[dtype]).reshape(tensor.shape)
+        return _rounded(self.read(tensor), dtype)
+
+    def _data(self, tensor: Tensor) -> bytes:
+        self.file.seek(tensor.start)
+        return self.file.read(tensor.end - tensor.start)
 
 
 def stack(parts: Sequence[tuple[Path, float]], into: Path, pruning: Pruning | None = None) -> int:
@@ -127,25 +143,42 @@ def _write(
     write(sink, len(header).to_bytes(8, "little") + header)
     for name in endings:
         with np.errstate(over="ignore", invalid="ignore"):
-            a, b = _pruned(sources, name, rank, pruning) if pruning else _stacked(sources, name, rank)
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            if pruning:
+                halves = _pruned(sources, name, rank, dtype, pruning)
+            else:
+                halves = _stacked(sources, name, rank, dtype)
+        # What is stacked of lora_A is as it was admitted.
+        if not all(_is_finite(half, dtype) for half in halves[0 if pruning else 1 :]):
             raise AdapterRejected("the weights of this mixture are not finite numbers any more: take smaller ones")
-        write(sink, _bytes(a, dtype))
-        write(sink, _bytes(b, dtype))
+        for half in halves:
+            write(sink, half.tobytes())
 
 
-def _stacked(sources: Sequence[_Source], name: str, rank: int) -> tuple[Floats, Floats]:
+def _stacked(sources: Sequence[_Source], name: str, rank: int, dtype: str) -> tuple[Any, Any]:
+    """lora_A and lora_B as they are written."""
     out, into = _shape(sources, name)
-    a, b = np.zeros((rank, into), "<f4"), np.zeros((out, rank), "<f4")
-    for _, begin, own_a, own_b in _halves(sources, name):
-        a[begin : begin + own_a.shape[0]] = own_a
-        b[:, begin : begin + own_b.shape[1]] = own_b
+    a, b = np.zeros((rank, into), _WRITTEN[dtype]), np.zeros((out, rank), _WRITTEN[dtype])
+    begin = 0
+    for source in sources:
+        if pair := source.modules.get(name):
+            assert pair.a and pair.b
+            factor = np.float32(source.weight * source.scaling(name))
+            a[begin : begin + pair.a.shape[0]] = source.as_written(pair.a, dtype)
+            b[:, begin : begin + pair.b.shape[1]] = _rounded(source.read(pair.b) * factor, dtype)
+        begin += source.rank
     return a, b
 
 
-def _pruned(sources: Sequence[_Source], name: str, rank: int, pruning: Pruning) -> tuple[Floats, Floats]:
-    updates = [(part, sources[part].weight, b @ a) for part, _, a, b in _halves(sources, name, weighted=False)]
-    return factors(pruning.merged(name, updates), rank)
+def _pruned(sources: Sequence[_Source], name: str, rank: int, dtype: str, pruning: Pruning) -> tuple[Any, Any]:
+    """The same of what pruning leaves of the updates."""
+    updates = []
+    for part, source in enumerate(sources):
+        if pair := source.modules.get(name):
+            assert pair.a and pair.b
+            update = source.read(pair.b) @ source.read(pair.a) * np.float32(source.scaling(name))
+            updates.append((part, source.weight, update))
+    a, b = factors(pruning.merged(name, updates), rank)
+    return _rounded(a, dtype), _rounded(b, dtype)
 
 
 def _shape(sources: Sequence[_Source], name: str) -> tuple[int, int]:
@@ -154,24 +187,13 @@ def _shape(sources: Sequence[_Source], name: str) -> tuple[int, int]:
     return pair.b.shape[0], pair.a.shape[1]
 
 
-def _halves(
-    sources: Sequence[_Source], name: str, *, weighted: bool = True
-) -> Iterator[tuple[int, int, Floats, Floats]]:
-    """The number of each adapter that has the module, where its rows begin, its lora_A, and its lora_B as it counts in
-    the sum; not `weighted`, as it counts in its own update."""
-    begin = 0
-    patterns = Patterns()
-    for number, source in enumerate(sources):
-        if pair := source.modules.get(name):
-            assert pair.a and pair.b
-            factor = scaling_of(name, source.config, patterns) * (source.weight if weighted else 1.0)
-            yield number, begin, source.read(pair.a), source.read(pair.b) * np.float32(factor)
-        begin += source.rank
-
-
-def _bytes(values: Floats, dtype: str) -> bytes:
-    """Rounded to the nearest, ties to even."""
+def _rounded(values: Floats, dtype: str) -> Any:
+    """To the nearest, ties to even."""
     if dtype == "BF16":
         bits = np.ascontiguousarray(values, "<f4").view("<u4")
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
-    return values.astype(_NUMPY[dtype]).tobytes()
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    return values.astype(_WRITTEN[dtype])
+
+
+def _is_finite(written: Any, dtype: str) -> bool:
+    return not ((written & 0x7F80) == 0x7F80).any() if dtype == "BF16" else bool(np.isfinite(written).all())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from serve.adapters.mixing.mixture import MAX_PARTS
 from serve.api.openapi import REFERENCE, errors, security
 from serve.asgi.error_shapes import is_anthropic
 from serve.auth.auth import Scope
@@ -41,8 +42,9 @@ _STREAMS = (
 _STATUSES = (400, 401, 403, 404, 413, 429, 500, 503, 504)
 _GROUP = ["inference"]
 _WHO_ANSWERS = (
-    "`model` is a base's name, `NAME` (an adapter's live version), `NAME@v3`, `NAME@DIGEST12` or `NAME@ALIAS`; the "
-    "answer's `model` says which version answered. Which routes a model answers depends on the model."
+    "`model` is a base's name, `NAME` (an adapter's live version), `NAME@v3`, `NAME@DIGEST12`, `NAME@ALIAS`, "
+    "several in one answer (`NAME:0.7+NAME:0.3`) or `auto`, the adapter that fits the prompt; the answer's `model` "
+    "says which version answered. Which routes a model answers depends on the model."
 )
 # What this server reads of a body beside vLLM's own fields.
 OURS = {
@@ -55,6 +57,18 @@ OURS = {
             "maxItems": MAX_MODELS,
             "description": "Models that answer in the place of `model`, in this order, if it does not exist or its "
             "engine does not serve.",
+        },
+        "adapters": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"name": {"type": "string"}, "weight": {"type": "number", "default": 1}},
+                "required": ["name"],
+                "additionalProperties": False,
+            },
+            "minItems": 1,
+            "maxItems": MAX_PARTS,
+            "description": "Adapters that answer together, as the `model` NAME:WEIGHT+NAME:WEIGHT means.",
         },
     },
 }

@@ -13,6 +13,7 @@ from serve.api.incoming import received, stated_bytes
 from serve.api.json_body import JsonBody
 from serve.api.parts import (
     TheAdmission,
+    TheAuto,
     TheConfig,
     TheFleet,
     TheGolden,
@@ -28,6 +29,7 @@ from serve.api.routes.callers import Expected, Manager, OneAdapter, TheAdapter, 
 from serve.api.schemas import Pin, Promote, Rename, Rollback, Visibility, Weight
 from serve.auth.auth import Caller
 from serve.engine.fleet import Fleet
+from serve.gateway.auto import Auto
 from serve.gateway.router import manages
 from serve.names import check_name, full_name, short_name, spelled, tenant_of
 from serve.rollout.lifecycle import Lifecycle
@@ -83,6 +85,7 @@ async def adapters(
     caller: Manager,
     registry: TheRegistry,
     fleet: TheFleet,
+    auto: TheAuto,
     after: str = "",
     limit: Annotated[int | None, Query(ge=1, le=MOST_LISTED)] = None,
 ) -> Response:
@@ -94,11 +97,11 @@ async def adapters(
     names = [full for full in registry.names() if manages(caller, full) and full > begin]
     page = names[:limit]
     end = {"has_more": len(page) < len(names), "last_id": short_name(page[-1], caller.tenant) if page else None}
-    return StreamingResponse(_listed(registry, fleet, caller, page, end), media_type="application/json")
+    return StreamingResponse(_listed(registry, fleet, auto, caller, page, end), media_type="application/json")
 
 
 async def _listed(
-    registry: Registry, fleet: Fleet, caller: Caller, page: Sequence[str], end: Mapping[str, Any]
+    registry: Registry, fleet: Fleet, auto: Auto, caller: Caller, page: Sequence[str], end: Mapping[str, Any]
 ) -> AsyncIterator[bytes]:
     """The list in pieces, between which others have their turn: ten thousand adapters are some megabytes."""
     yield b'{"object":"list","data":['
@@ -106,7 +109,9 @@ async def _listed(
     for begin in range(0, len(page), LISTED_AT_ONCE):
         # What was deleted meanwhile is not there any more.
         rows = [
-            summary(registry, fleet, full, caller) for full in page[begin : begin + LISTED_AT_ONCE] if full in registry
+            summary(registry, fleet, full, caller) | {"auto": auto.takes_part(full)}
+            for full in page[begin : begin + LISTED_AT_ONCE]
+            if full in registry
         ]
         if rows:
             yield separator + msgspec.json.encode(rows)[1:-1]
@@ -116,7 +121,9 @@ async def _listed(
 
 
 @router.get("/v1/adapters/{name:path}")
-async def adapter(adapter: TheAdapter, response: Response, registry: TheRegistry, recent: TheRecent) -> dict[str, Any]:
+async def adapter(
+    adapter: TheAdapter, response: Response, registry: TheRegistry, recent: TheRecent, auto: TheAuto
+) -> dict[str, Any]:
     """One adapter: its versions, which is live, its recent latency, its history. The ETag is the live version."""
     full = adapter.full
     described = adapter.summary(full)
@@ -124,6 +131,7 @@ async def adapter(adapter: TheAdapter, response: Response, registry: TheRegistry
     response.headers.update({"etag": f'"{described["live"] or 0}"', "cache-control": "no-store"})
     for version in described["versions"]:
         version["recent"] = recent.described(full, f"v{version['version']}")
+    described["auto"] = auto.takes_part(full)
     return {**described, "history": await asyncio.to_thread(registry.history, full)}
 
 

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from serve import __version__
 from serve.adapters.registry.registry import Registry
 from serve.api.json_body import JsonBody
-from serve.api.parts import TheAlerts, TheConfig, TheFleet, TheFollower, TheHealth, TheMetrics, TheRegistry
+from serve.api.parts import TheAlerts, TheAuto, TheConfig, TheFleet, TheFollower, TheHealth, TheMetrics, TheRegistry
 from serve.api.routes.callers import Asker, Gateway, Manager, Operator, Scraper
 from serve.api.schemas import Swap
 from serve.auth.auth import Caller
@@ -18,6 +18,7 @@ from serve.engine import base_swap
 from serve.engine.base_swap import Approval, Handover
 from serve.engine.fleet import Fleet
 from serve.errors import BadRequest, ConfigError, NotFound
+from serve.gateway.auto import AUTO
 from serve.gateway.router import manages, sees
 from serve.models.checkpoint import find
 from serve.models.manifest import summary_of
@@ -93,9 +94,12 @@ async def gateway_metrics(request: Request, caller: Gateway, metrics: TheMetrics
 
 
 @router.get("/v1/models")
-async def models(caller: Asker, registry: TheRegistry, fleet: TheFleet) -> dict[str, Any]:
-    """OpenAI's list of models: the bases, and each adapter by name and by version with its parent."""
-    return {"object": "list", "data": await asyncio.to_thread(_cards, fleet, registry, caller, registry.names())}
+async def models(caller: Asker, registry: TheRegistry, fleet: TheFleet, auto: TheAuto) -> dict[str, Any]:
+    """OpenAI's list of models: the bases, each adapter by name and by version with its parent, and `auto`."""
+    cards = await asyncio.to_thread(_cards, fleet, registry, caller, registry.names())
+    if auto.is_there(caller):
+        cards.append({**_card(AUTO), "root": AUTO, "parent": None})
+    return {"object": "list", "data": cards}
 
 
 @router.get("/v1/models/{name:path}")
@@ -177,10 +181,14 @@ def _cards(fleet: Fleet, registry: Registry, caller: Caller, names: Sequence[str
     return list(_model_cards(fleet, registry, caller, names))
 
 
+def _card(id: str) -> dict[str, Any]:
+    return {"id": id, "object": "model", "created": 0, "owned_by": "loradock"}
+
+
 def _model_cards(fleet: Fleet, registry: Registry, caller: Caller, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """OpenAI's model cards: the bases, then those of these adapters that the caller may ask, by name and by version."""
     for base in fleet:
-        card = {"id": base.name, "object": "model", "created": 0, "owned_by": "loradock"}
+        card = _card(base.name)
         # Its directory is the operators' to know.
         card["root"] = base.model if caller.operator else base.name
         card["parent"] = None
@@ -200,10 +208,8 @@ def _model_cards(fleet: Fleet, registry: Registry, caller: Caller, names: Sequen
             ids += [f"{public}@{alias}" for alias, target in aliases.items() if target == adapter]
             for id in ids:
                 yield {
-                    "id": id,
-                    "object": "model",
+                    **_card(id),
                     "created": int(adapter.created),
-                    "owned_by": "loradock",
                     "root": adapter.id,
                     "parent": registry.base(full) or fleet.first.name,
                 }

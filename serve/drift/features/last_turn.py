@@ -78,6 +78,11 @@ def last_turn(question: Mapping[str, Any] | None, prompt: Sequence[int], text: T
     )
 
 
+def first_message(question: Mapping[str, Any]) -> str | None:
+    """What the first message of the user's says; None of a request without one."""
+    return next((content for role, content in _messages(question) if role == "user"), None)
+
+
 def _messages(question: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """Roles and texts, in order; of other parts than texts nothing. None where there are no messages."""
     if question is None:

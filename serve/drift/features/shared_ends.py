@@ -41,6 +41,8 @@ MOST_TOKENS = 8192
 NUMBER = -1
 # Of a signature: tokens of a run, and orders of all runs.
 SHORT_RUN, MINIMA = 3, 12
+# Openings, and endings, that are known of earlier prompts.
+MOST_ENDS = 8
 _FACTORS = np.random.Generator(np.random.PCG64(1997)).integers(1, 1 << 63, MOST_TOKENS, np.uint64) * 2 + 1
 _TURNS = np.random.Generator(np.random.PCG64(1997)).integers(1, 1 << 63, MINIMA, np.uint64) * 2 + 1
 
@@ -86,6 +88,11 @@ class Read(NamedTuple):
     number: int
     begin: _Hashes
     end: _Hashes
+
+    @classmethod
+    def of(cls, tokens: ArrayLike, numbers: NDArray[np.bool_] | None = None, number: int = 0) -> Self:
+        words = Words.of(tokens, numbers)
+        return cls(words, number, _Hashes.of(words.symbols), _Hashes.of(words.symbols[::-1]))
 
 
 class _Hashes(NamedTuple):
@@ -158,16 +165,18 @@ class SharedEnds:
     """What the recent prompts of one version share. numbers: as `Words.of` takes them."""
 
     def __init__(self, numbers: NDArray[np.bool_] | None = None) -> None:
-        self._numbers = numbers
+        # What earlier prompts began and ended with alike: symbols, and the hash of all of them; the latest last.
+        self.openings: tuple[tuple[int, int], ...] = ()
+        self.endings: tuple[tuple[int, int], ...] = ()
+        self.numbers = numbers
         self._recent: deque[Read] = deque(maxlen=LOOKED_BACK + AHEAD + 1)
         self._count = 0
         self._usual = (0, 0)  # what the last prompt shared
 
     def read(self, tokens: ArrayLike) -> Read:
         """The next prompt."""
-        words = Words.of(tokens, self._numbers)
         self._count += 1
-        read = Read(words, self._count, _Hashes.of(words.symbols), _Hashes.of(words.symbols[::-1]))
+        read = Read.of(tokens, self.numbers, self._count)
         self._recent.append(read._replace(words=_NO_WORDS))
         return read
 
@@ -191,6 +200,8 @@ class SharedEnds:
             begin = _common(number, begun, least) if mine.run else 0
             end = min(_common(number, ended, least), n - begin) if its_end.run else 0
         self._usual = begin, end
+        self.openings = _with_latest(self.openings, begin, mine)
+        self.endings = _with_latest(self.endings, end, its_end)
         rest = words.symbols[begin : n - end]
         known = _NO_RUNS
         if begin or end:
@@ -199,6 +210,17 @@ class SharedEnds:
             )
         own = words.kept(begin, n - end)
         return Own(own, known, signature(rest), bool((rest != NUMBER).any()), len(rest) == n)
+
+    def know(self, openings: tuple[tuple[int, int], ...], endings: tuple[tuple[int, int], ...]) -> None:
+        """What earlier prompts began and ended with alike, from before a restart."""
+        self.openings = openings
+        self.endings = endings
+
+    def own(self, read: Read) -> NDArray[np.int32]:
+        """The tokens of a prompt, which need be none of these, without what these began and ended with alike."""
+        begin = _longest(self.openings, read.begin)
+        n = len(read.words.symbols)
+        return read.words.kept(begin, n - min(_longest(self.endings, read.end), n - begin))
 
 
 def own_tokens(prompts: Iterable[ArrayLike], numbers: NDArray[np.bool_] | None = None) -> Iterator[NDArray[np.int32]]:
@@ -234,6 +256,20 @@ def _common(number: int, group: Sequence[tuple[int, int]], many: float) -> int:
         if len(lengths) < many:
             lengths, many = [length for length in lengths if length >= common + LONG], SOME * n
     return lately if lately >= common + RUN else common
+
+
+def _with_latest(known: tuple[tuple[int, int], ...], common: int, hashes: _Hashes) -> tuple[tuple[int, int], ...]:
+    """What is known with what this prompt has in common with others, its first symbols."""
+    latest = common, int(hashes.each[common - 1]) if common else 0
+    if not common or (known and known[-1] == latest):
+        return known
+    return (*[each for each in known if each != latest][1 - MOST_ENDS :], latest)
+
+
+def _longest(known: tuple[tuple[int, int], ...], hashes: _Hashes) -> int:
+    """How many of its symbols are one of those."""
+    each = hashes.each
+    return max((length for length, hash in known if length <= len(each) and each[length - 1] == hash), default=0)
 
 
 _NO_RUNS = np.zeros(0, np.uint64)

@@ -6,6 +6,7 @@ from serve.adapters.registry.registry import Registry
 from serve.adapters.store import Store
 from serve.auth.auth import Auth
 from serve.config import Config
+from serve.gateway.auto import Auto
 from serve.gateway.guard import Guards
 from serve.gateway.internal_request import InternalRequests
 from serve.gateway.request import MEDIA_BYTES, TEXT_BYTES
@@ -38,11 +39,12 @@ def build(
     guards: Guards | None,
     follower: RegistrySync | None,
     me: str,
+    auto: Auto,
 ) -> Batches:
     """`me` is this server's name; without a `follower` nobody shares the registry."""
     rows, metrics = BatchRows(registry, files.limits, me=me), BatchMetrics()
     answers = AnswerFiles(store.root / "files/answers", store.shared, rows, store.ledger)
-    lines = LineRunner(auth, router, requests, guards, follower, concurrency=files.limits.concurrency)
+    lines = LineRunner(auth, router, requests, guards, follower, auto, concurrency=files.limits.concurrency)
     runner = BatchRunner(rows, files, answers, lines, metrics)
     schedule = BatchSchedule(rows, files, answers, runner, metrics, alone=follower is None)
     return Batches(files, rows, schedule, metrics)

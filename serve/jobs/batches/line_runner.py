@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,6 +25,7 @@ from serve.engine.engine import LOW_PRIORITY
 from serve.engine.payer import Cause
 from serve.engine.supervisor import Supervisor
 from serve.errors import BadRequest, LoradockError, Unauthorized
+from serve.gateway.auto import Auto
 from serve.gateway.guard import Guards
 from serve.gateway.internal_request import InternalAnswer, InternalRequests
 from serve.gateway.request import InferenceRequest
@@ -98,10 +98,12 @@ class LineRunner:
         requests: InternalRequests,
         guards: Guards | None,
         follower: RegistrySync | None,
+        auto: Auto,
         *,
         concurrency: int,
     ) -> None:
         self._auth = auth
+        self._auto = auto
         self._router = router
         self._requests = requests
         self._guards = guards
@@ -117,7 +119,7 @@ class LineRunner:
         request = InferenceRequest(body)
         _check_whole(request)
         try:
-            request.settle(partial(self._router.chosen, caller=self._caller(key, tenant)))
+            self._auto.settle(request, path, self._caller(key, tenant))
             base = self._router.base_of(request.model, self._caller(key, tenant))
             async with self._gaps.turn(base, stopped):
                 caller = self._caller(key, tenant)  # it waited: the key may be revoked by now

@@ -89,6 +89,8 @@ class Spans:
                 "loradock.role": trace.role,
                 "loradock.tenant": self._names.tenant(exchange.tenant),
                 "error.type": error_type(exchange),
+                "loradock.auto.reason": exchange.auto.reason if exchange.auto else "",
+                "loradock.auto.margin": exchange.auto.margin if exchange.auto else None,
             }
         )
         more = attributes(known | _generated(exchange, trace)) + _answerer(model(exchange.adapter), exchange.version)

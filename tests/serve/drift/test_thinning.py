@@ -276,3 +276,16 @@ def test_blocks_come_shuffled_and_whole():
     assert len(out) == 80 and out != sorted(out)
     assert all(sorted(out[i : i + 8]) == list(range(i, i + 8)) for i in range(0, 80, 8))
     assert sorted(shuffle.flush()) == [80, 81, 82, 83] and shuffle.flush() == []
+
+
+def test_openings_are_known_after_a_restart_and_to_the_next_version():
+    thinning, rng = Thinning(), np.random.default_rng(3)
+    for number in range(40):
+        thinning.offer(number, tokens=[*range(100, 120), *rng.integers(1000, 9000, 12)], now=number)
+    assert thinning.shared.openings
+    for state in (thinning.state(), inherited(thinning.state())):
+        again = Thinning()
+        again.restore(state)
+        assert again.shared.openings == thinning.shared.openings
+    older = {name: value for name, value in thinning.state().items() if not name.startswith("shared.")}
+    Thinning().restore(older)

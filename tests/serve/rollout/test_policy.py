@@ -29,3 +29,14 @@ def test_a_share_is_written_as_a_percentage_too():
     assert (every.canary_weight, every.golden_min, every.alpha) == (0.1, 0.9, 0.01)
     with pytest.raises(ConfigError, match="10%"):
         parse({"*": {"canary_weight": "ten%"}})
+
+
+def test_an_adapter_takes_part_in_auto_or_is_its_default():
+    policies = Policies(parse({"*": {"auto": True}, "tone": {"auto": "default"}, "judge": {"auto": False}}))
+    assert [policies[name].auto for name in ("other", "tone", "judge")] == [True, "default", False]
+    assert policies.routes("tone") and not policies.routes("judge")
+    assert not Policies().routes("tone")
+    with pytest.raises(ConfigError, match="true, false or default"):
+        parse({"tone": {"auto": "maybe"}})
+    with pytest.raises(ConfigError, match="one adapter is auto's default"):
+        parse({"*": {"auto": "default"}})

@@ -155,3 +155,14 @@ def test_a_pruned_update_needs_the_rank_of_its_matrix(tmp_path: Path) -> None:
     with pytest.raises(AdapterRejected, match=r"rank 16, .* up to 8: a max_lora_rank of 16 would be needed.*optimize"):
         stack([(tone, 1.0)], into, Pruning("ties", 0.5, ("a",), 8))
     assert not list(into.iterdir())
+
+
+def test_what_its_own_type_cannot_hold_is_refused(tmp_path: Path) -> None:
+    """Numbers of sixteen bits end at 65,504, or go on as far as those of 32."""
+    into = tmp_path / "mixture"
+    into.mkdir()
+    half = part(tmp_path / "half", 0, torch.float16, lora_alpha=4e4)
+    with pytest.raises(AdapterRejected, match="not finite numbers any more"):
+        stack([(half, 100.0)], into)
+    (into / WEIGHTS).unlink()
+    assert stack([(part(tmp_path / "wide", 0, torch.bfloat16, lora_alpha=4e4), 100.0)], into) == 4

@@ -7,7 +7,17 @@ from collections import deque
 import numpy as np
 import pytest
 
-from serve.drift.features.shared_ends import AHEAD, LOOKED_BACK, MOST_TOKENS, SharedEnds, Words, own_tokens, skipped
+from serve.drift.features.shared_ends import (
+    AHEAD,
+    LOOKED_BACK,
+    MOST_ENDS,
+    MOST_TOKENS,
+    Read,
+    SharedEnds,
+    Words,
+    own_tokens,
+    skipped,
+)
 
 RNG = np.random.default_rng(0)
 DIGITS = np.zeros(101, np.bool_)
@@ -143,3 +153,20 @@ def test_of_a_very_long_prompt_both_ends_are_looked_at():
 def test_own_tokens_of_a_short_list_are_all_of_them():
     head = prompt(100)
     assert split([]) == [] and [len(own) for own in split([joined(head, prompt(20)) for _ in range(2)])] == [120, 120]
+
+
+def test_what_prompts_shared_is_left_out_of_one_that_is_none_of_them():
+    rng = np.random.default_rng(3)
+    template, closing = np.arange(100, 120), np.arange(200, 210)
+    shared = SharedEnds()
+    assert shared.own(Read.of([1, 2, 3])).tolist() == [1, 2, 3]
+    for _ in range(30):
+        shared.split(shared.read([*template, *rng.integers(1000, 9000, 12), *closing]))
+    assert shared.own(Read.of([*template, 7, 8, 9, *closing])).tolist() == [7, 8, 9]
+    assert shared.own(Read.of([*template, 7])).tolist() == [7]
+    assert shared.own(Read.of([*template])).tolist() == []
+    assert shared.own(Read.of([*template[1:], 7])).tolist() == [*template[1:], 7]
+    for number in range(30):  # other openings take the place of those that are no more
+        for _ in range(8):
+            shared.split(shared.read([*range(500 * number, 500 * number + 10), *rng.integers(20_000, 90_000, 12)]))
+    assert len(shared.openings) <= MOST_ENDS and len(shared.endings) <= MOST_ENDS
