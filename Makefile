@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-without-engine test-engine check lint types chaos kills cluster recovery overload watch watch-cost equality socket front-end drift-proof drift-time drift-delays drift-real drift-streams auto bench monitoring clean setup setup-dev first-hour clients tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed real-models memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base vllm-diff cuda-wheel probe-noise as-on-a-gpu gpu gpu-wheels gpu-torch gpu-torch-wheels arm64
+.PHONY: help serve test test-without-engine test-engine check lint types chaos kills cluster recovery overload watch watch-cost equality socket front-end drift-proof drift-time drift-delays upgrade drift-real drift-streams auto bench monitoring clean setup setup-dev first-hour clients tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed real-models memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base vllm-diff cuda-wheel probe-noise as-on-a-gpu gpu gpu-wheels gpu-torch gpu-torch-wheels arm64
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -54,9 +54,9 @@ chaos: setup-dev ## a server killed 120 times within changes, then 30 minutes of
 as-on-a-gpu: setup-dev ## the short end-to-end tests in spawn mode, without what is changed in vLLM for a CPU's speed; an hour
 	@LORADOCK_TEST_AS_ON_A_GPU=1 $(BIN)/python -m pytest -m engine tests/e2e $(ARGS)
 
-cluster: setup-dev ## two replicas on a real Ray over PostgreSQL and an S3 server: the swap proof, a rolling restart; some minutes
+cluster: setup-dev ## replicas on a real Ray over PostgreSQL and an S3 server: the swap proof, a rolling restart, routing to homes; some minutes
 	@$(BIN)/python -c 'import ray.serve' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e '.[ray]'
-	@LORADOCK_TEST_RAY=1 $(BIN)/python -m pytest -s tests/e2e/test_cluster.py
+	@LORADOCK_TEST_RAY=1 $(BIN)/python -m pytest -s tests/e2e/test_cluster.py tests/serve/server/test_ray_router.py
 
 hostile: setup-dev ## 95 kinds of hostile requests, 10 s each, beside a victim and an operator: nobody else is disturbed; 25 minutes
 	@$(BIN)/python -m tests.campaigns.hostile $(ARGS)
@@ -158,6 +158,9 @@ drift-streams: setup-dev ## popular prompts, sessions, bursts, new system prompt
 
 fleet-sim: setup-dev ## homes of adapters beside Ray's routers, consistent hashing and replica sets, in simulated time; 20 minutes
 	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.fleet_sim $(ARGS)
+
+upgrade: setup-dev ## servers of the commit BEFORE give way to those of this tree and come back, on one registry, under traffic; a minute
+	@$(BIN)/python -m tests.campaigns.rolling_upgrade $(BEFORE) $(ARGS)
 
 drift-delays: setup-dev ## requests until drift is seen on texts it was not tuned on, and by MEWMA and MMD at equal false alarms; 20 minutes
 	@$(BIN)/python -m tests.campaigns.drift_delays $(ARGS)

@@ -131,6 +131,7 @@ OTHERS = {
     "serve/server/launch.py": {"record.msg", "record.args", "record.exc_info"},  # logging
     "serve/server/logs.py": {"logger.handlers", "logger.propagate"},
     "serve/server/preloaded.py": {"os.environ"},
+    "serve/server/ray_router.py": {"pending_request.routing_context.should_backoff"},  # Ray
     "serve/telemetry/tracing/tracing_sdk.py": {"module.encode_spans"},  # OpenTelemetry
 }
 

@@ -56,6 +56,11 @@ class SharedStore:
             for name in FILES:
                 self._system.get_file(f"{self._root}/{digest}/{name}", str(folder / name))
 
+    def has(self, digest: str) -> bool:
+        """Both files are there."""
+        with self._translated(digest):
+            return all(self._system.exists(f"{self._root}/{digest}/{name}") for name in FILES)
+
     def sweep(self, known: Collection[str], now: float | None = None) -> int:
         """Remove what nobody has named for a day; how many that were."""
         before = (time.time() if now is None else now) - GRACE_SECONDS

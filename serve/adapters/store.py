@@ -20,10 +20,11 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -134,11 +135,25 @@ class Store:
         folder = self._folder(digest)
         if not folder.is_dir():
             raise NotFound(f"no adapter bytes are kept under {digest}")
+        with suppress(OSError):
+            os.utime(folder)  # it is used: see `unused`
         return folder
 
     def has(self, digest: str) -> bool:
         """The bytes are on this machine."""
         return self._folder(digest).is_dir()
+
+    def unused(self, seconds: float) -> set[str]:
+        """The blobs that no engine was given for so long."""
+        before = time.time() - seconds
+        with os.scandir(self._blobs) as entries:
+            return {entry.name for entry in entries if entry.stat().st_mtime < before}
+
+    def evict(self, digest: str, seconds: float) -> bool:
+        """Forget a blob that all servers see and no engine was given for so long; whether it is forgotten."""
+        if self.shared is None or not self.shared.has(digest):
+            return False  # it is from before there were others
+        return self.remove(digest, unless=lambda digest: digest not in self.unused(seconds))
 
     async def bring(self, digest: str) -> Path:
         """As `path`; pulled from where all servers share them first, if they are not here."""

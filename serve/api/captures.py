@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Callable
 
 from serve.adapters.byte_ledger import ByteLedger
@@ -13,11 +15,18 @@ from serve.dataset.adapter_traffic import AdapterTraffic
 from serve.dataset.capture import QUEUE_SIZE, Capture
 from serve.dataset.conversations import Conversations
 from serve.dataset.datasets import Datasets
+from serve.dataset.deleted_conversations import DeletedConversations
 from serve.dataset.feedback import Answered
 from serve.engine.fleet import Fleet
+from serve.errors import LoradockError
 from serve.names import tenant_of
 from serve.rollout.golden.golden import Golden
 from serve.rollout.policy import Policies
+
+log = logging.getLogger(__name__)
+
+# Between two looks at what was deleted through other servers; a build looks by itself.
+DELETIONS_SECONDS = 30.0
 
 
 class Captures:
@@ -54,9 +63,10 @@ class Captures:
             config.data_dir / "conversations.db", ledger, learns, enabled=learning, redact=redact, hours=hours
         )
         self.worker = ExchangeWorker([text, self.conversations], name="capture", queue_size=QUEUE_SIZE)
-        traffic = AdapterTraffic(self.conversations, text, self.worker, registry, fleet)
+        deleted = DeletedConversations(registry, self.conversations, hours)
+        traffic = AdapterTraffic(self.conversations, text, self.worker, registry, fleet, deleted)
         folder = config.data_dir / "datasets"
-        self.datasets = Datasets(folder, traffic, ledger, policies, golden.results, config.batch_file_days)
+        self.datasets = Datasets(folder, traffic, ledger, policies, golden.results, registry, config.batch_file_days)
         self.takes: list[Callable[[Exchange], None]] = [self.worker.offer] if config.capture_text or learning else []
 
     def start(self) -> None:
@@ -67,6 +77,15 @@ class Captures:
     def stop(self) -> None:
         """Blocks."""
         self.worker.stop()
+
+    async def follow_deletions(self) -> None:
+        """Delete what was deleted through other servers, until cancelled."""
+        while True:
+            try:
+                await self.datasets.apply_deletions()
+            except LoradockError as error:
+                log.warning("what was deleted through other servers is not known now: %s", error)
+            await asyncio.sleep(DELETIONS_SECONDS)
 
     def rated(self, answered: Answered, tenant: str, rating: float | None, answer: str | None) -> None:
         """Note what somebody said of an answer, behind the request itself."""

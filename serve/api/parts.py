@@ -20,6 +20,7 @@ from serve.dataset.feedback import Feedback
 from serve.drift.baseline_build import BaselineBuild
 from serve.drift.monitor import DriftMonitor
 from serve.engine.fleet import Fleet
+from serve.fleet.heartbeat import Heartbeat
 from serve.gateway.auto import Auto
 from serve.gateway.forwarding import Forwarding
 from serve.gateway.moderation import Moderator
@@ -36,6 +37,7 @@ from serve.rollout.golden.golden import Golden
 from serve.rollout.lifecycle import Lifecycle
 from serve.rollout.policy import Policies
 from serve.rollout.registry_sync import RegistrySync
+from serve.rollout.swap_follower import SwapFollower
 from serve.telemetry.metrics import Metrics
 from serve.telemetry.recent import Recent
 from serve.telemetry.tracing.tracing import Tracing
@@ -82,6 +84,8 @@ TheUsageLedger = Annotated[UsageLedger, part("usage_ledger")]
 TheModerator = Annotated[Moderator, part("moderator")]
 TheForwarding = Annotated[Forwarding | None, part("forwarding")]
 TheFollower = Annotated[RegistrySync | None, part("follower")]
+TheHeartbeat = Annotated[Heartbeat | None, part("heartbeat")]
+TheSwapFollower = Annotated[SwapFollower, part("swap_follower")]
 TheAlerts = Annotated[Alerts, part("alerting")]
 TheHealth = Annotated[Health, part("health")]
 TheRemoval = Annotated[Removal, part("removal")]

@@ -10,7 +10,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sqlalchemy import insert, select, update
@@ -23,6 +23,7 @@ from serve.errors import BadRequest, NotFound
 from serve.names import check_name, shown
 
 PREFIX = "ld_"
+_LIMITS = frozenset(field.name for field in fields(Limits))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +140,14 @@ def _made(tenant: str, name: str, scopes: Iterable[str], limits: Limits, now: fl
 
 
 def _key(row: Any) -> Key:
+    """Scopes and limits that a newer release gave it say nothing here."""
     return Key(
         id=row.id,
         tenant=row.tenant,
         name=row.name,
         digest=row.digest,
-        scopes=frozenset(Scope(scope) for scope in json.loads(row.scopes)),
-        limits=Limits(**json.loads(row.limits)),
+        scopes=frozenset(scope for scope in Scope if scope in json.loads(row.scopes)),
+        limits=Limits(**{limit: value for limit, value in json.loads(row.limits).items() if limit in _LIMITS}),
         created=row.created,
         revoked=row.revoked,
     )

@@ -10,6 +10,7 @@ from serve.adapters.registry.registry import Registry
 from serve.asgi.exchange_worker import ExchangeWorker
 from serve.dataset.capture import Capture
 from serve.dataset.conversations import Captured, Conversations
+from serve.dataset.deleted_conversations import DeletedConversations
 from serve.engine.fleet import Fleet
 from serve.names import tenant_of
 
@@ -34,12 +35,14 @@ class AdapterTraffic:
         worker: ExchangeWorker,
         registry: Registry,
         fleet: Fleet,
+        deleted: DeletedConversations,
     ) -> None:
         self._conversations = conversations
         self._capture = capture
         self._worker = worker
         self._registry = registry
         self._fleet = fleet
+        self._deleted = deleted
 
     def names(self, adapter: str) -> list[str]:
         """Its own, and those that it had before."""
@@ -70,6 +73,14 @@ class AdapterTraffic:
         and its requests. NotFound."""
         tenant, models = tenant_of(adapter), self.with_base(adapter)
         self._worker.settle()  # a turn that waits to be kept goes with the others
-        conversation, gone = self._conversations.forget(tenant, key, models, id)
+        conversation, gone = self._conversations.forget(tenant, key, models, id, self._deleted.note)
         self._capture.forget(tenant, [captured.id for captured in gone])
         return conversation, gone
+
+    def apply_deletions(self) -> list[Captured]:
+        """Delete what was deleted through other servers; what that was."""
+        self._worker.settle()
+        gone = self._deleted.apply()
+        for tenant in {captured.tenant for captured in gone}:
+            self._capture.forget(tenant, [captured.id for captured in gone if captured.tenant == tenant])
+        return gone

@@ -210,8 +210,18 @@ class Conversations:
                 for id, count, began, last, rated, corrected, ids in database.execute(query, (*values, limit))
             ]  # fmt: skip
 
-    def forget(self, tenant: str, key: str, adapters: Collection[str], id: str) -> tuple[str, list[Captured]]:
-        """Delete the conversation of this id, or that of this answer; its id, and its requests. NotFound."""
+    def forget(
+        self,
+        tenant: str,
+        key: str,
+        adapters: Collection[str],
+        id: str,
+        note: Callable[[str, Sequence[Captured]], None] = lambda tenant, gone: None,
+    ) -> tuple[str, list[Captured]]:
+        """Delete the conversation of this id, or that of this answer; its id, and its requests. NotFound.
+
+        `note` is told what is about to be deleted; if it fails nothing is.
+        """
         if not self._file.exists():
             raise _missing(id)
         where, values = _within(tenant, adapters, "moment", 0.0, None)
@@ -226,9 +236,23 @@ class Conversations:
             place = "tenant = ? and conversation = ?"
             query = f"select {_COLUMNS} from requests where {place} order by id"
             gone = [_captured(there) for there in database.execute(query, (tenant, row[0]))]
+            note(tenant, gone)
             database.execute(f"delete from requests where {place}", (tenant, row[0]))
         self._wipe()
         return str(row[0]), gone
+
+    def remove(self, tenant: str, which: Callable[[Captured], bool]) -> list[Captured]:
+        """Delete those of a tenant's requests; what they were."""
+        if not self._file.exists():
+            return []
+        with self._changing() as database:
+            query = f"select {_COLUMNS} from requests where tenant = ? order by id"
+            gone = [captured for captured in map(_captured, database.execute(query, (tenant,))) if which(captured)]
+            ids = [(tenant, captured.id) for captured in gone]
+            database.executemany("delete from requests where tenant = ? and id = ?", ids)
+        if gone:
+            self._wipe()
+        return gone
 
     def _keep(self, exchange: Exchange) -> None:
         now = self._clock()

@@ -14,13 +14,14 @@ from typing import Any
 
 from serve.adapters.byte_ledger import ByteLedger, Kind, Room
 from serve.adapters.fair_threads import FairThreads, in_the_name_of
+from serve.adapters.registry.registry import Registry
 from serve.dataset.adapter_traffic import AdapterTraffic, Span
 from serve.dataset.asked_text import Asked, NoText, asked_text
 from serve.dataset.build import Built, Options, Progress, build
 from serve.dataset.examples import lines_of
 from serve.dataset.held_out import HeldOut
 from serve.errors import BadRequest, Conflict, NotFound
-from serve.names import shown, tenant_of
+from serve.names import DEFAULT, shown, tenant_of
 from serve.rollout.golden.golden_results import GoldenResults
 from serve.rollout.golden.golden_set import GoldenSet
 from serve.rollout.policy import Policies
@@ -52,6 +53,7 @@ class Datasets:
         ledger: ByteLedger,
         policies: Policies,
         golden: GoldenResults,
+        registry: Registry,
         days: float = 30.0,
     ) -> None:
         self._folder = folder
@@ -59,7 +61,7 @@ class Datasets:
         self._ledger = ledger
         self._policies = policies
         self._golden = golden
-        self._held_out = HeldOut(folder / "held_out", days)
+        self._held_out = HeldOut(registry, days)
         # Of one tenant one at a time: a build does not keep what a deletion has just taken away.
         self._threads = FairThreads(2, "datasets")
         # What is being built, by adapter: what is done now, how much of it, and of how much.
@@ -68,8 +70,9 @@ class Datasets:
         self._asking: set[tuple[str, str]] = set()
 
     def start(self) -> None:
-        """Drop what a kill left. Blocks."""
+        """Drop what a kill left, and take over what an earlier release did. Blocks."""
         shutil.rmtree(self._folder / "building", ignore_errors=True)
+        self._held_out.adopt(self._folder / "held_out")
 
     async def build(
         self, options: Options, folder: Path, room: Room, *, bases: bool = False, progress: Progress = _silent
@@ -130,7 +133,16 @@ class Datasets:
         NotFound."""
         return await self._in_turn(tenant_of(adapter), self._forget, adapter, key, id)
 
+    async def apply_deletions(self) -> None:
+        """Delete what was deleted through other servers."""
+        await self._in_turn(DEFAULT, self._apply_deletions)
+
+    def _apply_deletions(self) -> None:
+        for conversation in {captured.conversation for captured in self.traffic.apply_deletions()}:
+            self._held_out.forget(conversation)
+
     def _build(self, options: Options, folder: Path, room: Room, bases: bool, progress: Progress) -> Built:
+        self._apply_deletions()
         names = self.traffic.names(options.adapter)
         models = self.traffic.with_base(options.adapter) if bases else names
         span, now = Span(options.tenant, models, options.since, options.until), time.time()

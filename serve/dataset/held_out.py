@@ -1,7 +1,7 @@
 """What builds of an adapter held out, so that no later one trains on it: conversations, and sketches of questions.
 
-A file of JSON lines an adapter. No text is in it, but a sketch of a short text says what the text is: so an entry goes
-when its conversation is deleted, and after `days`.
+In the registry's database, since the next build may be another server's. No text is in it, but a sketch of a short text
+says what the text is: so an entry goes when its conversation is deleted, and after `days`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sqlalchemy import bindparam, delete, insert, select
 
+from serve.adapters.registry.registry import Registry
+from serve.adapters.registry.tables import held_out as table
 from serve.dataset.near import Sketch
-from serve.files import write_whole
 
 DAY = 86_400.0
 # Of one adapter; the latest are kept.
@@ -24,52 +26,62 @@ MOST = 20_000
 
 
 class HeldOut:
-    """All methods block; one thread at a time changes an adapter's file."""
+    """All methods block."""
 
-    def __init__(self, folder: Path, days: float) -> None:
-        self._folder, self._seconds = folder, days * DAY
+    def __init__(self, registry: Registry, days: float) -> None:
+        self._registry = registry
+        self._seconds = days * DAY
 
     def entries(self, adapter: str, now: float) -> list[tuple[str, Sketch]]:
         """Conversations with a question each."""
-        return [(row["conversation"], _sketch(row)) for row in self._rows(adapter, now)]
+        query = select(table).where(table.c.adapter == _key(adapter), table.c.moment > now - self._seconds)
+        with self._registry.reading() as connection:
+            rows = connection.execute(query.order_by(table.c.id)).all()
+        return [(row.conversation, _sketch(row.exact, json.loads(row.sketch))) for row in rows]
 
     def add(self, adapter: str, entries: Sequence[tuple[str, Sketch]], now: float) -> None:
         """These were held out now."""
-        fresh = {(conversation, one.exact.hex()): _row(conversation, one, now) for conversation, one in entries}
-        old = [row for row in self._rows(adapter, now) if (row["conversation"], row["exact"]) not in fresh]
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _write(self._path(adapter), [*old, *fresh.values()][-MOST:])
+        key = _key(adapter)
+        rows = {(conversation, one.exact): _row(key, conversation, one, now) for conversation, one in entries}
+        if not rows:
+            return
+        mine = table.c.adapter == key
+        same = delete(table).where(mine, table.c.conversation == bindparam("of"), table.c.exact == bindparam("asked"))
+        surplus = select(table.c.id).where(mine).order_by(table.c.id.desc()).offset(MOST)
+        with self._registry.adding() as connection:
+            connection.execute(delete(table).where(mine, table.c.moment <= now - self._seconds))
+            connection.execute(same, [{"of": row["conversation"], "asked": row["exact"]} for row in rows.values()])
+            connection.execute(insert(table), list(rows.values()))
+            if (last := connection.scalar(surplus.limit(1))) is not None:
+                connection.execute(delete(table).where(mine, table.c.id <= last))
 
     def forget(self, conversation: str) -> None:
         """The conversation was deleted."""
-        for file in self._folder.glob("*.jsonl"):
+        with self._registry.adding() as connection:
+            connection.execute(delete(table).where(table.c.conversation == conversation))
+
+    def adopt(self, folder: Path) -> None:
+        """Take over what an earlier release had in files, of JSON lines."""
+        for file in sorted(folder.glob("*.jsonl")):
             rows = [json.loads(line) for line in file.read_bytes().splitlines()]
-            kept = [row for row in rows if row["conversation"] != conversation]
-            if len(kept) < len(rows):
-                _write(file, kept)
-
-    def _rows(self, adapter: str, now: float) -> list[dict[str, Any]]:
-        try:
-            lines = self._path(adapter).read_bytes().splitlines()
-        except FileNotFoundError:
-            return []
-        rows = [json.loads(line) for line in lines]
-        return [row for row in rows if row["moment"] > now - self._seconds]
-
-    def _path(self, adapter: str) -> Path:
-        return self._folder / f"{hashlib.sha256(adapter.encode()).hexdigest()[:24]}.jsonl"
+            with self._registry.adding() as connection:
+                for row in rows:
+                    known = {"adapter": file.stem, "conversation": row["conversation"], "moment": row["moment"]}
+                    sketch = {"shingles": row["shingles"], "bound": row["bound"]}
+                    connection.execute(insert(table).values(**known, exact=row["exact"], sketch=json.dumps(sketch)))
+            file.unlink()
 
 
-def _write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    write_whole(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+def _key(adapter: str) -> str:
+    return hashlib.sha256(adapter.encode()).hexdigest()[:24]
 
 
-def _row(conversation: str, one: Sketch, now: float) -> dict[str, Any]:
+def _row(key: str, conversation: str, one: Sketch, now: float) -> dict[str, Any]:
     shingles = base64.b64encode(one.shingles.astype("<u8").tobytes()).decode()
-    held = {"exact": one.exact.hex(), "shingles": shingles, "bound": int(one.bound)}
-    return {"conversation": conversation, "moment": now, **held}
+    sketch = json.dumps({"shingles": shingles, "bound": int(one.bound)})
+    return {"adapter": key, "conversation": conversation, "moment": now, "exact": one.exact.hex(), "sketch": sketch}
 
 
-def _sketch(row: dict[str, Any]) -> Sketch:
+def _sketch(exact: str, row: dict[str, Any]) -> Sketch:
     shingles = np.frombuffer(base64.b64decode(row["shingles"]), "<u8").astype(np.uint64)
-    return Sketch(bytes.fromhex(row["exact"]), shingles, np.uint64(row["bound"]))
+    return Sketch(bytes.fromhex(exact), shingles, np.uint64(row["bound"]))

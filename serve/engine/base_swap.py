@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 from serve.adapters.adapter import Adapter
 from serve.engine.effect_probe import Logprobs
@@ -49,6 +49,7 @@ class SwapStep(StrEnum):
     MEASURING_OLD = "measuring the old"
     STARTING = "starting"
     MEASURING_NEW = "measuring the new"
+    WAITING = "waiting for other servers"
 
 
 class SwapRefused(Conflict):
@@ -64,6 +65,18 @@ class SwapRefused(Conflict):
         return body
 
 
+class Pace(Protocol):
+    """When servers that share a registry go over to a new model."""
+
+    async def turn(self, base: Supervisor, model: str) -> None:
+        """The new engine could serve: returns when it is to."""
+        ...
+
+    async def over(self, base: Supervisor) -> None:
+        """The swap is done, or failed."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Measured:
     adapter: Adapter
@@ -77,15 +90,22 @@ async def swap(
     by: str,
     approval: Approval = Approval.MEASURED,
     handover: Handover = Handover.BESIDE,
+    pace: Pace | None = None,
 ) -> dict[str, Any]:
-    """Put an engine over `model` in the place of the one that serves; what was measured and how long it took."""
+    """Put an engine over `model` in the place of the one that serves; what was measured and how long it took.
+
+    With a `pace` a new engine that stands beside the old one serves when it is its turn.
+    """
     async with base.replacing():
         began = time.monotonic()
         try:
             await asyncio.to_thread(verify, model)
-            transfers = await _Swap(base, base.fresh(model), by, approval, handover).run()
+            transfers = await _Swap(base, base.fresh(model), by, approval, handover, pace).run()
         except ConfigError as error:
             raise Conflict(f"{model} cannot take over, {base.model} goes on: {error}") from error
+        finally:
+            if pace is not None:
+                await pace.over(base)
         seconds = round(time.monotonic() - began, 2)
         log.info("%s is served by %s now, after %.1f s", base.name, model, seconds)
     adapters = [transfer.described() for transfer in transfers]
@@ -95,13 +115,16 @@ async def swap(
 class _Swap:
     """One swap, from the engine that serves to a fresh one."""
 
-    def __init__(self, base: Supervisor, fresh: Engine, by: str, approval: Approval, handover: Handover) -> None:
+    def __init__(
+        self, base: Supervisor, fresh: Engine, by: str, approval: Approval, handover: Handover, pace: Pace | None
+    ) -> None:
         self._base = base
         self._old = base.engine
         self._fresh = fresh
         self._by = by
         self._approval = approval
         self._handover = handover
+        self._pace = pace
         self._transfers: list[Transfer] = []
 
     async def run(self) -> list[Transfer]:
@@ -119,6 +142,7 @@ class _Swap:
             try:
                 self._step(SwapStep.MEASURING_NEW)
                 await self._compare(started, before)
+                await self._wait_for_turn()
                 await self._take_over(started, {adapter.id for adapter in wanted})
             except BaseException:
                 await self._fresh.stop(kill=True)
@@ -130,6 +154,14 @@ class _Swap:
         if not drain_first:
             self._base.drain(self._old)
         return self._transfers
+
+    async def _wait_for_turn(self) -> None:
+        self._check()
+        if self._pace is None or self._handover is Handover.DRAIN_FIRST:
+            return
+        await self._base.adapters.restore(self._base, self._fresh)
+        self._step(SwapStep.WAITING)
+        await self._pace.turn(self._base, self._fresh.backend.model)
 
     def _step(self, step: SwapStep) -> None:
         model = self._fresh.backend.model
@@ -162,7 +194,10 @@ class _Swap:
             raise SwapRefused(_refusal(self._fresh.backend.model, problems), self._transfers)
 
     async def _effects(self, adapters: Iterable[Adapter]) -> dict[str, _Measured]:
-        """What these adapters do on the old base. One that cannot be measured there is a problem of its own."""
+        """What these adapters do on the old base. One that cannot be measured there is a problem of its own. What
+        another server has measured is not measured again: engines would have nothing else to do for minutes."""
+        if self._approval is Approval.FOLLOWED:
+            return {}
         effects = Effects(self._old)
         measured = {}
         for adapter in adapters:

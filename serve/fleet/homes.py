@@ -63,6 +63,11 @@ def number(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
+def mark(name: str) -> int:
+    """A name in 32 bits: of two that share one, a request goes to somebody who has to load it."""
+    return number(name) & 0xFFFFFFFF
+
+
 def order(replicas: Replicas, name: str, rank: int = 0) -> list[int]:
     """Places in `replicas.members`, the first home first; those that cannot hold an adapter of this rank are left out.
 

@@ -1,41 +1,28 @@
-"""The servers of one registry tell each other, once a second, where they are and how much they have to do.
-
-Each writes a row of its own and reads those of the others. Nobody compares clocks: a server whose row has not changed
-for some reads in a row is gone. While the registry does not answer, everybody goes on with what was read last.
-"""
+"""The servers of one registry tell each other, with each heartbeat, where they are and how much they have to do."""
 
 from __future__ import annotations
 
-import asyncio
-import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from sqlalchemy import delete, insert, select, update
+import msgspec
 
-from serve.adapters.registry.registry import Registry
-from serve.adapters.registry.tables import fleet as table
-from serve.errors import LoradockError
 from serve.fleet.demand import Rates
-from serve.fleet.homes import Replica, number
+from serve.fleet.heartbeat import Row
+from serve.fleet.homes import Replica, mark
 from serve.fleet.placement import Placement
+from serve.fleet.routed import Stats
 
 log = logging.getLogger(__name__)
 
-BEAT_SECONDS = 1.0
-# Reads in which the row of a server stays the same before it is gone.
-MISSED = 5
 # A server that could not be reached is asked again after so long.
 UNREACHABLE_SECONDS = 5.0
 # Adapters that a server tells of, the latest used first.
 TOLD_ADAPTERS = 1024
-# A registry that does not answer is not waited for when the server stops.
-LEAVE_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +34,18 @@ class Report:
     max_rank: int
     load: float
     held: Sequence[str] = ()
+
+
+class Told(msgspec.Struct):
+    """A report with what else the others need, as it is written down. `held` has marks, `rates` are by name."""
+
+    bases: list[str]
+    slots: int
+    max_rank: int
+    load: float
+    held: list[int]
+    total: float
+    rates: dict[str, float]
 
 
 class Here(Protocol):
@@ -96,7 +95,6 @@ class Membership:
 
     def __init__(
         self,
-        registry: Registry,
         me: str,
         address: str,
         bases: Sequence[str],
@@ -105,51 +103,67 @@ class Membership:
     ) -> None:
         self.me = me
         self.address = address
-        self._registry = registry
-        self._bases = json.dumps(sorted(bases))
+        self._bases = sorted(bases)
         self._here = here
         self._clock = clock
-        self._thread = ThreadPoolExecutor(1, "fleet")
         self._placement = Placement(clock())
         self._peers: dict[str, Peer] = {}
         self._holders: dict[int, list[int]] = {}
         self._places: list[Peer | None] = []
-        # The beat of each row when it was read last, and how many reads ago it changed.
-        self._beats: dict[str, tuple[int, int]] = {}
-        self._beat = 0
+        # What this server told last; None while it answers nobody.
+        self._told: Told | None = None
 
     @property
     def peers(self) -> tuple[Peer, ...]:
         """The other servers that live."""
         return tuple(self._peers.values())
 
-    async def run(self) -> None:
-        """Tell and hear, until cancelled."""
-        silent = False
-        while True:
-            try:
-                await self.exchange()
-                silent = False
-            except LoradockError as error:
-                if not silent:
-                    log.warning("the other servers of the fleet cannot be heard of: %s", error)
-                silent = True
-            await asyncio.sleep(BEAT_SECONDS)
-
-    async def exchange(self) -> None:
-        """Write this server's row, and take in those of the others."""
+    def told(self) -> dict[str, Any]:
+        """What the heartbeat is to tell."""
         report, own = self._here.report(), self._placement.own
-        loop = asyncio.get_running_loop()
-        rows = await loop.run_in_executor(self._thread, self._swap, report, own)
-        self._take(rows, report)
+        if report is None:
+            self._told = None
+            return {"address": None, "report": None}
+        self._told = Told(
+            self._bases,
+            report.slots,
+            report.max_rank,
+            report.load,
+            [mark(name) for name in report.held[:TOLD_ADAPTERS]],
+            own.total,
+            {name: round(rate, 4) for name, rate in own.names.items()},
+        )
+        return {"address": self.address, "report": msgspec.json.encode(self._told).decode()}
 
-    async def close(self) -> None:
-        """Leave the fleet."""
-        leaving = asyncio.get_running_loop().run_in_executor(self._thread, self._leave)
-        done, _ = await asyncio.wait([leaving], timeout=LEAVE_SECONDS)
-        if not done or leaving.exception():
-            log.warning("the fleet was not told that this server stops")
-        self._thread.shutdown(wait=False, cancel_futures=True)
+    def hear(self, others: Sequence[Row]) -> None:
+        """The rows of the other servers that live."""
+        told = {row["id"]: (row["address"], _read(row)) for row in others if row["address"]}
+        peers = {id: (address, one) for id, (address, one) in told.items() if one and one.bases == self._bases}
+        for id in self._peers.keys() - peers.keys():
+            gone = self._peers.pop(id)
+            log.info("the server %s has left the fleet", id)
+            for alarm in tuple(gone.alarms):
+                alarm()
+        for id, (address, one) in peers.items():
+            self._peers.setdefault(id, Peer(id, address)).hear(address, one.load)
+        everyone = {id: one for id, (_, one) in peers.items()} | ({self.me: self._told} if self._told else {})
+        self._placement.resize(self._here.seats)
+        self._placement.see([Replica(id, one.slots, one.max_rank) for id, one in everyone.items()])
+        self._placement.hear({id: Rates(one.total, one.rates) for id, (_, one) in peers.items()})
+        self._places = [self._peers.get(member.id) for member in self._placement.members]
+        holders: defaultdict[int, list[int]] = defaultdict(list)
+        for place, member in enumerate(self._placement.members):
+            for adapter in everyone[member.id].held:
+                holders[adapter].append(place)
+        self._holders = dict(holders)
+
+    def routing_stats(self) -> dict[str, Any]:
+        """What a router in front of the servers is to know of this one; nothing, while it answers nobody. The same as
+        long as nothing changed: each change is told to every router."""
+        if (told := self._told) is None:
+            return {}
+        stats = Stats(self.me, told.bases, told.slots, told.max_rank, self._here.seats, sorted(told.held))
+        return msgspec.structs.asdict(stats)
 
     def route(self, name: str, rank: int) -> Peer | None:
         """Who is to answer a request of a client for an adapter of this rank; None: this server."""
@@ -159,7 +173,7 @@ class Membership:
             return None
         load = self._here.load
         loads = [load if peer is None else peer.load + peer.sent for peer in self._places]
-        holders = self._holders.get(_mark(name), ())
+        holders = self._holders.get(mark(name), ())
         now = self._clock()
         *better, _ = placement.ranks(name, loads, now, rank, holders)
         for places in better:
@@ -192,74 +206,10 @@ class Membership:
         peer = self._places[place]
         return peer is not None and peer.unreachable_until <= now
 
-    def _swap(self, report: Report | None, own: Rates) -> list[Mapping[str, Any]]:
-        """In a thread of its own: a registry that hangs takes this one alone."""
-        self._beat += 1
-        with self._registry.adding() as connection:
-            if report is None:
-                connection.execute(delete(table).where(table.c.id == self.me))
-            else:
-                row = {
-                    "address": self.address,
-                    "bases": self._bases,
-                    "slots": report.slots,
-                    "max_rank": report.max_rank,
-                    "load": report.load,
-                    "held": json.dumps([_mark(name) for name in report.held[:TOLD_ADAPTERS]]),
-                    "total": own.total,
-                    "rates": json.dumps({name: round(rate, 4) for name, rate in own.names.items()}),
-                    "beat": self._beat,
-                }
-                if not connection.execute(update(table).where(table.c.id == self.me).values(**row)).rowcount:
-                    connection.execute(insert(table).values(id=self.me, **row))
-        with self._registry.reading() as connection:
-            query = select(table).where(table.c.bases == self._bases)
-            return [dict(row) for row in connection.execute(query).mappings()]
 
-    def _leave(self) -> None:
-        with self._registry.adding() as connection:
-            connection.execute(delete(table).where(table.c.id == self.me))
-
-    def _take(self, rows: Sequence[Mapping[str, Any]], report: Report | None) -> None:
-        others = {row["id"]: row for row in rows if row["id"] != self.me and self._lives(row)}
-        self._beats = {id: beat for id, beat in self._beats.items() if id in {row["id"] for row in rows}}
-        for id in self._peers.keys() - others.keys():
-            gone = self._peers.pop(id)
-            log.info("the server %s has left the fleet", id)
-            for alarm in tuple(gone.alarms):
-                alarm()
-        for id, row in others.items():
-            self._peers.setdefault(id, Peer(id, row["address"])).hear(row["address"], row["load"])
-        members = [Replica(id, row["slots"], row["max_rank"]) for id, row in others.items()]
-        if report:
-            members.append(Replica(self.me, report.slots, report.max_rank))
-        self._placement.resize(self._here.seats)
-        self._placement.see(members)
-        self._placement.hear({id: Rates(row["total"], json.loads(row["rates"])) for id, row in others.items()})
-        self._places = [self._peers.get(member.id) for member in self._placement.members]
-        self._holders = self._held(others, report)
-
-    def _lives(self, row: Mapping[str, Any]) -> bool:
-        """Its row has changed of late."""
-        # A row that was there before this server came is believed once it changes.
-        beat, unchanged = self._beats.get(row["id"], (row["beat"], MISSED))
-        unchanged = 0 if row["beat"] != beat else unchanged + 1
-        self._beats[row["id"]] = row["beat"], unchanged
-        return unchanged < MISSED
-
-    def _held(self, others: Mapping[str, Mapping[str, Any]], report: Report | None) -> dict[int, list[int]]:
-        """Which places hold an adapter, by its mark."""
-        holders: defaultdict[int, list[int]] = defaultdict(list)
-        for place, member in enumerate(self._placement.members):
-            if member.id in others:
-                marks: Sequence[int] = json.loads(others[member.id]["held"])
-            else:
-                marks = [_mark(name) for name in report.held] if report else []
-            for mark in marks:
-                holders[mark].append(place)
-        return dict(holders)
-
-
-def _mark(name: str) -> int:
-    """A name in 32 bits: of two that share one, a request goes to somebody who has to load it."""
-    return number(name) & 0xFFFFFFFF
+def _read(row: Row) -> Told | None:
+    """What a server says of itself; None of one that says it in another way."""
+    try:
+        return msgspec.json.decode(row["report"] or b"", type=Told)
+    except msgspec.DecodeError:
+        return None

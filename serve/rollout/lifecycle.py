@@ -54,6 +54,8 @@ WARM_SECONDS = 2.0
 REGISTRY_SECONDS, WRITE_DOWN_SECONDS = 2.0, 0.5
 # So long the first engine waits for the shared folder's sweep, and the end of the server for what is not done yet.
 SWEEP_SECONDS, SETTLE_SECONDS = 5.0, 5.0
+# Between two looks for bytes that are at home on other servers, and how long those were not loaded then.
+EVICT_SECONDS, UNUSED_SECONDS = 3600.0, 86_400.0
 
 
 class Lifecycle:
@@ -377,6 +379,25 @@ class Lifecycle:
                 self._let_go(base, adapter_id, gone[adapter_id].digest)
         for base in self.fleet if changed else ():
             base.pin(self._traffic.pinned(base))
+
+    async def evict(self) -> None:
+        """Once an hour, until cancelled: free the disk of versions that are at home on other servers."""
+        while True:
+            await asyncio.sleep(EVICT_SECONDS)
+            try:
+                await self.evict_strangers()
+            except LoradockError as error:
+                log.warning("bytes of adapters that are at home elsewhere stay here: %s", error)
+
+    async def evict_strangers(self) -> int:
+        """Remove the bytes of versions that are at home elsewhere and were not loaded here for a day; all servers see
+        them, and they are pulled again where they are asked. How many that were."""
+        unused = await asyncio.to_thread(self.store.unused, UNUSED_SECONDS)
+        here = {resident.id.rpartition("@")[2] for base in self.fleet for resident in base.engine.residents}
+        named = [adapter for adapter in self.registry.adapters() if adapter.digest in unused] if unused else []
+        here |= {adapter.digest[:12] for adapter in named if self._is_home(adapter.name, adapter.rank)}
+        gone = {adapter.digest for adapter in named if adapter.digest[:12] not in here}
+        return sum([await asyncio.to_thread(self.store.evict, digest, UNUSED_SECONDS) for digest in sorted(gone)])
 
     async def settle(self) -> None:
         """Wait for the removals and loads that have begun, but not for long."""

@@ -12,70 +12,33 @@ A name that was not read by then may have been pushed on another server, so it i
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
-
-from sqlalchemy import delete, insert, select, update
 
 from serve.adapters.registry.registry import Registry, Stamp
-from serve.adapters.registry.tables import replicas as table
 from serve.auth.keys import Keys
-from serve.engine.fleet import Fleet
 from serve.errors import EngineUnavailable, LoradockError
 from serve.rollout.lifecycle import Lifecycle
 
 log = logging.getLogger(__name__)
 
-ID_LENGTH = 64
 POLL_SECONDS = 0.5
 # A look that takes longer is not waited for.
 LOOK_SECONDS = 2.0
-BEAT_SECONDS = 1.0
-# A replica that said nothing for so long is gone.
-GONE_SECONDS = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Replica:
-    """Who this server is among those that share its registry. A longer id than its column takes ends in its hash."""
-
-    id: str
-    node: str
-
-    def __post_init__(self) -> None:
-        if len(self.id) > ID_LENGTH:
-            ending = hashlib.sha256(self.id.encode()).hexdigest()[:12]
-            object.__setattr__(self, "id", f"{self.id[: ID_LENGTH - 13]}-{ending}")
 
 
 class RegistrySync:
-    """This server's view of a registry that others change too. `poll` and `heartbeat` run until they are cancelled."""
+    """This server's view of a registry that others change too. `poll` runs until it is cancelled."""
 
-    def __init__(
-        self,
-        registry: Registry,
-        keys: Keys,
-        lifecycle: Lifecycle,
-        fleet: Fleet,
-        me: Replica,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        self.me = me
+    def __init__(self, registry: Registry, keys: Keys, lifecycle: Lifecycle) -> None:
         # Why the registry cannot be looked at, while it cannot.
         self.problem = ""
         self._registry = registry
         self._keys = keys
         self._lifecycle = lifecycle
-        self._fleet = fleet
-        self._clock = clock
-        # One query at a time each, and not behind what other threads do: a database that hangs takes these two alone.
+        # One query at a time, and not behind what other threads do: a database that hangs takes this one alone.
         self._look_thread = ThreadPoolExecutor(1, "registry-look")
-        self._beat_thread = ThreadPoolExecutor(1, "registry-heartbeat")
         self._stamp = Stamp()
         self._looking: asyncio.Task[None] | None = None
         self._next: asyncio.Task[None] | None = None
@@ -108,48 +71,9 @@ class RegistrySync:
             await self.fresh()
             await asyncio.sleep(POLL_SECONDS)
 
-    async def heartbeat(self) -> None:
-        """Tell the registry that this server lives."""
-        silent = False
-        while True:
-            try:
-                await asyncio.get_running_loop().run_in_executor(self._beat_thread, self._beat)
-                silent = False
-            except LoradockError as error:
-                if not silent:
-                    log.warning("the registry cannot be told that this server lives: %s", error)
-                silent = True
-            await asyncio.sleep(BEAT_SECONDS)
-
     async def close(self) -> None:
-        """Leave the replicas' table; a registry that does not answer is not waited for."""
-        leaving = asyncio.get_running_loop().run_in_executor(self._beat_thread, self._leave)
-        done, _ = await asyncio.wait([leaving], timeout=LOOK_SECONDS)
-        if not done or leaving.exception():
-            log.warning("the registry was not told that this server stops: %s",
-                        leaving.exception() if done else "it did not answer in time")  # fmt: skip
-        for thread in (self._look_thread, self._beat_thread):
-            thread.shutdown(wait=False, cancel_futures=True)
-
-    def replicas(self) -> list[dict[str, Any]]:
-        """Those that share the registry and were heard of lately. Blocks."""
-        with self._registry.reading() as connection:
-            rows = connection.execute(select(table).order_by(table.c.id)).mappings().all()
-        latest = self._registry.generation
-        return [
-            {
-                "object": "replica",
-                "id": row["id"],
-                "node": row["node"],
-                "phase": row["phase"],
-                "generation": row["generation"],
-                "behind": max(0, latest - row["generation"]),
-                "seen_seconds_ago": round(max(0.0, self._clock() - row["seen"]), 1),
-                "me": row["id"] == self.me.id,
-            }
-            for row in rows
-            if self._clock() - row["seen"] < GONE_SECONDS
-        ]
+        """Look no more."""
+        self._look_thread.shutdown(wait=False, cancel_futures=True)
 
     async def _look(self, before: asyncio.Task[None] | None) -> None:
         """One query, begun when the one before it has ended; and what follows, if it says something new."""
@@ -187,20 +111,3 @@ class RegistrySync:
         if not self.problem:
             log.error("the registry cannot be looked at, answers go on from what was read last: %s", why)
         self.problem = why
-
-    def _beat(self) -> None:
-        now = self._clock()
-        row = {
-            "node": self.me.node,
-            "phase": str(self._fleet.first.phase),
-            "generation": self._registry.generation,
-            "seen": now,
-        }
-        with self._registry.adding() as connection:  # it waits for no change that is under way
-            if not connection.execute(update(table).where(table.c.id == self.me.id).values(**row)).rowcount:
-                connection.execute(insert(table).values(id=self.me.id, **row))
-            connection.execute(delete(table).where(table.c.seen < now - 60 * GONE_SECONDS))
-
-    def _leave(self) -> None:
-        with self._registry.transaction() as connection:
-            connection.execute(delete(table).where(table.c.id == self.me.id))

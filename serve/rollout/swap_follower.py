@@ -1,7 +1,8 @@
 """Another server has put another model in the place of a base: so does this one.
 
-It starts the new engine beside the old one, and after it where that does not go: the memory may be enough for one. A
-model that does not start here is tried again, each time after a longer wait.
+A swap that another server is about to make is made with it (`serve.rollout.swap_together`). One that was made is made
+here after it: the new engine starts beside the old one, and after it where that does not go: the memory may be enough
+for one. A model that does not start here is tried again, each time after a longer wait.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from serve.engine.base_swap import Approval, Handover, swap
 from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor
 from serve.errors import Conflict, LoradockError
+from serve.rollout.swap_together import Announcement, Following, Leading, State, SwapRows
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +40,24 @@ class _Failure:
 class SwapFollower:
     """`run` looks at the registry until it is cancelled."""
 
-    def __init__(self, registry: Registry, fleet: Fleet, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        fleet: Fleet,
+        clock: Callable[[], float] = time.monotonic,
+        me: str = "",
+        living: Callable[[], set[str]] = set,
+    ) -> None:
         self._registry = registry
         self._fleet = fleet
         self._clock = clock
+        self._me = me
+        # The ids of the servers that live.
+        self._living = living
+        self._rows = SwapRows(registry)
         self._failures: dict[str, _Failure] = {}
+        # The announcement of each base that was tried last.
+        self._prepared: dict[str, Announcement] = {}
 
     @property
     def problem(self) -> str:
@@ -64,6 +79,7 @@ class SwapFollower:
         """Swap this base, if it was swapped elsewhere and may be tried."""
         if not base.is_ready or base.swapping:
             return
+        await self._prepare(base)
         recorded = await asyncio.to_thread(self._registry.swapped, base.name, base.configured)
         model = recorded or base.configured
         failure = self._failures.get(base.name)
@@ -80,6 +96,28 @@ class SwapFollower:
             wait = min(MAX_RETRY_SECONDS, RETRY_SECONDS * 2 ** (count - 1))
             self._failures[base.name] = _Failure(model, count, self._clock() + wait, str(error))
             log.error("%s was swapped on another server, and is not here (again in %.0f s): %s", base.name, wait, error)
+
+    def leading(self) -> Leading:
+        """The pace of a swap that this server is asked for."""
+        return Leading(self._rows, self._me, self._living)
+
+    async def _prepare(self, base: Supervisor) -> None:
+        """Make a swap that another server is about to make, at the same time."""
+        announced = await asyncio.to_thread(self._rows.announced, base.name)
+        if announced is None or announced == self._prepared.get(base.name):
+            return
+        if announced.model == base.model or announced.server == self._me or announced.server not in self._living():
+            return
+        self._prepared[base.name] = announced
+        log.info(
+            "%s is about to be swapped to %s by %s: so does this server", base.name, announced.model, announced.server
+        )
+        await asyncio.to_thread(self._rows.tell, base.name, self._me, State.STARTING)
+        pace = Following(self._rows, self._registry, self._me, announced, self._living)
+        try:
+            await swap(base, announced.model, by=WHO, approval=Approval.FOLLOWED, pace=pace)
+        except LoradockError as error:
+            log.warning("%s is not swapped to %s together with the others: %s", base.name, announced.model, error)
 
     async def _swap(self, base: Supervisor, model: str) -> None:
         try:

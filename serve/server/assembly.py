@@ -62,6 +62,7 @@ from serve.events import (
     Unloaded,
     VersionAdded,
 )
+from serve.fleet.heartbeat import Heartbeat, ThisServer
 from serve.fleet.membership import Membership
 from serve.gateway.auto import Auto
 from serve.gateway.fan_out import RequestBounds
@@ -102,7 +103,7 @@ from serve.rollout.golden.held_promotions import HeldPromotions
 from serve.rollout.lifecycle import Lifecycle
 from serve.rollout.policy import Policies
 from serve.rollout.prefetch import Popularity, Prefetcher
-from serve.rollout.registry_sync import RegistrySync, Replica
+from serve.rollout.registry_sync import RegistrySync
 from serve.rollout.rollback import AutomaticRollback
 from serve.rollout.swap_follower import SwapFollower
 from serve.rollout.webhook import Webhooks
@@ -147,7 +148,7 @@ class Server:
         self.events = Events()
         self.policies = Policies(config.policies)
         self.background = BackgroundTasks()
-        self._me = Replica(replica or f"{node()}-{secrets.token_hex(4)}", node())
+        self._me = ThisServer(replica or f"{node()}-{secrets.token_hex(4)}", node())
         self._on_failure = on_failure or log.error
         self._keep()
         self._answer(backends)
@@ -199,17 +200,19 @@ class Server:
         self.router = Router(
             self.fleet, self.registry, self.store, popularity.used, self.forwarding, shared=bool(config.registry)
         )
-        sync = RegistrySync(self.registry, self.keys, self.lifecycle, self.fleet, self._me)
-        self.follower = sync if config.registry else None
-        self._swap_follower = SwapFollower(self.registry, self.fleet)
-        self.health = Health(self.fleet, self.registry, self.background, self.follower, self._swap_follower)
+        self.follower = RegistrySync(self.registry, self.keys, self.lifecycle) if config.registry else None
+        heartbeat = Heartbeat(self.registry, self._me, lambda: str(self.fleet.first.phase), self.membership)
+        self.heartbeat = heartbeat if config.registry else None
+        living = heartbeat.living_ids if self.heartbeat else set
+        self.swap_follower = SwapFollower(self.registry, self.fleet, me=self._me.id, living=living)
+        self.health = Health(self.fleet, self.registry, self.background, self.follower, self.swap_follower)
 
     def _membership(self) -> Membership | None:
         """This server among those that it shares homes with."""
         if not (address := self.config.own_address):
             return None
         bases = [base.name for base in self.fleet]
-        return Membership(self.registry, self._me.id, address, bases, ServerLoad(self.fleet))
+        return Membership(self._me.id, address, bases, ServerLoad(self.fleet))
 
     def _tell(self) -> None:
         """Metrics, traces, webhooks."""
@@ -474,7 +477,7 @@ class Server:
             Lifetime(stop=self.exchange_worker.stop),
             Lifetime(stop=self.follower.close) if self.follower else none,
             Lifetime(stop=self.forwarding.close) if self.forwarding else none,
-            Lifetime(stop=self.membership.close) if self.membership else none,
+            Lifetime(stop=self.heartbeat.close) if self.heartbeat else none,
             Lifetime(stop=self._guards.close) if self._guards else none,
             Lifetime(self.quality_worker.start, self.quality_worker.stop) if self.config.data_quality else none,
             Lifetime(stop=self.background.stop),
@@ -506,10 +509,12 @@ class Server:
             self.background.start("webhooks", self._webhooks.run)
         if self.follower:
             self.background.start("registry_poll", self.follower.poll)
-            self.background.start("registry_heartbeat", self.follower.heartbeat)
-            self.background.start("swap_follower", self._swap_follower.run)
-        if self.membership:
-            self.background.start("fleet", self.membership.run)
+            self.background.start("swap_follower", self.swap_follower.run)
+            self.background.start("deleted_conversations", self.captures.follow_deletions)
+        if self.membership and self.store.shared:
+            self.background.start("evict", self.lifecycle.evict)
+        if self.heartbeat:
+            self.background.start("registry_heartbeat", self.heartbeat.run)
 
     async def _bring_up(self) -> None:
         """Start the engines; `on_failure` gets the error if one cannot."""

@@ -1,8 +1,8 @@
 """N servers behind one address, on one machine or many: Ray Serve runs replicas of the same app, each with its engine.
 
 They share a registry and the adapters' bytes, so that a change on one holds on all (serve.rollout.registry_sync). Ray
-restarts what dies, routes to whoever has least to do, and adds replicas while requests wait or their first token comes
-late.
+restarts what dies, routes to whoever has least to do, or with `fleet: homes` to a home of the adapter
+(serve.server.ray_router), and adds replicas while requests wait or their first token comes late.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -29,12 +30,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.asgi.exchange import Exchange
 from serve.config import Base, Config, load
+from serve.dataset.capture import Capture
+from serve.dataset.conversations import Conversations
+from serve.engine.backend import Backend
 from serve.engine.engine import Phase
 from serve.errors import ConfigError, EngineUnavailable, LoradockError
 from serve.models import hardware
 from serve.server import gpu_defaults
 from serve.server.launch import Server, own, resolved
 from serve.server.logs import log_to_stderr
+from serve.server.ray_proxy import CALLBACK, IMPORT_PATH
 from serve.vllm_backend import forkserver
 
 log = logging.getLogger("loradock")
@@ -51,8 +56,12 @@ OBJECT_STORE_BYTES = 128 << 20
 OMP = "OMP_NUM_THREADS"
 # Ray would let an engine run at niceness 15, behind everything else on its machine.
 SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_COLOR_PREFIX": "0", "RAY_worker_niceness": "0"}
+# Between two looks for folders that nobody serves from.
+TAKE_OVER_SECONDS = 600.0
 # Of all replicas; Ray rounds it up to one.
 SURGE_PERCENT = 1
+# Between two times that a replica says what it holds.
+STATS_SECONDS = 1.0
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 _HANGUP = threading.Event()
 
@@ -65,6 +74,9 @@ def serve(config: Config, reload: Callable[[], Config]) -> int:
     """Serve until SIGTERM; the exit code. SIGHUP replaces the replicas one by one, with the settings of that moment."""
     log_to_stderr(config.log_level)
     hardware.listen(config.host, config.port).close()
+    if config.fleet == "homes":
+        # A cluster of our own gets it; one that runs already has to be started with it.
+        os.environ.setdefault(CALLBACK, IMPORT_PATH)
     with own(config.data_dir), _joined(config.ray_address or os.environ.get("RAY_ADDRESS", "")) as several:
         try:
             config = shared(config, several=several)
@@ -186,6 +198,7 @@ def _application(config: Config, turn: int) -> Any:
         "health_check_period_s": 5,
         "health_check_timeout_s": 60,
         **_place(config),
+        **_routing(config),
     }
     options = {name: value for name, value in options.items() if value is not None}
     if _fits_one_more(options):
@@ -193,6 +206,20 @@ def _application(config: Config, turn: int) -> Any:
         # room for that, the new one would wait for ever.
         options["max_surge_percent"] = SURGE_PERCENT
     return deployment.options(name=NAME, **options).bind(config, os.environ.get(OMP), turn)
+
+
+def _routing(config: Config) -> dict[str, Any]:
+    """With homes, Ray's proxies send a request to one; else to whoever of two has less to do."""
+    if config.fleet != "homes":
+        return {}
+    from ray.serve.config import RequestRouterConfig
+
+    router = "serve.server.ray_router:HomesRouter"
+    return {
+        "request_router_config": RequestRouterConfig(
+            request_router_class=router, request_routing_stats_period_s=STATS_SECONDS
+        )
+    }
 
 
 def _fits_one_more(place: Mapping[str, Any]) -> bool:
@@ -275,20 +302,23 @@ class Replica:
         config = resolved(self._config)
         if config.fleet == "homes":
             config = replace(config, fleet_address=self._address(config))
-        if hardware.on_cpu():
-            forkserver.start()
         from serve.server.assembly import build_app
-        from serve.vllm_backend.backend import VLLMBackend
 
-        backends = [VLLMBackend(base.model, base.name, base.engine, config.coalesce_ms) for base in config.bases]
         self._app = build_app(
             config,
-            backends,
+            self._backends(config),
             self._fail,
             replica=f"{hardware.node()}-{self._number}-{secrets.token_hex(3)}",
             observers=[self._first_tokens.take],
         )
         return Ready(self._app, self._wait)
+
+    def _backends(self, config: Config) -> list[Backend]:
+        if hardware.on_cpu():
+            forkserver.start()
+        from serve.vllm_backend.backend import VLLMBackend
+
+        return [VLLMBackend(base.model, base.name, base.engine, config.coalesce_ms) for base in config.bases]
 
     def check_health(self) -> None:
         """An engine that stays down is Ray's to replace."""
@@ -301,6 +331,11 @@ class Replica:
     def record_autoscaling_stats(self) -> dict[str, float]:
         return {"first_token_seconds": self._first_tokens.mean()}
 
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """For Ray's router."""
+        membership = self._app.state.parts.membership if self._app else None
+        return membership.routing_stats() if membership else {}
+
     def _fail(self, error: LoradockError) -> None:
         self._failure = error
 
@@ -311,8 +346,14 @@ class Replica:
             if self._failure:
                 return str(self._failure)
             await asyncio.sleep(0.1)
-        self._beside = asyncio.create_task(self._listen(self._app))
+        self._beside = asyncio.gather(self._listen(self._app), self._take_over())
         return ""
+
+    async def _take_over(self) -> None:
+        """What replicas left behind that are gone for good."""
+        while True:
+            await asyncio.to_thread(take_over, self._config.data_dir, self._config.capture_hours)
+            await asyncio.sleep(TAKE_OVER_SECONDS)
 
     async def _listen(self, app: FastAPI) -> None:
         """Also answer on a port of this replica's own: what Prometheus reads there is its, and no other's."""
@@ -344,6 +385,27 @@ class Replica:
                 continue
             return replace(config, data_dir=folder), number
         raise ConfigError(f"{MAX_REPLICAS_A_NODE} replicas serve from {config.data_dir}, or it cannot be written")
+
+
+def take_over(mine: Path, hours: float) -> None:
+    """Of folders beside this replica's that nobody serves from: their webhooks are delivered here, and what they
+    captured is deleted in time. Blocks."""
+    for folder in sorted(mine.parent.glob("replica-*")):
+        if folder == mine:
+            continue
+        try:
+            with own(folder):
+                (mine / "webhooks").mkdir(mode=0o700, exist_ok=True)
+                for event in (folder / "webhooks").glob("[0-9]*.json"):
+                    event.rename(mine / "webhooks" / event.name)
+                Capture(folder / "captured", str, enabled=False, hours=hours).save()
+                conversations = Conversations(folder / "conversations.db", enabled=False, hours=hours)
+                conversations.save()
+                conversations.stop()
+        except ConfigError:
+            continue  # a replica has it
+        except OSError as error:
+            log.warning("%s is not looked after: %s", folder, error)
 
 
 class FirstTokens:

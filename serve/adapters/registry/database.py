@@ -1,23 +1,24 @@
 """The database that holds the registry's tables, and the way from an older schema to this one.
 
-SQLite in WAL mode or, by its URL, PostgreSQL.
+SQLite in WAL mode or, by its URL, PostgreSQL. Servers of two releases share it while one takes the place of the other:
+what is missing is added so that the release before does not mind, and what nobody uses any more goes a release later.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Table, create_engine, event, func, insert, inspect, select, text, update
+from sqlalchemy import Connection, Engine, create_engine, event, func, insert, select, text, update
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.pool import StaticPool
 from sqlalchemy.schema import CreateColumn
 
-from serve.adapters.registry.tables import SCHEMA, golden_sets, history, metadata, names, schema_version, versions
+from serve.adapters.registry.tables import OLDEST, SCHEMA, metadata, schema_version
 from serve.errors import ConfigError, EngineUnavailable, LoradockError, OutOfSpace
 from serve.files import write_ahead
 from serve.names import shown
@@ -38,65 +39,12 @@ STATEMENT_PATIENCE = 60_000
 SQLITE_PATIENCE = 15  # seconds that one of SQLite's writers waits for another
 # Whoever prepares a PostgreSQL database holds this lock: any number that is the same in every loradock.
 PREPARING = 0x10AD0C4
-
-
-def _to_tenants(connection: Connection) -> None:
-    """Names get room for a tenant, and are private; the table `keys` is there already, made as every missing one."""
-    connection.execute(text("ALTER TABLE names ADD COLUMN shared BOOLEAN NOT NULL DEFAULT FALSE"))
-    if connection.dialect.name != "sqlite":  # which does not mind a text's length
-        connection.execute(text("ALTER TABLE names ALTER COLUMN name TYPE VARCHAR(129)"))
-
-
-def _to_traffic(connection: Connection) -> None:
-    """Names get shares and pins, versions what was measured."""
-    _add_columns(connection, names, "canary_version", "canary_weight", "shadow_version", "shadow_weight", "pinned")
-    _add_columns(connection, versions, "checks")
-    _add_columns(connection, history, "weight")
-
-
-def _to_bases(connection: Connection) -> None:
-    """Names belong to a base model."""
-    _add_columns(connection, names, "base")
-
-
-def _to_aliases(connection: Connection) -> None:
-    """Names get aliases, versions tags."""
-    _add_columns(connection, names, "aliases")
-    _add_columns(connection, versions, "tags")
-    _add_columns(connection, history, "label")
-
-
-def _to_renames(connection: Connection) -> None:
-    """A name that was given up leads to the new one."""
-    _add_columns(connection, names, "moved_to")
-
-
-def _to_payers(connection: Connection) -> None:
-    """Golden sets know the key that pays for them."""
-    # A database of before golden sets has got the whole table just now.
-    if "key" not in {column["name"] for column in inspect(connection).get_columns(golden_sets.name)}:
-        _add_columns(connection, golden_sets, "key")
-
-
-def _to_parts(connection: Connection) -> None:
-    """Answers of batches lie in files, whose table is there already: a loradock from before would not see them."""
-
-
-def _add_columns(connection: Connection, table: Table, *columns: str) -> None:
-    for column in columns:
-        spelled = CreateColumn(table.c[column]).compile(dialect=connection.dialect)
-        connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {spelled}"))
-
-
-# MIGRATIONS[n](connection) brings a database from schema n to n + 1, in the transaction that counts it up.
-MIGRATIONS: dict[int, Callable[[Connection], None]] = {
-    1: _to_tenants,
-    2: _to_traffic,
-    3: _to_bases,
-    4: _to_aliases,
-    5: _to_renames,
-    6: _to_payers,
-    7: _to_parts,
+# Every column that is there: its table, its name, and how long a text it takes.
+_COLUMNS = {
+    "sqlite": "SELECT t.name, c.name, NULL FROM sqlite_master t JOIN pragma_table_info(t.name) c "
+    "WHERE t.type = 'table'",
+    "postgresql": "SELECT table_name, column_name, character_maximum_length FROM information_schema.columns "
+    "WHERE table_schema = current_schema()",
 }
 
 
@@ -150,7 +98,7 @@ def libpq_patience() -> dict[str, str]:
 
 
 def prepare(engine: Engine) -> None:
-    """Tables that are missing are made, an older schema is brought up; ConfigError for a newer one."""
+    """Add what is missing; ConfigError for a database that this release cannot work with."""
     with engine.begin() as connection:
         if connection.dialect.name == "postgresql":
             # Two servers that start at once over an empty database would both make the tables: one waits for the other.
@@ -158,21 +106,36 @@ def prepare(engine: Engine) -> None:
             connection.execute(text("SET LOCAL statement_timeout = 0"))
             connection.execute(select(func.pg_advisory_xact_lock(PREPARING)))
         metadata.create_all(connection)
-        schema = connection.scalar(select(func.max(schema_version.c.version)))
-        if schema is None:
-            connection.execute(insert(schema_version).values(version=SCHEMA))
+        oldest = connection.scalar(select(func.max(schema_version.c.version)))
+        if oldest is None:
+            connection.execute(insert(schema_version).values(version=OLDEST))
             return
-        if schema > SCHEMA:
+        if oldest > SCHEMA:
             raise ConfigError(
-                f"this registry has schema {schema} and this loradock knows {SCHEMA}; "
-                "start the newer loradock that wrote it"
+                f"this registry takes servers of schema {oldest} and later, and this loradock knows {SCHEMA}; "
+                "start a newer loradock"
             )
-        for step in range(schema, SCHEMA):
-            MIGRATIONS[step](connection)
-            connection.execute(update(schema_version).values(version=step + 1))
+        _add_columns(connection)
+        if oldest < OLDEST:
+            connection.execute(update(schema_version).values(version=OLDEST))
         for table in metadata.sorted_tables:
             for index in table.indexes:
                 index.create(connection, checkfirst=True)
+
+
+def _add_columns(connection: Connection) -> None:
+    """Columns that an older release had not, and room for texts that were shorter then."""
+    dialect = connection.dialect
+    there = {(row[0], row[1]): row[2] for row in connection.execute(text(_COLUMNS[dialect.name]))}
+    for table in metadata.sorted_tables:
+        for column in table.columns:
+            room = there.get((table.name, column.name), 0)
+            if (table.name, column.name) not in there:
+                spelled = CreateColumn(column).compile(dialect=dialect)
+                connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {spelled}"))
+            elif room and room < (getattr(column.type, "length", None) or room):
+                kind = column.type.compile(dialect=dialect)
+                connection.execute(text(f"ALTER TABLE {table.name} ALTER COLUMN {column.name} TYPE {kind}"))
 
 
 @contextmanager

@@ -6,8 +6,7 @@
     history    one row a change: who, what, why, when, from which version to which; only ever appended
     keys       one row an API key, as its digest; written by serve.auth.keys
     bases      one row a base model that was swapped: what serves in the place of what is configured
-    replicas   one row a server that shares this registry: how far it has read; written by serve.rollout.registry_sync
-    fleet      one row a server that others send requests to: where, and what it has to do; by serve.fleet.membership
+    replicas   one row a server that shares this registry: how far it has read; written by serve.fleet.heartbeat
     golden_*   golden sets and what versions answered to them; written by serve.rollout.golden.golden_store
     usage      one row a day, tenant and adapter: what was used; written by serve.telemetry.usage.usage_ledger
 

@@ -20,7 +20,10 @@ from sqlalchemy import (
     select,
 )
 
-SCHEMA = 8
+# The schema that this release knows, and the oldest one whose servers may share a database with it: the database has
+# the latter. A table, a column that is empty or has a default, and a longer text change neither: servers of the release
+# before do not mind them. What they would mind takes two releases: one that does without, and one that raises OLDEST.
+SCHEMA, OLDEST = 8, 6
 
 metadata = MetaData()
 _Id = BigInteger().with_variant(Integer, "sqlite")
@@ -104,28 +107,15 @@ subjects = Table(
 )
 
 replicas = Table(
-    "replicas",
+    "replicas",  # who shares this registry, how far each has read it, and what it has to do (serve.fleet.heartbeat)
     metadata,
     Column("id", String(64), primary_key=True),
     Column("node", Text, nullable=False),
     Column("phase", String(16), nullable=False),
     Column("generation", BigInteger, nullable=False),  # of the snapshot that it answers from
     Column("seen", Float(53), nullable=False),
-)
-
-fleet = Table(
-    "fleet",  # where the servers of this registry reach each other, and how much each has to do (serve.fleet)
-    metadata,
-    Column("id", String(64), primary_key=True),
-    Column("address", Text, nullable=False),
-    Column("bases", Text, nullable=False),  # JSON: the names of what it serves
-    Column("slots", Integer, nullable=False),
-    Column("max_rank", Integer, nullable=False),
-    Column("load", Float(53), nullable=False),
-    Column("held", Text, nullable=False),  # JSON: marks of the adapters that are loaded
-    Column("total", Float(53), nullable=False),  # requests a second that clients send to it
-    Column("rates", Text, nullable=False),  # JSON: of these, by name
-    Column("beat", BigInteger, nullable=False),  # counts the times that it was written
+    Column("address", Text),  # where other servers send requests on to; null: nowhere
+    Column("report", Text),  # JSON: what it holds and has to do (serve.fleet.membership)
 )
 
 canary_analyses = Table(
@@ -147,6 +137,23 @@ bases = Table(
     Column("model", Text, nullable=False),
     Column("who", Text, nullable=False),
     Column("when", Float(53), nullable=False),
+)
+
+swap_announcements = Table(
+    "swap_announcements",  # swaps of bases that are about to be (serve.rollout.swap_together)
+    metadata,
+    Column("base", String(256), primary_key=True),
+    Column("model", Text, nullable=False),
+    Column("server", String(64), nullable=False),
+    Column("when", Float(53), nullable=False),
+)
+
+swap_followers = Table(
+    "swap_followers",  # the servers that prepare for them
+    metadata,
+    Column("base", String(256), primary_key=True),
+    Column("server", String(64), primary_key=True),
+    Column("state", String(16), nullable=False),
 )
 
 golden_sets = Table(
@@ -292,7 +299,8 @@ batch_answers = Table(
 batch_parts = Table(
     "batch_parts",  # files of answers of batches that are not at their end (serve.jobs.batches.answers)
     metadata,
-    Column("batch", String(64), ForeignKey("batches.id"), primary_key=True),
+    # A release that knows no parts deletes batches too.
+    Column("batch", String(64), ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True),
     Column("name", String(64), primary_key=True),
     Column("nbytes", BigInteger, nullable=False),  # that count
 )
@@ -374,6 +382,30 @@ loop_deletions = Table(
     Column("tenant", String(64), primary_key=True),
     Column("digest", String(32), primary_key=True),
     Column("until", Float(53), nullable=False),  # by then those files are gone
+)
+
+deleted_conversations = Table(
+    "deleted_conversations",  # whose requests each server deletes that kept some (serve.dataset.deleted_conversations)
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("tenant", String(64), nullable=False),
+    Column("conversation", String(64), nullable=False),
+    Column("requests", Text, nullable=False),  # JSON: their ids
+    Column("turns", Text, nullable=False),  # JSON: digests of what was said by the end of each answer
+    Column("until", Float(53), nullable=False),  # by then no server keeps any of them
+    sqlite_autoincrement=True,
+)
+
+held_out = Table(
+    "held_out",  # what builds of an adapter held out (serve.dataset.held_out)
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("adapter", String(24), nullable=False, index=True),  # a digest of its full name
+    Column("conversation", String(64), nullable=False, index=True),
+    Column("moment", Float(53), nullable=False),
+    Column("exact", String(64), nullable=False),  # of the question
+    Column("sketch", Text, nullable=False),  # JSON
+    sqlite_autoincrement=True,
 )
 
 LATEST = select(func.max(history.c.id))  # the generation

@@ -12,7 +12,16 @@ from fastapi import APIRouter, Query, Request
 from serve.adapters.adapter import Adapter
 from serve.api.captures import Captures
 from serve.api.json_body import JsonBody
-from serve.api.parts import TheCaptures, TheFiles, TheGolden, TheLoops, TheMeters, ThePolicies, TheRegistry
+from serve.api.parts import (
+    TheCaptures,
+    TheFiles,
+    TheForwarding,
+    TheGolden,
+    TheLoops,
+    TheMeters,
+    ThePolicies,
+    TheRegistry,
+)
 from serve.api.routes.callers import Manager, OneAdapter, TheAdapter, paying
 from serve.api.schemas import DataBuild, Replay
 from serve.auth.auth import Caller
@@ -74,10 +83,16 @@ async def progress(adapter: TheAdapter, captures: TheCaptures) -> dict[str, Any]
 
 @router.delete("/v1/adapters/{name:path}/data/conversations/{id}")
 async def delete_conversation(
-    id: str, caller: Manager, adapter: TheAdapter, captures: TheCaptures, loops: TheLoops
+    id: str,
+    request: Request,
+    caller: Manager,
+    adapter: TheAdapter,
+    captures: TheCaptures,
+    loops: TheLoops,
+    forwarding: TheForwarding,
 ) -> dict[str, Any]:
     """Delete a captured conversation, by its id or that of one of its answers; no later build has any of it, and no
-    reference of a loop."""
+    reference of a loop. Each server that kept some of it deletes it before it builds, and within a minute."""
     adapter.about(f" {shown(id)}")
     full, forget = _own(adapter), loops.forget_conversation
     try:
@@ -85,7 +100,9 @@ async def delete_conversation(
     except NotFound:
         # A reference may hold it longer than it is kept.
         if not await asyncio.to_thread(forget, caller.tenant, id):
-            raise
+            if forwarding is None or (told := await forwarding.elsewhere(request.scope, b"")) is None:
+                raise
+            return msgspec.json.decode(told, type=dict[str, Any])
         return {"id": id, "object": "data.conversation", "deleted": True, "requests": 0}
     await asyncio.to_thread(forget, caller.tenant, gone.conversation, gone.lines)
     return {"id": gone.conversation, "object": "data.conversation", "deleted": True, "requests": gone.requests}
@@ -112,6 +129,7 @@ async def replay_version(
     """
     adapter.about(f"@v{number}")
     full = _own(adapter)
+    await captures.datasets.apply_deletions()
     version = registry.get(full, number)
     live = registry.live(full) if body.against == "live" else None
     if body.against == "live" and (live is None or live == version):

@@ -10,7 +10,17 @@ from fastapi.responses import JSONResponse
 from serve import __version__
 from serve.adapters.registry.registry import Registry
 from serve.api.json_body import JsonBody
-from serve.api.parts import TheAlerts, TheAuto, TheConfig, TheFleet, TheFollower, TheHealth, TheMetrics, TheRegistry
+from serve.api.parts import (
+    TheAlerts,
+    TheAuto,
+    TheConfig,
+    TheFleet,
+    TheHealth,
+    TheHeartbeat,
+    TheMetrics,
+    TheRegistry,
+    TheSwapFollower,
+)
 from serve.api.routes.callers import Asker, Gateway, Manager, Operator, Scraper
 from serve.api.schemas import Swap
 from serve.auth.auth import Caller
@@ -125,9 +135,9 @@ async def engines(caller: Operator, fleet: TheFleet) -> dict[str, Any]:
 
 
 @router.get("/v1/replicas")
-async def replicas(caller: Operator, follower: TheFollower) -> dict[str, Any]:
+async def replicas(caller: Operator, heartbeat: TheHeartbeat) -> dict[str, Any]:
     """The servers that share this one's registry, and how far each has read it."""
-    return {"object": "list", "data": await asyncio.to_thread(follower.replicas) if follower else []}
+    return {"object": "list", "data": heartbeat.living() if heartbeat else []}
 
 
 @router.post("/v1/engines/{engine:path}/swap")
@@ -137,9 +147,12 @@ async def swap(
     caller: Operator,
     fleet: TheFleet,
     config: TheConfig,
+    follower: TheSwapFollower,
     body: Annotated[Swap, JsonBody(Swap)],
 ) -> dict[str, Any]:
-    """Replace the model under a base while requests go on; `drain_first` when both do not fit in memory."""
+    """Replace the model under a base while requests go on; `drain_first` when both do not fit in memory.
+
+    Other servers of the registry go over with this one, as far as both engines fit there."""
     request.state.subject = f"{engine} -> {body.model}"
     base = fleet.get(engine)
     try:
@@ -148,7 +161,8 @@ async def swap(
         raise BadRequest(str(error), param="model") from error
     approval = Approval.FORCED if body.force else Approval.MEASURED
     handover = Handover.DRAIN_FIRST if body.drain_first else Handover.BESIDE
-    return await base_swap.swap(base, model, by=caller.name, approval=approval, handover=handover)
+    pace = follower.leading()
+    return await base_swap.swap(base, model, by=caller.name, approval=approval, handover=handover, pace=pace)
 
 
 @router.post("/v1/engines/{engine:path}/restart")

@@ -13,10 +13,12 @@ import pytest
 import uvicorn
 from sqlalchemy import insert, update
 
-from serve.adapters.registry.tables import fleet
+from serve.adapters.registry.tables import replicas
 from serve.config import keys_hashed
+from serve.errors import EngineUnavailable
 from serve.fleet.homes import Replica, Replicas, order
 from serve.gateway.forwarding import MARK
+from serve.rollout.policy import parse
 from serve.server.assembly import build_app
 from tests.support.app import CHAT, ask, settled, upload
 from tests.support.backend import FakeBackend
@@ -28,9 +30,9 @@ SERVERS = ("one", "other")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("serve.fleet.membership.BEAT_SECONDS", 0.02)
+    monkeypatch.setattr("serve.fleet.heartbeat.BEAT_SECONDS", 0.02)
     # However slow the machine is, nobody is gone by chance.
-    monkeypatch.setattr("serve.fleet.membership.MISSED", 1_000_000)
+    monkeypatch.setattr("serve.fleet.heartbeat.MISSED", 1_000_000)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -52,6 +54,7 @@ class Serving:
         self._server = uvicorn.Server(uvicorn.Config(self.app, **options))
         self._server.capture_signals = suppress
         self.membership = self.app.state.parts.membership
+        self.heartbeat = self.app.state.parts.heartbeat
 
     async def __aenter__(self):
         self._running = asyncio.create_task(self._server.serve(sockets=[self._socket]))
@@ -306,8 +309,8 @@ async def test_a_home_that_stands_still_is_gone_after_some_beats(two, make_adapt
         answering = asyncio.create_task(ask(one.client, AWAY))
         assert await settled(lambda: opened, 5)
         assert not answering.done()
-        monkeypatch.setattr(other.membership, "_swap", lambda report, own: [])
-        monkeypatch.setattr("serve.fleet.membership.MISSED", 5)
+        monkeypatch.setattr(other.heartbeat, "_exchange", lambda row, gone: [])
+        monkeypatch.setattr("serve.fleet.heartbeat.MISSED", 5)
         assert (await asyncio.wait_for(answering, 10)).status_code == 200
     assert len(asked_here(one)) == 1 and len(asked_here(other)) == asked
     assert not one.membership.peers
@@ -316,19 +319,20 @@ async def test_a_home_that_stands_still_is_gone_after_some_beats(two, make_adapt
 async def test_a_row_that_nobody_writes_is_no_server(two):
     one, _ = two
     registry = one.app.state.parts.registry
-    row = {"address": "http://127.0.0.1:9", "bases": json.dumps(["base"]), "slots": 4, "max_rank": 16, "load": 0.0}
-    row |= {"held": "[]", "total": 0.0, "rates": "{}", "beat": 1}
+    report = {"bases": ["base"], "slots": 4, "max_rank": 16, "load": 0.0, "held": [], "total": 0.0, "rates": {}}
+    row = {"node": "there", "phase": "ready", "generation": 0, "seen": 1e12, "address": "http://127.0.0.1:9"}
+    row["report"] = json.dumps(report)
 
     def write(statement):
         with registry.adding() as connection:
             connection.execute(statement)
 
-    await asyncio.to_thread(write, insert(fleet).values(id="dead", **row))
+    await asyncio.to_thread(write, insert(replicas).values(id="dead", **row))
     for _ in range(3):
-        await one.membership.exchange()
+        await one.heartbeat.beat()
     assert [peer.id for peer in one.membership.peers] == ["other"]
-    await asyncio.to_thread(write, update(fleet).where(fleet.c.id == "dead").values(beat=2))
-    await one.membership.exchange()
+    await asyncio.to_thread(write, update(replicas).where(replicas.c.id == "dead").values(seen=1.0))
+    await one.heartbeat.beat()
     assert {peer.id for peer in one.membership.peers} == {"other", "dead"}
 
 
@@ -342,8 +346,8 @@ async def test_servers_of_other_models_share_no_homes(config, tiny_model, tmp_pa
         )
         async with Serving(replace(own, admin_keys=keys_hashed(["run"])), third, "third") as another:
             for _ in range(3):
-                await another.membership.exchange()
-                await one.membership.exchange()
+                await another.heartbeat.beat()
+                await one.heartbeat.beat()
             assert another.membership.address and not another.membership.peers
             assert [peer.id for peer in one.membership.peers] == ["other"]
 
@@ -385,3 +389,126 @@ async def test_feedback_is_taken_by_any_server_and_counts_once_where_the_answer_
         assert counts == {home: 3, (one if home is other else other): 0}
     unknown = {"request_id": "0" * 32, "rating": 1.0}
     assert (await one.client.post("/v1/feedback", json=unknown)).status_code == 404
+
+
+async def test_bytes_of_an_adapter_stay_where_it_is_at_home_and_go_elsewhere(two, make_adapter, monkeypatch):
+    one, other = two
+
+    async def none(*_):
+        """Nothing comes back by itself for having been asked just now."""
+
+    monkeypatch.setattr("serve.rollout.prefetch.Prefetcher.prefetch", none)
+    for seed, name in enumerate((AWAY, HERE)):
+        pushed = await one.client.post("/v1/adapters", **upload(make_adapter(seed), name=name))
+        assert pushed.status_code == 201, pushed.text
+    digests = {name: one.app.state.parts.registry.live(name).digest for name in (AWAY, HERE)}
+    marked = {MARK.decode(): "somebody"}
+    for server in two:
+        for name in digests:
+            answer = await server.client.post(CHAT, json={"model": name, "messages": []}, headers=marked)
+            assert answer.status_code == 200
+
+    async def evicted(server):
+        parts = server.app.state.parts
+        await parts.lifecycle.evict_strangers()
+        return {name for name, digest in digests.items() if not parts.store.has(digest)}
+
+    assert await evicted(one) == set(), "they were used within the day"
+    monkeypatch.setattr("serve.rollout.lifecycle.UNUSED_SECONDS", -60.0)
+    assert await evicted(one) == set(), "they are loaded"
+    for server in two:
+        base = server.app.state.parts.fleet.first
+        for id in list(server.backend.held):
+            base.engine.retire(id)
+        assert await settled(lambda base=base: not base.engine.residents, 5)
+    # What was registered before there was a common place is nowhere else.
+    with monkeypatch.context() as patch:
+        patch.setattr(one.app.state.parts.store.shared, "has", lambda digest: False)
+        assert await evicted(one) == set()
+    assert await evicted(one) == {AWAY} and await evicted(other) == {HERE}
+    answer = await one.client.post(CHAT, json={"model": AWAY, "messages": []}, headers=marked)
+    assert answer.status_code == 200 and one.app.state.parts.store.has(digests[AWAY]), "it comes back when it is asked"
+
+
+async def talk(server, name, *said, user="me"):
+    """A conversation, of which each answer repeats what was said; the ids of its answers."""
+    messages, ids = [], []
+    for text in said:
+        messages.append({"role": "user", "content": text})
+        headers = {MARK.decode(): "somebody"}  # it is answered where it was asked
+        body = {"model": name, "messages": messages, "user": user}
+        answer = await server.client.post(CHAT, json=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+        ids.append(answer.headers["x-request-id"])
+        messages.append({"role": "assistant", "content": f"answer to {text}"})
+    return ids
+
+
+async def kept(server, name):
+    """The ids of the requests that a server keeps, once it has written all that it was asked."""
+    captures = server.app.state.parts.captures
+    await asyncio.to_thread(captures.worker.settle)
+    rows = await asyncio.to_thread(lambda: list(captures.conversations.rows("default", [name])))
+    return {row.id for row in rows}
+
+
+@pytest.fixture
+async def learning(config, tiny_model, tmp_path, registry_of_one, make_adapter):
+    """As `two`, and adapters learn."""
+    policies = parse({"*": {"train_on_traffic": True}})
+    async with serving(config, tiny_model, tmp_path, registry_of_one, policies=policies) as servers:
+        assert await settled(lambda: all(len(server.membership.peers) == 1 for server in servers), 10)
+        for server in servers:
+            backend = server.backend
+            backend.generate = lambda fields, plain=backend.generation: replace(
+                plain, text=f"answer to {fields['messages'][-1]['content']}"
+            )
+        await push(servers[0], make_adapter, AWAY)
+        yield servers
+
+
+async def test_a_conversation_that_is_deleted_through_one_server_is_deleted_on_all(learning):
+    one, other = learning
+    texts = ["who are you?", "and where?", "and when?"]
+    # It goes on with another server: that one knows all of it.
+    begun = await talk(one, AWAY, *texts[:2])
+    went_on = await talk(other, AWAY, *texts)
+    strangers = await talk(other, AWAY, texts[0], user="somebody else")
+    assert await kept(one, AWAY) == set(begun) and await kept(other, AWAY) == {*went_on, *strangers}
+    path = f"/v1/adapters/{AWAY}/data/conversations"
+    # By the id of an answer that this server did not give.
+    gone = await one.client.delete(f"{path}/{went_on[-1]}")
+    assert gone.status_code == 200 and gone.json()["requests"] == 3, gone.text
+    for server in learning:
+        await server.app.state.parts.captures.datasets.apply_deletions()
+    assert await kept(one, AWAY) == set() and await kept(other, AWAY) == set(strangers)
+    assert (await one.client.delete(f"{path}/{went_on[-1]}")).status_code == 404
+    assert (await one.client.delete(f"{path}/nobody")).status_code == 404
+
+
+async def test_a_build_holds_nothing_that_was_deleted_through_another_server(learning, monkeypatch):
+    one, other = learning
+    begun = await talk(one, AWAY, "who are you?", "and where?")
+    went_on = await talk(other, AWAY, "who are you?", "and where?", "and when?")
+    assert await kept(one, AWAY) == set(begun) and await kept(other, AWAY) == set(went_on)
+    path = f"/v1/adapters/{AWAY}/data"
+    assert (await other.client.delete(f"{path}/conversations/{went_on[0]}")).status_code == 200
+    built = (await one.client.post(path, json={})).json()
+    assert built["training_file"] is None and await kept(one, AWAY) == set(), built
+
+
+async def test_a_deletion_that_the_registry_does_not_take_deletes_nothing(learning, monkeypatch):
+    one, _ = learning
+    ids = await talk(one, AWAY, "who are you?")
+    assert await kept(one, AWAY) == set(ids)
+    path = f"/v1/adapters/{AWAY}/data/conversations/{ids[0]}"
+
+    def gone(*_):
+        raise EngineUnavailable("the registry is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.app.state.parts.registry, "adding", gone)
+        assert (await one.client.delete(path)).status_code == 503
+    assert await kept(one, AWAY) == set(ids)
+    assert (await one.client.delete(path)).status_code == 200
+    assert await kept(one, AWAY) == set()

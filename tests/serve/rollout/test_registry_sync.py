@@ -12,7 +12,7 @@ import pytest
 
 from serve.config import keys_hashed
 from serve.errors import EngineUnavailable
-from serve.rollout.registry_sync import Replica
+from serve.fleet.heartbeat import ThisServer
 from tests.support.app import ask, settled, upload
 from tests.support.backend import FakeBackend
 from tests.support.postgres import database
@@ -44,14 +44,20 @@ async def pair(connect, config, tiny_model, tmp_path, places):
 LONG = "node" * 20
 
 
+async def listed(client, count):
+    """What a server says of those that live, once it has seen so many of them."""
+    heartbeat = client._transport.app.state.parts.heartbeat
+    assert await settled(lambda: len(heartbeat.living()) == count, 10)
+    return (await client.get("/v1/replicas")).json()["data"]
+
+
 @pytest.fixture
 async def long_named(connect, config, tiny_model, tmp_path, places, monkeypatch):
     """A client of a server whose node has a long name."""
     monkeypatch.setattr("serve.server.assembly.node", lambda: LONG)
     own = replace(config, registry=places[0], blobs=places[1], data_dir=tmp_path / "data")
     async with connect(own, FakeBackend(str(tiny_model))) as client:
-        follower = client._transport.app.state.parts.follower
-        await asyncio.to_thread(follower._beat)
+        await client._transport.app.state.parts.heartbeat.beat()
         yield client
 
 
@@ -75,8 +81,8 @@ async def test_a_promote_is_loaded_by_the_other_though_nobody_asks(pair, make_ad
     one, other, _, theirs = pair
     told = (await one.post("/v1/adapters", **upload(make_adapter()))).json()
     assert await settled(lambda: told["id"] in theirs.held, 10)
-    rows = (await other.get("/v1/replicas")).json()["data"]
-    assert len(rows) == 2 and len({row["id"] for row in rows}) == 2
+    rows = await listed(other, 2)
+    assert len({row["id"] for row in rows}) == 2
     assert [row["me"] for row in rows].count(True) == 1
 
 
@@ -199,7 +205,7 @@ async def test_an_outage_of_the_registry_is_seen_and_gets_over_without_a_restart
     second = (await one.post("/v1/adapters", **upload(make_adapter(1)))).json()["id"]
     assert (await ask(other, "tone")).json() == {"model": second}
     assert "registry" not in parts.health.degraded
-    assert len((await other.get("/v1/replicas")).json()["data"]) == 2
+    assert await listed(other, 2)
 
 
 async def test_a_name_that_only_others_can_know_is_no_404_while_the_registry_cannot_be_looked_at(
@@ -267,4 +273,4 @@ async def test_a_server_with_a_long_name_beats_under_a_shorter_one(long_named):
     """A node's name has up to 64 letters of its own."""
     rows = (await long_named.get("/v1/replicas")).json()["data"]
     assert [(row["me"], len(row["id"]), row["id"][:51]) for row in rows] == [(True, 64, LONG[:51])]
-    assert Replica(LONG, "").id == Replica(LONG, "").id != Replica(LONG + "b", "").id
+    assert ThisServer(LONG, "").id == ThisServer(LONG, "").id != ThisServer(LONG + "b", "").id

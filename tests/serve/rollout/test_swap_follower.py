@@ -11,7 +11,7 @@ import pytest
 from serve.errors import Conflict
 from serve.rollout import swap_follower
 from serve.rollout.swap_follower import SwapFollower
-from tests.support.app import ask, settled
+from tests.support.app import ask, settled, upload
 
 
 @pytest.fixture
@@ -48,6 +48,18 @@ async def test_a_swap_that_drained_first_is_followed_where_two_engines_have_no_r
     assert (await ask(sharing, "base")).status_code == 200
 
 
+async def test_what_another_server_has_measured_is_not_measured_again(sharing, backend, elsewhere, make_adapter):
+    ids = [
+        (await sharing.post("/v1/adapters", **upload(make_adapter(seed), f"a{seed}"))).json()["id"] for seed in (0, 1)
+    ]
+    backend.probes.clear()
+    model = elsewhere()
+    base = parts_of(sharing).fleet.first
+    assert await settled(lambda: base.model == model and base.is_ready, 8)
+    assert set(base.backend.held) == set(ids)
+    assert not set(backend.probes) and set(base.backend.probes) <= {None}, "its base alone is looked at"
+
+
 async def test_a_model_that_did_not_start_here_is_tried_again(sharing, backend, elsewhere, monkeypatch):
     monkeypatch.setattr(swap_follower, "RETRY_SECONDS", 0.1)
     fails = [True]
@@ -82,12 +94,13 @@ async def test_the_wait_between_two_tries_doubles(client, monkeypatch):
 
 
 async def test_a_swap_that_is_followed_does_not_hold_the_heartbeat_up(sharing, backend, elsewhere, monkeypatch):
-    monkeypatch.setattr("serve.rollout.registry_sync.BEAT_SECONDS", 0.05)
+    monkeypatch.setattr("serve.fleet.heartbeat.BEAT_SECONDS", 0.05)
     go = asyncio.Event()
     backend.prepare = lambda heir: setattr(heir, "start", go.wait)
     elsewhere()
     assert await settled(lambda: parts_of(sharing).fleet.first.swapping, 8)
-    beats, beat = [], parts_of(sharing).follower._beat
-    monkeypatch.setattr(parts_of(sharing).follower, "_beat", lambda: (beats.append(1), beat()))
+    beats, heartbeat = [], parts_of(sharing).heartbeat
+    exchange = heartbeat._exchange
+    monkeypatch.setattr(heartbeat, "_exchange", lambda *row: (beats.append(1), exchange(*row))[1])
     assert await settled(lambda: len(beats) > 2, 5)
     go.set()

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import pickle
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+from serve.asgi.exchange import Exchange, Generation
 from serve.config import Base, load
+from serve.dataset.conversations import Conversations
 from serve.errors import ConfigError
 from serve.models import hardware
-from serve.server.ray_serve import FirstTokens, Ready, _fits_one_more, _place, application, by_load, shared
+from serve.server.launch import own
+from serve.server.ray_serve import (
+    FirstTokens,
+    Ready,
+    _fits_one_more,
+    _place,
+    _routing,
+    application,
+    by_load,
+    shared,
+    take_over,
+)
 
 
 def context(requests=0.0, replicas=1, first_tokens=None, least=1, most=8):
@@ -164,3 +178,38 @@ def test_a_replica_more_runs_during_a_rolling_restart_where_the_cluster_has_room
     assert _fits_one_more(place) is fits
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     assert not _fits_one_more(place)
+
+
+def test_what_a_replica_left_that_is_gone_is_looked_after_by_another(tmp_path):
+    mine, gone, living = (tmp_path / f"replica-{number}" for number in range(3))
+    now = int(time.time() // 3600)
+    for folder in (gone, living):
+        for part in ("webhooks", "captured"):
+            (folder / part).mkdir(parents=True)
+        (folder / "webhooks" / f"0001-{folder.name}.json").write_text("{}")
+        for hour in (now - 30, now - 1):
+            (folder / "captured" / f"{hour}.jsonl").write_text("")
+        kept = Conversations(folder / "conversations.db", hours=24.0, clock=lambda: 3600.0 * (now - 30))
+        kept.start()
+        said = {"messages": [{"role": "user", "content": "x"}]}
+        generations = (Generation([1], [2], "stop", text="y"),)
+        kept.observe(Exchange("tone", "v1", 200, 0.1, 0.2, request_id="a", question=said, generations=generations))
+        kept.stop()
+    with own(mine), own(living):
+        take_over(mine, 24.0)
+
+    def left(folder):
+        kept = Conversations(folder / "conversations.db")
+        hours = sorted(file.stem for file in (folder / "captured").iterdir())
+        return hours, sorted(file.name for file in (folder / "webhooks").iterdir()), len(list(kept.rows("", ["tone"])))
+
+    assert [file.name for file in (mine / "webhooks").iterdir()] == ["0001-replica-1.json"]
+    assert left(gone) == ([str(now - 1)], [], 0)
+    assert left(living) == ([str(now - 30), str(now - 1)], ["0001-replica-2.json"], 1)
+
+
+def test_with_homes_rays_router_is_ours_and_else_its_own(tmp_path):
+    pytest.importorskip("ray")
+    config = load(["--ray", "--data-dir", str(tmp_path), "--fleet", "homes", "--registry", "sqlite:///x"], {})
+    assert _routing(config)["request_router_config"].request_router_class.endswith(":HomesRouter")
+    assert _routing(replace(config, fleet="auto")) == {}

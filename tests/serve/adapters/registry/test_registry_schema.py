@@ -10,7 +10,7 @@ from contextlib import closing
 import pytest
 
 from serve.adapters.registry.registry import Registry
-from serve.adapters.registry.tables import SCHEMA
+from serve.adapters.registry.tables import OLDEST, SCHEMA
 from serve.auth.keys import Keys
 from serve.auth.rate_limits import Limits
 from serve.errors import ConfigError
@@ -60,7 +60,7 @@ def test_a_registry_from_before_tenants_keeps_all_it_had(url):
     with Registry(url) as registry:
         assert registry.shared("acme/pirate") and not registry.shared("pirate")
     with sqlite3.connect(url.removeprefix("sqlite:///")) as database:
-        assert database.execute("SELECT version FROM schema_version").fetchall() == [(SCHEMA,)]
+        assert database.execute("SELECT version FROM schema_version").fetchall() == [(OLDEST,)]
 
 
 # What schema 2, with tenants and before shares of traffic, had more.
@@ -96,7 +96,7 @@ def test_a_registry_from_before_shares_keeps_all_it_had_and_takes_them(url, scri
         assert (again.canary("pirate").weight, again.pinned("pirate").version) == (0.5, 2)
         assert [row["weight"] for row in again.history("pirate")] == [None, None, 0.5, None]
     with closing(sqlite3.connect(path)) as database:
-        assert database.execute("SELECT version FROM schema_version").fetchall() == [(SCHEMA,)]
+        assert database.execute("SELECT version FROM schema_version").fetchall() == [(OLDEST,)]
 
 
 @on_sqlite
