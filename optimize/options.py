@@ -82,7 +82,8 @@ def check_name(name: str, where: str) -> None:
 
 
 class Evaluate(Part, frozen=True, kw_only=True):
-    """What the result is measured on. `tasks` are lm-eval's, or files of its kind, of `task_limit` questions each."""
+    """What the result is measured on, and by `adapter_texts` what an adapter still does, each on its own text. `tasks`
+    are lm-eval's, or files of its kind, of `task_limit` questions each."""
 
     text: str = "default"
     column: str = "text"
@@ -93,6 +94,7 @@ class Evaluate(Part, frozen=True, kw_only=True):
         "Name three fruits.",
         "Write one sentence about the sea.",
     )
+    adapter_texts: Mapping[str, str] = {}
     engine: bool = True
     tasks: tuple[str, ...] = ()
     task_limit: int = 0
@@ -100,10 +102,10 @@ class Evaluate(Part, frozen=True, kw_only=True):
 
 class Gate(Part, frozen=True, kw_only=True):
     """Bounds on what was measured; a bound that is not given is not held against the result, but for
-    `max_engine_difference`, which is then 0.05."""
+    `max_engine_difference`, which is then 0.05, and `max_size`, which is then 1 where weights were rounded."""
 
-    max_perplexity_increase: float | None = None
     max_kl: float | None = None
+    max_perplexity_increase: float | None = None
     min_top1: float | None = None
     max_size: float | None = None
     max_adapter_kl: float | None = None
@@ -129,6 +131,11 @@ class Export(Part, frozen=True, kw_only=True):
     precision: Literal["fp32", "fp16", "int8", "int4", "bf16", "q8_0", "q6_k", "q4_0", "q4_k_m"] = "fp32"
     exporter: Literal["transformers", "optimum"] = "transformers"
     shard_bytes: int = 4_000_000_000
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the format's weights have fewer bits than 16."""
+        return self.format in ("onnx", "genai", "gguf") and self.precision not in ("fp32", "fp16", "bf16")
 
 
 def plain(part: Part) -> dict[str, Any]:

@@ -38,6 +38,11 @@ def instruction_sets() -> str:
     return " ".join(name for name in SETS if name in has)
 
 
+def multiplies_bfloat16() -> bool:
+    """Without it models compute in float32, and each weight is copied for that."""
+    return bool({"avx512_bf16", "amx_bf16"}.intersection(instruction_sets().split()))
+
+
 def arithmetic() -> dict[str, int | str]:
     """Under which the same inputs give the same bytes."""
     return {"threads": threads(), "instruction_sets": instruction_sets()}

@@ -47,6 +47,11 @@ class Recipe(Part, frozen=True, kw_only=True):
         read, and nothing else is measured."""
         return self.export.format == "adapter" and all(step.trains for step in self.steps)
 
+    @property
+    def rounds(self) -> bool:
+        """Whether weights have fewer bits afterwards."""
+        return self.export.rounds or any(step.quantizes for step in self.steps)
+
 
 def load(source: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
     """The recipe in a YAML file, or the one that comes along under this name."""
@@ -92,7 +97,8 @@ def parse(written: str, folder: Path, overrides: Mapping[str, str] | None = None
         for section, part in (("calibration", recipe.calibration), ("evaluate", recipe.evaluate))
     }
     own = tuple(_path(name, folder) if name.endswith((".yaml", ".yml")) else name for name in recipe.evaluate.tasks)
-    texts["evaluate"] = msgspec.structs.replace(texts["evaluate"], tasks=own)
+    each = {name: _text(where, folder) for name, where in recipe.evaluate.adapter_texts.items()}
+    texts["evaluate"] = msgspec.structs.replace(texts["evaluate"], tasks=own, adapter_texts=each)
     model = _path(recipe.model, folder) if recipe.model.startswith((".", "/", "~")) else recipe.model
     output = _path(recipe.output, folder) if recipe.output else ""
     recipe = msgspec.structs.replace(recipe, model=model, output=output, **texts)
@@ -231,6 +237,9 @@ def _check(recipe: Recipe) -> None:
     for name, part in (("calibration", recipe.calibration), ("evaluate", recipe.evaluate)):
         if part.samples < 1 or part.tokens < 8:
             raise RecipeError(f"{name}: samples is at least 1 and tokens at least 8")
+    if unknown := sorted(set(recipe.evaluate.adapter_texts) - adapters):
+        raise RecipeError(f"evaluate: adapter_texts has {unknown[0]!r}, and there is no such adapter"
+                          f"{_nearest(unknown[0], adapters)}")  # fmt: skip
     _check_gate(recipe)
     if recipe.evaluate.tasks and recipe.export.format != "vllm":
         raise RecipeError("evaluate: tasks are scored on a vllm export")

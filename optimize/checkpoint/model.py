@@ -47,8 +47,7 @@ def compute_dtype(device: str = "") -> torch.dtype:
     made."""
     if torch.device(device or torch.get_default_device()).type != "cpu":
         return torch.bfloat16
-    multiplied = {"avx512_bf16", "amx_bf16"}.intersection(processor.instruction_sets().split())
-    return torch.bfloat16 if multiplied else torch.float32
+    return torch.bfloat16 if processor.multiplies_bfloat16() else torch.float32
 
 
 def configured(folder: Path) -> Any:
@@ -357,3 +356,19 @@ def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """(batch, tokens, vocabulary) in float32."""
     made: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return made.float()
+
+
+@torch.inference_mode()
+def greedy(model: nn.Module, ids: list[int], count: int, end: int | None) -> list[int]:
+    """The `count` likeliest tokens one after another behind `ids`, or fewer where `end` comes, with a cache of keys and
+    values."""
+    tokens: list[int] = []
+    now, cache = torch.tensor([ids]), None
+    while len(tokens) < count:
+        said = model(input_ids=now, past_key_values=cache, use_cache=True)
+        token, cache = int(said.logits[0, -1].argmax()), getattr(said, "past_key_values", None)
+        if token == end:
+            break
+        tokens.append(token)
+        now = torch.tensor([[token] if cache is not None else [*ids, *tokens]])
+    return tokens

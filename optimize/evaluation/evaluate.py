@@ -7,7 +7,7 @@ adapter still does on the new base, and some answers side by side.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,30 +16,31 @@ import torch
 from torch.nn.functional import log_softmax
 
 from optimize.checkpoint.checkpoint import Checkpoint
-from optimize.checkpoint.model import adapted, answered, last_states, logits, opened, settle
+from optimize.checkpoint.model import adapted, answered, greedy, last_states, logits, opened, settle
 from optimize.errors import OptimizeError
-from optimize.evaluation.held_out import held_out
+from optimize.evaluation.held_out import HeldOut, held_out, own_text
+from optimize.intervals import of_mean
 from optimize.job import Job, Progress
 from optimize.steps import planning
 
 ANSWER = 32  # tokens
 ADAPTED = 8  # windows that adapters are measured on
 Ask = Callable[[torch.Tensor], torch.Tensor]
+Say = Callable[[list[int], int, int | None], list[int]]
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
     settle(job.seed, job.device)
     reference = Path(job.reference)
     text = held_out(job)
-    words = text.words
-    new_words = text.new_words
     kept = text.kept
     rows = text.result
     in_onnx = job.options["format"] == "onnx"
-    by_layer = planning.by_layer(2 * sum(map(math.prod, Checkpoint(reference).shapes.values())), job.memory)
+    by_layer = planning.by_layer(
+        planning.weight_bytes() * sum(map(math.prod, Checkpoint(reference).shapes.values())), job.memory
+    )
     old = opened(reference, by_layer=by_layer)
     scores: dict[str, Any] = {}
-    samples: list[dict[str, Any]] = []
     if in_onnx:
         from optimize.export.session import Session
 
@@ -58,26 +59,22 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     scores |= compared(right, answers, rows, lambda done: progress(done, total, "held-out text"))
     if kept is not None:
         scores |= _in_old_tokens(partial(logits, old), text.original, rows, scores["perplexity"])
+        scores["intervals"].pop("perplexity_increase", None)  # of other windows
     if job.base != job.reference:
         scores |= _against_base(Path(job.base), text.original, by_layer, scores["perplexity"])
     effects = {}
     done = len(rows)
     for name in living:
         places = Path(job.originals[name]), Path(job.adapters[name])
-        effects[name] = _effect(old, new, *places, rows[:ADAPTED], kept)
+        own = own_text(job, text, name, ADAPTED) or rows[:ADAPTED]
+        effects[name] = {**_effect(old, new, *places, own, kept), "own_text": name in job.evaluate.adapter_texts}
         done += 2 * min(ADAPTED, len(rows))
         progress(done, total, f"adapter {name}")
     if effects:
         scores["adapters"] = effects
-        scores["worst_adapter_kl"] = max(effect["kl"] for effect in effects.values())
-        scores["worst_adapter_effect"] = min(effect["cosine"] for effect in effects.values())
-    for prompt in job.evaluate.prompts:
-        line = {"prompt": prompt, "original": _answer(partial(logits, old), words, prompt)}
-        line["result"] = _answer(ask, new_words, prompt)
-        for name in living:
-            with adapted(new, Path(job.adapters[name])) as both:
-                line[name] = _answer(partial(logits, both), new_words, prompt)
-        samples.append(line)
+        _add_worst(scores, effects)
+    say = session.greedy if in_onnx else partial(greedy, new)
+    scores["samples"] = _samples(job, partial(greedy, old), say, new, text)
     if job.options["format"] != "onnx":
         before, after = Checkpoint(reference), Checkpoint(Path(job.model))
         scores["bytes_original"], scores["bytes"] = before.bytes, after.bytes
@@ -85,8 +82,33 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         scores["bytes_original"] = Checkpoint(reference).bytes
         scores["bytes"] = sum(file.stat().st_size for file in Path(job.model).glob("model.onnx*"))
     scores["size_ratio"] = round(scores["bytes"] / scores["bytes_original"], 4)
-    scores["samples"] = samples
     return {"scores": scores}
+
+
+def _samples(job: Job, say_old: Say, say: Say, new: Any, text: HeldOut) -> list[dict[str, Any]]:
+    """What the original, the result and each adapter on it answer the recipe's prompts."""
+    samples = [
+        {
+            "prompt": prompt,
+            "original": _answer(say_old, text.words, prompt),
+            "result": _answer(say, text.new_words, prompt),
+        }
+        for prompt in job.evaluate.prompts
+    ]
+    for name, folder in sorted(job.adapters.items()) if samples else ():
+        with adapted(new, Path(folder)) as both:
+            for line in samples:
+                line[name] = _answer(partial(greedy, both), text.new_words, line["prompt"])
+    return samples
+
+
+def _add_worst(scores: dict[str, Any], effects: dict[str, dict[str, Any]]) -> None:
+    """The adapter that lost most counts, and of each interval the end that is worst."""
+    for name, score, worst in (("worst_adapter_kl", "kl", max), ("worst_adapter_effect", "cosine", min)):
+        scores[name] = worst(effect[score] for effect in effects.values())
+        ends = [effect["intervals"][score] for effect in effects.values() if score in effect["intervals"]]
+        if ends:
+            scores["intervals"][name] = [worst(end) for end in zip(*ends, strict=True)]
 
 
 def _answers(model: Any, rows: list[torch.Tensor], by_layer: bool) -> Iterator[torch.Tensor]:
@@ -107,18 +129,24 @@ def compared(
     rows: list[torch.Tensor],
     progress: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Scores of `new` logits against `old` over windows of tokens, (1, tokens) each, one window at a time."""
-    loss_old = loss_new = divergence = same = 0.0
+    """Scores of `new` logits against `old` over windows of tokens, (1, tokens) each, one window at a time; `intervals`
+    are where they lie for all windows like these."""
+    losses_old: list[float] = []
+    losses_new: list[float] = []
+    divergences: list[float] = []
+    same: list[float] = []
     for done, (row, right_logits, logits_now) in enumerate(zip(rows, old, new, strict=True)):
         right = row[0, 1:, None]
         before = log_softmax(right_logits[0, :-1], -1)
         after = log_softmax(logits_now[0, :-1], -1)
-        loss_old -= float(before.gather(-1, right).mean())
-        loss_new -= float(after.gather(-1, right).mean())
-        divergence += float((before.exp() * (before - after)).sum(-1).mean())
-        same += float((before.argmax(-1) == after.argmax(-1)).float().mean())
+        losses_old.append(-float(before.gather(-1, right).mean()))
+        losses_new.append(-float(after.gather(-1, right).mean()))
+        divergences.append(float((before.exp() * (before - after)).sum(-1).mean()))
+        same.append(float((before.argmax(-1) == after.argmax(-1)).float().mean()))
         progress(done + 1)
     count = len(rows)
+    loss_old, loss_new = sum(losses_old), sum(losses_new)
+    rise = [new - old for new, old in zip(losses_new, losses_old, strict=True)]
     if not math.isfinite(loss_new):
         raise OptimizeError("the result answers with NaN or infinity on the held-out text: it is broken")
     return {
@@ -126,9 +154,23 @@ def compared(
         "perplexity": round(math.exp(loss_new / count), 4),
         "perplexity_increase": round(math.expm1((loss_new - loss_old) / count), 5),
         "log_perplexity": round(loss_new / count, 5),  # in the result's own tokens
-        "kl": round(divergence / count, 5),
-        "top1": round(same / count, 5),
-    }
+        "kl": round(sum(divergences) / count, 5),
+        "top1": round(sum(same) / count, 5),
+        "intervals": {
+            **_interval("kl", divergences), **_interval("top1", same),
+            **_interval("perplexity_increase", rise, math.expm1),
+        },
+    }  # fmt: skip
+
+
+def _interval(
+    name: str, values: Sequence[float], made_of: Callable[[float], float] = lambda value: value
+) -> dict[str, list[float]]:
+    """From where to where a score lies, by its name; nothing of one window, which says nothing of others."""
+    if len(values) < 2:
+        return {}
+    interval = of_mean(values)
+    return {name: [round(made_of(end), 5) for end in (interval.low, interval.high)]}
 
 
 def _against_base(base: Path, rows: list[torch.Tensor], by_layer: bool, perplexity: float) -> dict[str, float]:
@@ -182,9 +224,11 @@ def _cosine(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def _effect(
     old: Any, new: Any, original: Path, rewritten: Path, rows: list[torch.Tensor], kept: torch.Tensor | None
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """What the adapter does to the new base, as it is now, against what it did to the old one."""
-    divergence = moved = cosine = same = 0.0
+    moved = same = 0.0
+    divergences: list[float] = []
+    cosines: list[float] = []
     with adapted(old, original) as before, adapted(new, rewritten) as after:
         ask = _seen(partial(logits, before), kept)
         for row in rows:
@@ -192,20 +236,21 @@ def _effect(
                 old_base, new_base = ask(row)[0], logits(after, row)[0]
             old_both, new_both = ask(row)[0], logits(after, row)[0]
             base_log, old_log, new_log = (log_softmax(each, -1) for each in (old_base, old_both, new_both))
-            divergence += float((old_log.exp() * (old_log - new_log)).sum(-1).mean())
+            divergences.append(float((old_log.exp() * (old_log - new_log)).sum(-1).mean()))
             moved += float((base_log.exp() * (base_log - old_log)).sum(-1).mean())
             same += float((old_both.argmax(-1) == new_both.argmax(-1)).float().mean())
-            cosine += _cosine(old_both - old_base, new_both - new_base)
+            cosines.append(_cosine(old_both - old_base, new_both - new_base))
     count = len(rows)
     return {
-        "kl": round(divergence / count, 5),
+        "kl": round(sum(divergences) / count, 5),
         "kl_to_base": round(moved / count, 5),
         "top1": round(same / count, 5),
-        "cosine": round(cosine / count, 5),
+        "cosine": round(sum(cosines) / count, 5),
+        "intervals": {**_interval("kl", divergences), **_interval("cosine", cosines)},
     }
 
 
-def _answer(ask: Ask, words: Any, prompt: str) -> str:
+def _answer(say: Say, words: Any, prompt: str) -> str:
     """A greedy answer, in the chat template where there is one."""
     if words.chat_template:
         text_in = words.apply_chat_template(
@@ -214,14 +259,6 @@ def _answer(ask: Ask, words: Any, prompt: str) -> str:
     else:
         text_in = prompt
     # As vLLM: a chat template writes special tokens itself, a plain prompt gets them from the tokenizer.
-    ids = words(text_in, add_special_tokens=not words.chat_template, return_tensors="pt").input_ids.to(
-        torch.get_default_device()
-    )
-    start = ids.shape[1]
-    for _ in range(ANSWER):
-        token = ask(ids)[0, -1].argmax()
-        if int(token) == words.eos_token_id:
-            break
-        ids = torch.cat([ids, token.view(1, 1)], 1)
-    answer: str = words.decode(ids[0, start:], skip_special_tokens=True)
+    ids = words(text_in, add_special_tokens=not words.chat_template).input_ids
+    answer: str = words.decode(say(ids, ANSWER, words.eos_token_id), skip_special_tokens=True)
     return answer.strip()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from optimize.checkpoint.model import tokenizer
@@ -35,6 +36,17 @@ def held_out(job: Job) -> HeldOut:
     original = list(ids.split(1))
     result = original if kept is None else [_again(words, new_words, row[0].tolist()) for row in original]
     return HeldOut(words, new_words, original, result, kept)
+
+
+def own_text(job: Job, held: HeldOut, adapter: str, samples: int) -> list[torch.Tensor]:
+    """Windows (1, tokens) of the adapter's own text in the result's tokens; nothing where the recipe gives none."""
+    if adapter not in job.evaluate.adapter_texts:
+        return []
+    part = msgspec.structs.replace(job.evaluate, text=job.evaluate.adapter_texts[adapter])
+    windows = text.windows(held.words, text.documents(part, True), samples, part.tokens, job.seed)
+    if held.kept is None:
+        return list(torch.tensor(windows).split(1))
+    return [_again(held.words, held.new_words, ids) for ids in windows]
 
 
 def _again(words: Any, new_words: Any, ids: list[int]) -> torch.Tensor:

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from optimize.errors import Refused
-from optimize.steps.planning import PROCESS, STARTING, Context, Estimate, by_layer
+from optimize.steps.planning import PROCESS, STARTING, Context, Estimate, by_layer, weight_bytes
 
 # Of the model's bytes in 16 bits, what ONNX Runtime holds of it by precision.
 ONNX_SHARE = {"fp32": 2.0, "fp16": 1.0, "int8": 0.6, "int4": 0.35}
@@ -35,12 +35,16 @@ def estimates(context: Context) -> list[Estimate]:
 def _weights(context: Context, tokens: int) -> int:
     """Bytes of weights and of what stands beside them; those that are computed with as they are on the disk take
     none."""
-    size, layer = 2 * context.base.parameters, 2 * context.largest_layer
+    size, layer = weight_bytes() * context.weights, weight_bytes() * context.largest_layer
     quantizes = context.recipe.export.format == "vllm" and any(step.quantizes for step in context.recipe.steps)
-    onnx = ONNX_SHARE[context.recipe.export.precision] * size if context.recipe.export.format == "onnx" else 0
+    export = context.recipe.export
+    onnx = ONNX_SHARE[export.precision] * 2 * context.weights if export.format == "onnx" else 0
     if by_layer(size, context.memory):
         # A layer, and the hidden states of all the text.
-        return int(onnx) + (layer if quantizes else 0) + 8 * tokens * context.hidden
+        outside = 2 * weight_bytes() * context.outside_layers if context.copied else 0
+        return int(onnx) + (layer if quantizes or context.copied else 0) + outside + 8 * tokens * context.hidden
+    if context.copied:  # the original, and the result unless ONNX Runtime holds it
+        return int(onnx) + context.copied * (1 if onnx else 2)
     return int(onnx) + (size if quantizes else 0)
 
 

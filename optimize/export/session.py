@@ -104,6 +104,10 @@ class Session:
             if made < count:
                 logits, cache = self.step(np.array([[token]]), cache)
 
+    def greedy(self, ids: list[int], count: int, end: int | None) -> list[int]:
+        """As `optimize.checkpoint.model.greedy`."""
+        return list(self.tokens(ids, count, frozenset() if end is None else frozenset((end,))))
+
     def _value(self, array: np.ndarray) -> Any:
         import onnxruntime
 

@@ -12,8 +12,8 @@ from optimize.options import Gate
 
 # bound -> (score, its meaning)
 BOUNDS: Mapping[str, tuple[str, str]] = {
-    "max_perplexity_increase": ("perplexity_increase", "perplexity above or below the original's"),
     "max_kl": ("kl", "KL divergence from the original, nats a token"),
+    "max_perplexity_increase": ("perplexity_increase", "perplexity above or below the original's"),
     "min_top1": ("top1", "tokens on which the likeliest is the original's"),
     "max_size": ("size_ratio", "weights' bytes against the original's"),
     "max_adapter_kl": ("worst_adapter_kl", "KL of an adapter on the new base from it on the old"),
@@ -35,7 +35,9 @@ IN_ENGINE: Mapping[str, str] = {
     "max_perplexity_increase": "engine_perplexity_increase",
     "min_top1": "engine_top1",
 }
-ENGINE_DIFFERENCE = 0.05  # held where the recipe gives no bound: beyond it the two compute different models
+# Held where the recipe gives no bound.
+ENGINE_DIFFERENCE = 0.05  # beyond it the two compute different models
+SIZE = 1.0  # of weights in fewer bits: beyond it nothing was gained
 # Held on both sides: what answers far better than the original on this text answers something else than the original.
 TWO_SIDED = {"max_perplexity_increase"}
 TIMED = {"min_speed", "min_speed_16"}
@@ -44,20 +46,35 @@ ADAPTED = {"max_adapter_kl", "min_adapter_effect"}  # nothing to hold where no a
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One bound."""
+    """One bound. `low` and `high` are where the score lies for all windows like those that were measured: all of that
+    has to be within the bound."""
 
     bound: str
     limit: float
     measured: float | None
     meaning: str
+    low: float | None = None
+    high: float | None = None
 
     @property
     def holds(self) -> bool:
         if self.measured is None:
             return False
+        return all(map(self._within, self._ends))
+
+    @property
+    def undecided(self) -> bool:
+        """Some of where it lies is within the bound, and some is not."""
+        return not self.holds and self.measured is not None and any(map(self._within, self._ends))
+
+    @property
+    def _ends(self) -> tuple[float, ...]:
+        return tuple(end for end in (self.measured, self.low, self.high) if end is not None)
+
+    def _within(self, score: float) -> bool:
         if self.bound in TWO_SIDED:
-            return abs(self.measured) <= self.limit
-        return self.measured <= self.limit if self.bound.startswith("max_") else self.measured >= self.limit
+            return abs(score) <= self.limit
+        return score <= self.limit if self.bound.startswith("max_") else score >= self.limit
 
     @property
     def sentence(self) -> str:
@@ -65,22 +82,29 @@ class Verdict:
         if self.bound in TWO_SIDED:
             way = "within"
         measured = "was not measured" if self.measured is None else f"is {self.measured:.4g}"
-        return f"{self.meaning} {measured}, to be {way} {self.limit:g}"
+        if self.low is not None and self.high is not None:
+            measured += f" ({self.low:.4g} to {self.high:.4g})"
+        undecided = ", which so few windows leave undecided: raise evaluate.samples" if self.undecided else ""
+        return f"{self.meaning} {measured}, to be {way} {self.limit:g}{undecided}"
 
     def plain(self) -> dict[str, Any]:
         return {**asdict(self), "holds": self.holds}
 
 
-def judge(gate: Gate, scores: Mapping[str, Any], adapted: bool = True) -> list[Verdict]:
-    """Every bound that the recipe gives; those of adapters only if there are some. NaN holds no bound."""
+def judge(gate: Gate, scores: Mapping[str, Any], adapted: bool = True, rounded: bool = False) -> list[Verdict]:
+    """Every bound that the recipe gives; those of adapters only if there are some. NaN holds no bound. `rounded` says
+    that weights have fewer bits by now."""
     verdicts = []
     bounds = msgspec.to_builtins(gate)
     if bounds["max_engine_difference"] is None and "engine_difference" in scores:
         bounds["max_engine_difference"] = ENGINE_DIFFERENCE
+    if bounds["max_size"] is None and rounded and "size_ratio" in scores:
+        bounds["max_size"] = SIZE
     for bound, limit in bounds.items():
         if limit is not None and (adapted or bound not in ADAPTED):
             score, meaning = BOUNDS[bound]
-            verdicts.append(Verdict(bound, float(limit), scores.get(score), meaning))
+            low, high = scores.get("intervals", {}).get(score, (None, None))
+            verdicts.append(Verdict(bound, float(limit), scores.get(score), meaning, low, high))
             if IN_ENGINE.get(bound) in scores:
                 verdicts.append(Verdict(bound, float(limit), scores[IN_ENGINE[bound]], f"{meaning}, in vLLM"))
     return verdicts

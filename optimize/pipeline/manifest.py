@@ -45,6 +45,8 @@ def write(folder: Path, facts: Facts) -> None:
     recipe["model"] = parent
     recipe["adapters"] = sorted(facts.recipe.adapters)
     recipe["evaluate"]["tasks"] = [Path(name).name for name in recipe["evaluate"]["tasks"]]
+    own = recipe["evaluate"]["adapter_texts"]
+    own |= {name: Path(where).name for name, where in own.items() if not where.startswith("hf:")}
     for section in ("calibration", "evaluate"):
         source = recipe[section]["text"]
         recipe[section]["text"] = source if source.startswith("hf:") else Path(source).name

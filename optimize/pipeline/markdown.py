@@ -53,15 +53,20 @@ def _quality(scores: Mapping[str, Any], original: str) -> list[Row]:
         before, after = scores["bytes_original"], scores["bytes"]
         old, new = scores["perplexity_original"], scores["perplexity"]
         rows += [
-            ("perplexity", f"{old:.2f}", f"{new:.2f}", f"{scores['perplexity_increase']:+.2%}"),
-            (f"KL from {original}, nats", "0", f"{scores['kl']:.4f}", ""),
-            ("same likeliest token", "100 %", f"{scores['top1']:.1%}", ""),
+            (f"KL from {original}, nats", "0", f"{scores['kl']:.4f}", _between(scores, "kl", ".4f")),
+            ("same likeliest token", "100 %", f"{scores['top1']:.1%}", _between(scores, "top1", ".1%")),
+            (
+                "perplexity",
+                f"{old:.2f}",
+                f"{new:.2f}",
+                f"{scores['perplexity_increase']:+.2%}{_between(scores, 'perplexity_increase', '+.2%', ', ')}",
+            ),
             ("weights, MB", f"{before / 1e6:.1f}", f"{after / 1e6:.1f}", f"{after / before:.2f}"),
         ]
     if "perplexity_base" in scores:
         base, more = scores["perplexity_base"], scores["perplexity_base_increase"]
         rows.insert(
-            2, ("perplexity, against the base alone", f"{base:.2f}", f"{scores['perplexity']:.2f}", f"{more:+.2%}")
+            4, ("perplexity, against the base alone", f"{base:.2f}", f"{scores['perplexity']:.2f}", f"{more:+.2%}")
         )
     if "valid_loss" in scores:
         before, after = scores["valid_loss_before"], scores["valid_loss"]
@@ -78,6 +83,12 @@ def _quality(scores: Mapping[str, Any], original: str) -> list[Row]:
     if "healed" in scores:
         rows.append(("lost log-perplexity healed", "", f"{scores['healed']:.1%}", ""))
     return rows
+
+
+def _between(scores: Mapping[str, Any], name: str, form: str, before: str = "") -> str:
+    """Where a score lies for all windows like these, with 95 % confidence."""
+    ends = scores.get("intervals", {}).get(name)
+    return f"{before}{ends[0]:{form}} to {ends[1]:{form}}" if ends else ""
 
 
 def _speed(scores: Mapping[str, Any]) -> list[Row]:
@@ -102,7 +113,13 @@ def _tasks(tasks: Mapping[str, Any]) -> list[Row]:
 
 def _verdict(verdict: Verdict) -> Row:
     measured = "-" if verdict.measured is None else f"{verdict.measured:.4g}"
-    return verdict.bound, f"{verdict.limit:g}", measured, "yes" if verdict.holds else "**no**"
+    if verdict.low is not None:
+        measured += f" ({verdict.low:.4g} to {verdict.high:.4g})"
+    return verdict.bound, f"{verdict.limit:g}", measured, _holds(verdict)
+
+
+def _holds(verdict: Verdict) -> str:
+    return "yes" if verdict.holds else "**undecided**" if verdict.undecided else "**no**"
 
 
 def _steps(steps: Sequence[Done]) -> list[Row]:
@@ -166,13 +183,14 @@ def _sentence(done: Done) -> str:
     return ""
 
 
-def _effects(effects: Mapping[str, Mapping[str, float]]) -> list[Row]:
-    rows: list[Row] = [("adapter", "KL", "effect, KL to base", "cosine of the effect", "top-1")]
+def _effects(effects: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    rows: list[Row] = [("adapter", "KL", "effect, KL to base", "cosine of the effect", "top-1", "text")]
     for name, effect in effects.items():
         kl = f"{effect['kl']:.4f}"
         moved = f"{effect['kl_to_base']:.4f}"
         cosine = f"{effect['cosine']:.3f}"
-        rows.append((name, kl, moved, cosine, f"{effect['top1']:.1%}"))
+        text = "its own" if effect.get("own_text") else "the recipe's"
+        rows.append((name, kl, moved, cosine, f"{effect['top1']:.1%}", text))
     return rows
 
 

@@ -17,6 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from optimize import processor
 from optimize.checkpoint import artifact, shards
 from optimize.data import text
@@ -35,6 +37,7 @@ from optimize.steps.kind import kinds
 from optimize.steps.merge.rules import Merge
 
 NOTES = "notes.json"
+OWN_TEXT = "adapter {}"  # an adapter's text among the digests
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,7 @@ class Run:
         if form == "gguf" and "bytes" in scores:
             scores["bytes"] = exported.notes["bytes"]
             scores["size_ratio"] = round(scores["bytes"] / scores["bytes_original"], 4)
-        verdicts = judge(self.recipe.gate, scores, adapted=bool(living))
+        verdicts = judge(self.recipe.gate, scores, adapted=bool(living), rounded=self.recipe.rounds)
         passed = all(verdict.holds for verdict in verdicts)
         facts = Facts(self.recipe, self.plan, self.done, scores, verdicts)
         aside = self.work / "export.part"
@@ -262,6 +265,10 @@ class Run:
     def _text(self, kind: str) -> dict[str, Any]:
         """What a step reads of the recipe's texts and how they are used."""
         measured = {name: value for name, value in plain(self.recipe.evaluate).items() if name != "engine"}
+        prefix = OWN_TEXT.format("")
+        measured["adapter_texts"] = {
+            name.removeprefix(prefix): digest for name, digest in self.plan.texts.items() if name.startswith(prefix)
+        }
         if kind in ("evaluate", "engine"):
             return {"evaluation": self.plan.texts["evaluation"], **measured}
         read = {"calibration": self.plan.texts["calibration"], **plain(self.recipe.calibration)}
@@ -297,9 +304,15 @@ def texts(recipe: Recipe) -> dict[str, str]:
     if recipe.trains_alone:
         return {}
     calibration, evaluation = text.documents(recipe.calibration, False), text.documents(recipe.evaluate, True)
+    digests = {"calibration": text.digest(calibration), "evaluation": text.digest(evaluation)}
+    held_out = [evaluation]
+    for name, where in recipe.evaluate.adapter_texts.items():
+        held_out.append(text.documents(msgspec.structs.replace(recipe.evaluate, text=where), True))
+        digests[OWN_TEXT.format(name)] = text.digest(held_out[-1])
     if any(step.reads_text for step in recipe.steps):
-        text.apart(calibration, evaluation)
-    return {"calibration": text.digest(calibration), "evaluation": text.digest(evaluation)}
+        for documents in held_out:
+            text.apart(calibration, documents)
+    return digests
 
 
 def _rejected(verdicts: list[Any]) -> str:

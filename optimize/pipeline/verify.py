@@ -180,13 +180,16 @@ class Verify:
         for section in ("calibration", "evaluate"):
             if (text := made[section]["text"]) != "default" and not text.startswith("hf:"):
                 made[section] = {**made[section], "text": str(data / Path(text).name)}
+        own = made["evaluate"].get("adapter_texts") or {}
+        own = {name: where if where.startswith("hf:") else str(data / where) for name, where in own.items()}
+        made["evaluate"] = {**made["evaluate"], "adapter_texts": own}
         tasks = made["evaluate"].get("tasks") or []
         made["evaluate"] = {**made["evaluate"], "tasks": [
             str(data / Path(name).name) if name.endswith((".yaml", ".yml")) else name for name in tasks
         ]}  # fmt: skip
         made["adapters"] = self._adapters(read)
         made["model"] = self._model(read["recipe"])
-        made["gate"] = {}
+        made["gate"] = {"max_size": made["gate"].get("max_size")}  # what was allowed is allowed again
         recipe = recipes.parse(json.dumps(made | {"steps": steps}), Path.cwd())
         if whole:
             return recipe

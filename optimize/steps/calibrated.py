@@ -86,7 +86,9 @@ class CalibratedModel:
             )
 
     def reopen(self) -> None:
-        """The model as it is on disk again."""
+        """The model as it is on disk again; it is let go of before."""
+        self.__dict__.pop("model", None)
+        self.__dict__.pop("layers", None)
         self.model = opened(self.folder, self.dtype)
         self.layers = layers(self.model)
 

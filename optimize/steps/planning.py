@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from optimize import processor
 from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.checkpoint.linears import input_widths, linear
 from optimize.recipe import Recipe
@@ -24,6 +25,11 @@ FLOPS = 2e11  # of a forward pass in bf16, two cores
 FLOPS32 = 1.5e11  # of a product in fp32, two cores
 STARTING = 8.0  # seconds until a child has imported torch and transformers
 PROCESS = 700_000_000  # bytes of a child that has imported them
+
+
+def weight_bytes() -> int:
+    """Of a weight that is computed with."""
+    return 2 if processor.multiplies_bfloat16() else 4
 
 
 def by_layer(size: int, memory: int) -> bool:
@@ -86,6 +92,11 @@ class Context:
             if match := IN_LAYER.search(name):
                 counts[match[1]] += math.prod(shape)
         return max(counts.values(), default=0)
+
+    @property
+    def copied(self) -> int:
+        """Bytes of a model's weights that no file backs: they are copied where the processor multiplies no bfloat16."""
+        return 0 if processor.multiplies_bfloat16() else 4 * self.weights
 
     @property
     def weights(self) -> int:

@@ -68,6 +68,7 @@ def test_a_recipe_is_frozen():
         ("steps: [{quantize: {scheme: w4a16, format: gptq, agreement: 0.9}}]", "knows one precision"),
         ("gate: {min_healed: 0.5}", "needs a heal step"),
         ("gate: {min_speed: 1}\nevaluate: {engine: false}", "measured in the engine"),
+        ("evaluate: {adapter_texts: {tone: x}}", "adapter_texts has 'tone', and there is no such adapter"),
         ("export: {format: adapter}", "needs a combine or tune step"),
         ("calibration: {samples: 0}", "samples is at least 1"),
         ("[1, 2]", "holds `key: value` lines"),

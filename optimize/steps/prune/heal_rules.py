@@ -52,7 +52,7 @@ def estimate(step: Heal, context: Context) -> Estimate:
     activations = step.batch * step.tokens * 160 * context.hidden * context.layers + 2048 * context.vocabulary
     activations += context.calibration_tokens * (16 * context.hidden + 8 * widest) + 12 * widest * widest
     seconds = STARTING + 20 + 4 * step.steps * step.batch * step.tokens * context.token_seconds
-    return Estimate("heal", what, PROCESS + 2 * size + activations, 2 * size, seconds)
+    return Estimate("heal", what, PROCESS + 2 * max(size, context.copied) + activations, 2 * size, seconds)
 
 
 def refuse(step: Heal, context: Context) -> None:

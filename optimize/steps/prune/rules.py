@@ -84,7 +84,7 @@ def estimate(step: Prune, context: Context) -> Estimate:
     base = context.base
     size = base.bytes
     seconds = STARTING + base.bytes / 5e8
-    memory = PROCESS + base.bytes + 50_000_000
+    memory = PROCESS + max(base.bytes, context.copied) + 50_000_000
     passes = 3 * context.calibration_tokens * 2 * base.parameters / FLOPS
     if step.vocabulary:
         what = f"keep the {step.vocabulary} most used tokens" if step.vocabulary != "used" else "keep the used tokens"

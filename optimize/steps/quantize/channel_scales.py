@@ -22,7 +22,7 @@ from optimize.checkpoint.formats import W4, Level
 from optimize.checkpoint.model import answered, entered, forward, through
 from optimize.errors import OptimizeError
 from optimize.job import Progress
-from optimize.steps.calibrated import BATCH, CalibratedModel, Unit, largest
+from optimize.steps.calibrated import CalibratedModel, Unit, largest
 from optimize.steps.quantize import awq
 
 SMOOTHING = 0.8  # SmoothQuant's alpha
@@ -52,13 +52,14 @@ NONE = ChannelScales({}, smoothing=False, readers={})
 def smoothing(model: CalibratedModel, progress: Progress) -> ChannelScales:
     """What a norm or up_proj makes is scaled there, by powers of two."""
     feeds = _with_units(model, range(len(model.layers)))
-    batches = model.ids.split(BATCH)
+    count = len(model.layers)
     readers = {feed.producer: feed.consumers[0] for feed in feeds}
     with model.observed(readers, lambda seen, x: largest(seen, x.abs().flatten(0, -2).amax(0))) as widest:
-        for done, batch in enumerate(batches):
+        begun = model.entered()
+        for done, layer in enumerate(model.layers):
+            progress(done, count, "smoothing")
             with torch.inference_mode():
-                model.model(input_ids=batch, use_cache=False)
-            progress(done, len(batches), "smoothing")
+                begun = through([layer], begun)
     factors = {}
     for feed in feeds:
         heavy = torch.stack([model.linear(name).weight.float().abs().amax(0) for name in _rounded(model, feed)]).amax(0)

@@ -15,7 +15,10 @@ import torch
 BLOCK = 128
 CACHED = 1 << 15  # weights whose scales are searched at a time: they stay in the processor's cache
 DAMP = 0.01
-SHRINKS = [1.0 - 0.02 * step for step in range(20)]
+SHRINK = 0.02  # a step of the search
+COARSE = (0, 4, 8, 12, 16)  # steps that are tried for both signs
+FINE = (2, 1)  # then this far on either side of the best
+STEPS = 20
 
 
 def scales(weight: torch.Tensor, bits: int, group: int, importance: torch.Tensor | None = None) -> torch.Tensor:
@@ -47,15 +50,28 @@ def _one_thread() -> Iterator[None]:
 
 
 def _clipped(parts: torch.Tensor, widest: torch.Tensor, limit: int, heavy: torch.Tensor) -> torch.Tensor:
-    """The scales (rows, groups) of `parts` (rows, groups, group) with the least weighted error."""
+    """The scales (rows, groups) of `parts` (rows, groups, group) with the least weighted error, coarse to fine."""
     best = torch.full_like(widest, torch.inf)
     chosen = widest / limit
-    for shrink in (sign * by for by in SHRINKS for sign in (1, -1)):
-        scale = (widest * shrink / limit).bfloat16().float()
+    step = torch.zeros_like(widest)
+    sign = torch.ones_like(widest)
+
+    def attempt(steps: torch.Tensor, signs: torch.Tensor) -> None:
+        nonlocal best, chosen, step, sign
+        scale = (widest * signs * (1 - SHRINK * steps) / limit).bfloat16().float()
         near = (parts / scale[..., None]).round_().clamp_(-limit - 1, limit).mul_(scale[..., None])
         error = near.sub_(parts).square_().mul_(heavy).sum(-1)
-        chosen = torch.where(error < best, scale, chosen)
+        better = error < best
+        chosen, step, sign = (torch.where(better, *pair) for pair in ((scale, chosen), (steps, step), (signs, sign)))
         best = torch.minimum(error, best)
+
+    for coarse in COARSE:
+        for way in (1.0, -1.0):
+            attempt(torch.full_like(step, coarse), torch.full_like(sign, way))
+    for far in FINE:
+        middle = step
+        for side in (-far, far):
+            attempt((middle + side).clamp(0, STEPS - 1), sign)
     return chosen
 
 

@@ -110,6 +110,7 @@ def estimate(step: Quantize, context: Context) -> Estimate:
     batch = min(calibrated, 4 * context.recipe.calibration.tokens)
     memory += PROCESS + 4 * calibrated * context.hidden + 12 * batch * context.widest + 2 * context.largest_layer
     memory += 16 * context.largest_unit  # in fp32, turned around and its errors
+    memory += context.copied
     if step.mixed:
         memory += base.bytes
         seconds = 2 * seconds + 4 * context.layers * min(calibrated, 4096) * context.token_seconds / 2

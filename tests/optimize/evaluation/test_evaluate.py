@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import msgspec
 import pytest
 import torch
@@ -10,7 +12,7 @@ from optimize.checkpoint import model as models
 from optimize.evaluation import evaluate
 from optimize.steps.merge import merge
 from optimize.steps.quantize import quantize
-from tests.optimize.conftest import silent
+from tests.optimize.conftest import sentences, silent
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a8"])
@@ -49,3 +51,32 @@ def test_after_a_merge_the_base_is_there_to_compare_with(base, job, adapter):
     alone = evaluate.run(msgspec.structs.replace(asked, reference=str(base)), silent)["scores"]
     assert scores["perplexity_base"] == alone["perplexity_original"] and "perplexity_base" not in alone
     assert scores["perplexity_base_increase"] == pytest.approx(alone["perplexity_increase"], abs=1e-4)
+
+
+def test_greedy_tokens_with_a_cache_are_those_without(base):
+    model = models.opened(base, torch.float32)
+    ids = [2, 9, 4, 17]
+    said = models.greedy(model, ids, 12, None)
+    again: list[int] = []
+    for _ in range(12):
+        again.append(int(models.logits(model, torch.tensor([[*ids, *again]]))[0, -1].argmax()))
+    assert said == again and len(said) == 12
+    assert models.greedy(model, ids, 12, said[3]) == said[: said.index(said[3])]
+
+
+def test_scores_come_with_where_they_lie_for_all_windows(base, job, adapter, tmp_path):
+    one = {"one": adapter()}
+    made = job("quantize", scheme="w4a16", method="rtn", adapters=one)
+    quantize.run(made, silent)
+    asked = job("evaluate", model=made.folder / "model", adapters=one, out="scores", format="vllm")
+    scores = evaluate.run(asked, silent)["scores"]
+    for name in ("kl", "top1", "perplexity_increase", "worst_adapter_kl", "worst_adapter_effect"):
+        low, high = scores["intervals"][name]
+        assert low < scores[name] < high, name
+    assert scores["adapters"]["one"]["own_text"] is False
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps({"text": line}) + "\n" for line in sentences(9, 80)))
+    part = msgspec.structs.replace(asked.evaluate, adapter_texts={"one": str(own)})
+    on_its_own = evaluate.run(msgspec.structs.replace(asked, evaluate=part), silent)["scores"]
+    assert on_its_own["adapters"]["one"]["own_text"] is True and on_its_own["kl"] == scores["kl"]
+    assert on_its_own["adapters"]["one"]["kl"] != scores["adapters"]["one"]["kl"]

@@ -246,3 +246,37 @@ def test_a_perplexity_that_falls_as_far_is_no_better_than_one_that_rises(rise, h
     (verdict,) = judge(Gate(max_perplexity_increase=0.05), {"perplexity_increase": rise})
     assert verdict.holds is holds
     assert verdict.sentence == f"perplexity above or below the original's is {rise:.4g}, to be within 0.05"
+
+
+@pytest.mark.parametrize(
+    ("gate", "size", "rounded", "holds"),
+    [
+        (Gate(), 1.39, True, [False]),
+        (Gate(), 0.56, True, [True]),
+        (Gate(max_size=1.5), 1.39, True, [True]),
+        (Gate(), 2.0, False, []),  # an ONNX graph in fp32: nothing was to become smaller
+    ],
+)
+def test_rounded_weights_larger_than_the_original_are_refused_unless_that_is_allowed(gate, size, rounded, holds):
+    """An ONNX export in int8 was 1.39 of the original's bytes, and passed."""
+    verdicts = judge(gate, {"size_ratio": size}, rounded=rounded)
+    assert [verdict.holds for verdict in verdicts] == holds
+
+
+@pytest.mark.parametrize(
+    ("gate", "scores", "holds", "undecided"),
+    [
+        (Gate(max_kl=0.1), {"kl": 0.05, "intervals": {"kl": [0.03, 0.07]}}, True, False),
+        (Gate(max_kl=0.1), {"kl": 0.08, "intervals": {"kl": [0.04, 0.12]}}, False, True),
+        (Gate(max_kl=0.1), {"kl": 0.12, "intervals": {"kl": [0.09, 0.15]}}, False, True),
+        (Gate(max_kl=0.1), {"kl": 0.2, "intervals": {"kl": [0.15, 0.25]}}, False, False),
+        (Gate(min_top1=0.9), {"top1": 0.91, "intervals": {"top1": [0.88, 0.94]}}, False, True),
+        (Gate(max_perplexity_increase=0.05), {"perplexity_increase": -0.04,
+         "intervals": {"perplexity_increase": [-0.06, -0.02]}}, False, True),
+        (Gate(max_kl=0.1), {"kl": 0.09, "intervals": {}}, True, False),  # of one window
+    ],
+)  # fmt: skip
+def test_what_so_few_windows_leave_undecided_is_refused_and_says_so(gate, scores, holds, undecided):
+    (verdict,) = judge(gate, scores)
+    assert (verdict.holds, verdict.undecided) == (holds, undecided)
+    assert ("undecided: raise evaluate.samples" in verdict.sentence) is undecided

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 
+from optimize import processor
+from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.errors import Refused
 from optimize.pipeline import plan
 from optimize.recipe import load
@@ -100,3 +103,31 @@ def retyped(base, folder, model_type, more, without=None):
     tensors.pop(without, None)
     save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+STEPS = {
+    "quantize": "steps: [{quantize: {smooth: false}}]",
+    "prune": "steps: [{prune: {layers: 1}}]",
+    "evaluate": "steps: []",
+    "tune": "steps: [{tune: {train: TRAIN}}]\nexport: {format: adapter}",
+}
+
+
+@pytest.mark.parametrize(("kind", "copies"), [("quantize", 1), ("prune", 1), ("evaluate", 2), ("tune", 0.5)])
+def test_without_bfloat16_instructions_the_plan_counts_the_weights_that_are_copied(
+    kind, copies, written, tmp_path, base, monkeypatch
+):
+    """All weights are copied to float32 there, and the plan said a third or a fourth of what was used."""
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps({"prompt": f"{at}", "completion": "yes"}) + "\n" for at in range(20)))
+    recipe = load(written(STEPS[kind].replace("TRAIN", str(train))))
+
+    def planned(sets: str) -> int:
+        monkeypatch.setattr(processor, "instruction_sets", lambda: sets)
+        steps = plan.made(recipe, base, {}, tmp_path / "out", 10**12).steps
+        return next(step.memory for step in steps if step.kind == kind)
+
+    weights = sum(math.prod(shape) for shape in Checkpoint(base).shapes.values())
+    more = planned("avx2") - planned("avx2 avx512_bf16")
+    least = 2 * weights if kind == "prune" else 4 * copies * weights  # pruning counted the file before
+    assert more == pytest.approx(least, rel=0.05)

@@ -183,7 +183,7 @@ def test_a_bound_on_adapters_holds_where_none_is_named(written, tmp_path):
     out = tmp_path / "out"
     optimize(written("steps: [{quantize: {method: rtn}}]\ngate: {max_adapter_kl: 0, max_kl: 20}"), "--out", out)
     bounds = json.loads((out / "manifest.json").read_text())["gate"]["bounds"]
-    assert [bound["bound"] for bound in bounds] == ["max_kl"]
+    assert [bound["bound"] for bound in bounds] == ["max_kl", "max_size"]
 
 
 @pytest.mark.usefixtures("steps_here")

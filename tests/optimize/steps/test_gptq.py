@@ -109,3 +109,20 @@ def test_eight_bits_keep_the_largest_number_of_each_row():
     weight = torch.tensor([[0.5, -2.54], [1.27, 0.0]])
     scale = scales(weight, 8, 2)
     assert nearest(weight, scale, 8).abs().amax(1).tolist() == [127, 127]
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_the_search_from_coarse_to_fine_finds_nearly_what_trying_everything_finds(group):
+    torch.manual_seed(2)
+    weight = torch.randn(256, 256) * torch.rand(256, 1).exp() * (1 + 3 * (torch.rand(256, 256) > 0.98))
+    heavy = torch.rand(256) * torch.linspace(0.1, 3, 256)
+    parts, importance = weight.view(256, -1, group), heavy.view(1, -1, group)
+    widest = parts.abs().amax(-1)
+
+    def off(scale: torch.Tensor) -> torch.Tensor:
+        near = (parts / scale[..., None]).round().clamp(-8, 7) * scale[..., None]
+        return ((near - parts).square() * importance).sum(-1)
+
+    every = [sign * (1 - 0.02 * step) * widest / 7 for step in range(20) for sign in (1, -1)]
+    best = torch.stack([off(scale.bfloat16().float()) for scale in every]).amin(0).sum()
+    assert float(off(scales(weight, 4, group, heavy)).sum() / best) < 1.02
