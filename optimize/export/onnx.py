@@ -1,9 +1,9 @@
 """An ONNX export with KV cache inputs and adapters, checked against PyTorch.
 
 The graph comes from transformers' own exporter, or optimum's, in fp32; int8 and int4 are ONNX Runtime's weight
-quantizer over it, a scale for every 32 weights; activations are rounded to 8 bits, 32 at a time, where they are
-multiplied. One file, model.onnx, with its weights beside it in model.onnx.data, as optimum lays it out. An adapter is a
-file of its own, values for inputs of the graph that are zero without it.
+quantizer over it, a scale for every 32 weights (`optimize.export.blocks`); activations are rounded to 8 bits, 32 at a
+time, where they are multiplied. One file, model.onnx, with its weights beside it in model.onnx.data, as optimum lays it
+out. An adapter is a file of its own, values for inputs of the graph that are zero without it.
 """
 
 from __future__ import annotations
@@ -52,10 +52,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         layout.named(aside / GRAPH)
     layout.any_empty_cache(aside / GRAPH, Checkpoint(folder).config)
     progress(1, 5, f"weights to {precision}")
-    if named:
-        _streamed(folder, named, aside, out, precision)
-    else:
-        _rounded(aside, out, precision)
+    _written(folder, named, aside, out, precision)
     shutil.rmtree(aside, ignore_errors=True)
     progress(2, 5, "adapters")
     adapters = {name: read(name, Path(path)) for name, path in sorted(job.adapters.items())}
@@ -131,39 +128,29 @@ def _export(folder: Path, file: Path) -> dict[str, str]:
     return named
 
 
-def _streamed(folder: Path, named: dict[str, str], source: Path, out: Path, precision: str) -> None:
-    """The graph with the checkpoint's matrices in `precision`, in `out`."""
-    if precision != "fp16":
-        streamed.written(source / GRAPH, folder, named, out, BITS.get(precision, 0))
-        return
-    whole = source / "whole"
-    whole.mkdir()
-    streamed.written(source / GRAPH, folder, named, whole)
-    _rounded(whole, out, precision)
-
-
-def _rounded(source: Path, out: Path, precision: str) -> None:
-    """The graph with weights of `precision`, in `out`."""
+def _written(folder: Path, named: dict[str, str], source: Path, out: Path, precision: str) -> None:
+    """The graph in `source` with weights of `precision`, in `out`; those that are `named` are the checkpoint's."""
     import onnx
 
-    if precision == "fp32":
-        for file in source.iterdir():
-            shutil.copyfile(file, out / file.name)
+    model = onnx.load(source / GRAPH, load_external_data=False)
+    if precision in BITS:
+        weights = streamed.matrices(model, Checkpoint(folder), named) if named else streamed.stored(model, source)
+        streamed.written(model, weights, out, BITS[precision])
         return
+    whole = source
+    if named:
+        whole = out if precision == "fp32" else source / "whole"
+        whole.mkdir(exist_ok=True)
+        streamed.written(model, streamed.matrices(model, Checkpoint(folder), named), whole)
     if precision == "fp16":
         from onnxruntime.transformers.float16 import convert_float_to_float16
 
         # Inputs and outputs stay fp32, so that the caller need not know the precision.
-        half = convert_float_to_float16(onnx.load(source / GRAPH), keep_io_types=True, disable_shape_infer=True)
+        half = convert_float_to_float16(onnx.load(whole / GRAPH), keep_io_types=True, disable_shape_infer=True)
         onnx.save(half, out / GRAPH, save_as_external_data=True, location=f"{GRAPH}.data")
-        return
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    quantizer = MatMulNBitsQuantizer(
-        onnx.load(source / GRAPH), bits=BITS[precision], block_size=streamed.BLOCK, is_symmetric=True, accuracy_level=4
-    )
-    quantizer.process()
-    quantizer.model.save_model_to_file(str(out / GRAPH), use_external_data_format=True)
+    elif whole is source:
+        for file in source.iterdir():
+            shutil.copyfile(file, out / file.name)
 
 
 def _answer(session: Session, ids: list[int]) -> tuple[torch.Tensor, list[int]]:

@@ -14,7 +14,7 @@ from optimize.steps.quantize.rules import Quantize
 OUTSIDE_VLLM = ("use_parallel_residual", "qk_layernorm")  # of StableLM; vLLM 0.32 reads neither
 
 
-# A weight that is multiplied with, and its share of a scale.
+# A weight that is multiplied with, and its share of a scale; tables and output layers have 8 bits where it has fewer.
 BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.125, "int4": 0.625}
 # Of GGUF files.
 GGUF_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "q8_0": 1.0625, "q6_k": 0.82, "q4_0": 0.5625, "q4_k_m": 0.65}
@@ -48,8 +48,9 @@ def _onnx(context: Context) -> tuple[int, int]:
     """Bytes of memory and of disk."""
     export, base = context.recipe.export, context.base
     weights, table = context.weights, context.vocabulary * context.hidden
-    rest = weights - table  # what is multiplied with; the embedding stays in fp32
-    made = int(4 * table + BYTES[export.precision] * rest)
+    tables = table if base.tied else 2 * table  # the table of tokens and the output layer
+    rounded = BYTES["int8"] if export.precision in ("int8", "int4") else 4.0
+    made = int(rounded * tables + BYTES[export.precision] * (weights - tables))
     if export.exporter == "optimum" or not streams(base):
         return PROCESS + 24 * weights, 8 * weights + made  # in fp32 for the exporter, in its graph and once more
     whole = 4 * weights

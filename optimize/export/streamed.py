@@ -1,14 +1,17 @@
 """An ONNX graph that is made without the model's matrices, which are written one at a time afterwards.
 
 The graph has each matrix of the checkpoint by name, in a file that there is none of; `written` puts them beside it, as
-they are or in 8 or 4 bits by ONNX Runtime's own weight quantizer. So memory holds none but a part of one.
+they are or in few bits (`optimize.export.blocks`). So memory holds none but a part of one. What another exporter wrote
+whole is read the same way.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,11 +22,11 @@ from torch import nn
 from optimize.checkpoint import formats
 from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.checkpoint.model import skeleton
+from optimize.export import blocks
+from optimize.export.blocks import Weight, parts
 
 GRAPH = "model.onnx"
 ABSENT = "absent"  # the file that holds the matrices of a graph without them
-BLOCK = 32  # weights that share a scale
-HELD = 1 << 25  # weights that are in memory at a time
 SMALL = 1024  # numbers, or bytes, up to which a tensor lies in the graph itself
 ALIGNED = 64
 
@@ -92,79 +95,86 @@ def save(program: Any, named: Mapping[str, str], file: Path) -> None:
     onnx_ir.save(program.model, file)
 
 
-def written(source: Path, folder: Path, named: Mapping[str, str], out: Path, bits: int = 0) -> None:
-    """The graph `source` with the matrices of the checkpoint in `folder`, in `out`; with `bits` those that are
-    multiplied with are rounded."""
+def written(model: Any, weights: Mapping[str, Weight], out: Path, bits: int = 0) -> None:
+    """The graph of `model` with the matrices that `weights` reads by their names in it, in `out`; with `bits` those
+    that are multiplied with, and the tables of tokens, are rounded."""
     import onnx
 
-    model = onnx.load(source, load_external_data=False)
-    graph, checkpoint = model.graph, Checkpoint(folder)
-    absent = {item.name for item in graph.initializer if item.data_location == onnx.TensorProto.EXTERNAL}
-    turned = _turned(graph, absent)
-    small = [item for item in graph.initializer if item.name not in absent]
+    graph = model.graph
+    turned = {node.output[0]: node.input[0] for node in graph.node if _turns(node) and node.input[0] in weights}
+    small = [item for item in graph.initializer if item.name not in weights]
     del graph.initializer[:]
-    nodes = [node for node in graph.node if node.output[0] not in turned]
     with (out / f"{GRAPH}.data").open("wb") as data:
         for item in small:
             graph.initializer.append(_beside(data, item) if len(item.raw_data) > SMALL else item)
-        for at, node in enumerate(nodes):
-            if node.op_type == "MatMul" and node.input[1] in turned:
-                weight = _tensor(checkpoint, named[turned[node.input[1]]])
-                if bits:
-                    nodes[at] = _rounded(data, graph, node, weight, bits)
-                else:
-                    shape = (weight.shape[1], weight.shape[0])
-                    rows = (part.T.contiguous() for part in _parts(weight, 1))
-                    graph.initializer.append(_put(data, node.input[1], onnx.TensorProto.FLOAT, shape, rows))
+        if bits:
+            nodes = blocks.rounded(graph, turned, weights, bits, partial(_put, data))
+        else:
+            _turned(data, graph, turned, weights)
+            nodes = list(graph.node)
+        there = {item.name for item in graph.initializer}
+        needless = turned.keys() - ({name for node in nodes for name in node.input} - there)
+        nodes = [node for node in nodes if node.output[0] not in needless]
         used = {name for node in nodes for name in node.input}
-        for name in sorted(absent & used):
-            weight = _tensor(checkpoint, named[name])
-            graph.initializer.append(_put(data, name, onnx.TensorProto.FLOAT, weight.shape, _parts(weight, 0)))
+        for name in sorted(weights.keys() & used):
+            weight = weights[name].read()
+            graph.initializer.append(_put(data, name, onnx.TensorProto.FLOAT, weight.shape, parts(weight, 0)))
     del graph.node[:]
     graph.node.extend(nodes)
-    if bits and not any(item.domain == "com.microsoft" for item in model.opset_import):
-        model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    if bits and not any(item.domain == blocks.DOMAIN for item in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid(blocks.DOMAIN, 1))
     onnx.save(model, out / GRAPH)
 
 
-def _turned(graph: Any, absent: set[str]) -> dict[str, str]:
-    """The matrices that are only multiplied with, turned around, by the name that they have then."""
-    readers = Counter(name for node in graph.node for name in node.input)
-    multiplied = Counter(node.input[1] for node in graph.node if node.op_type == "MatMul")
+def matrices(model: Any, checkpoint: Checkpoint, named: Mapping[str, str]) -> dict[str, Weight]:
+    """The matrices that are absent from `model`, by their names there; `named` are the checkpoint's for them."""
     return {
-        node.output[0]: node.input[0]
-        for node in graph.node
-        if node.op_type == "Transpose" and node.input[0] in absent and readers[node.input[0]] == 1
-        and readers[node.output[0]] == multiplied[node.output[0]] == 1
-    }  # fmt: skip
+        item.name: Weight(tuple(item.dims), partial(_tensor, checkpoint, named[item.name]))
+        for item in model.graph.initializer
+        if item.external_data
+    }
 
 
-def _rounded(data: BinaryIO, graph: Any, node: Any, weight: torch.Tensor, bits: int) -> Any:
-    """The product with `weight` (out, in) in 8 or 4 bits."""
+def stored(model: Any, source: Path) -> dict[str, Weight]:
+    """The matrices of `model`, whose file is in `source`, by their names; its other tensors are read into it."""
+    from onnx import TensorProto, external_data_helper
+
+    weights = {}
+    for item in model.graph.initializer:
+        if item.data_type == TensorProto.FLOAT and len(item.dims) == 2 and math.prod(item.dims) > SMALL:
+            matrix = TensorProto()
+            matrix.CopyFrom(item)
+            weights[item.name] = Weight(tuple(item.dims), partial(_array, matrix, source))
+        elif item.external_data:
+            external_data_helper.load_external_data_for_tensor(item, str(source))
+            item.data_location = TensorProto.DEFAULT
+            del item.external_data[:]
+    return weights
+
+
+def _array(matrix: Any, source: Path) -> torch.Tensor:
+    from onnx import numpy_helper
+
+    return torch.from_numpy(numpy_helper.to_array(matrix, str(source)).copy())
+
+
+def _turns(node: Any) -> bool:
+    """Whether the node turns a matrix around."""
+    return node.op_type == "Transpose" and all(list(item.ints) == [1, 0] for item in node.attribute)
+
+
+def _turned(data: BinaryIO, graph: Any, turned: Mapping[str, str], weights: Mapping[str, Weight]) -> None:
+    """The matrices that are only multiplied with, turned around, are written as they are multiplied with."""
     import onnx
-    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 
-    config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, accuracy_level=4, bits=bits)
-    quantizer = DefaultWeightOnlyQuantizer(config)
-    parts = [quantizer.qbits_block_quant(part.T.contiguous().numpy())[:2] for part in _parts(weight, 0)]
-    packed, scales = (np.concatenate(of) for of in zip(*parts, strict=True))
-    name, (columns, width) = node.input[1], weight.shape
-    graph.initializer.append(
-        _put(data, f"{name}_Q{bits}", onnx.TensorProto.UINT8, packed.shape, [torch.from_numpy(packed)])
-    )
-    graph.initializer.append(
-        _put(data, f"{name}_scales", onnx.TensorProto.FLOAT, scales.shape, [torch.from_numpy(scales)])
-    )
-    return onnx.helper.make_node(
-        "MatMulNBits", [node.input[0], f"{name}_Q{bits}", f"{name}_scales"], list(node.output), f"{node.name}_Q{bits}",
-        domain="com.microsoft", K=width, N=columns, bits=bits, block_size=BLOCK, accuracy_level=4,
-    )  # fmt: skip
-
-
-def _parts(weight: torch.Tensor, across: int) -> Iterator[torch.Tensor]:
-    """The weight in fp32, some of its rows (0) or columns (1) at a time."""
-    for part in weight.split(max(1, HELD * weight.shape[across] // weight.numel()), across):
-        yield part.float().contiguous()
+    readers = Counter(name for node in graph.node for name in node.input)
+    for node in graph.node:
+        name = node.input[1] if node.op_type == "MatMul" else ""
+        if name in turned and readers[name] == readers[turned[name]] == 1:
+            weight = weights[turned[name]].read()
+            shape = (weight.shape[1], weight.shape[0])
+            rows = (part.T.contiguous() for part in parts(weight, 1))
+            graph.initializer.append(_put(data, name, onnx.TensorProto.FLOAT, shape, rows))
 
 
 def _beside(data: BinaryIO, tensor: Any) -> Any:

@@ -14,7 +14,7 @@ from optimize import cli
 from optimize.checkpoint.model import logits, opened
 from optimize.errors import Refused
 from optimize.evaluation.evaluate import compared
-from optimize.export import onnx, streamed
+from optimize.export import blocks, onnx, streamed
 from optimize.export.session import Answer, Session
 from tests.optimize.conftest import silent
 
@@ -98,7 +98,7 @@ def exports_of_earlier_versions_run(folder, whole):
 def int4(exports, job, monkeypatch) -> tuple[Path, dict[str, Any]]:
     """One export in int4 for all tests, each matrix of it written in parts."""
     if "int4" not in exports:
-        monkeypatch.setattr(streamed, "HELD", 5000)
+        monkeypatch.setattr(blocks, "HELD", 5000)
         exports["int4"] = exported(job, "int4")
     return exports["int4"]
 
@@ -114,13 +114,61 @@ def test_matrices_that_are_written_one_at_a_time_are_what_onnxruntime_makes_of_t
     right.process()
     folder, _ = int4
     made, expected = graphs.load(folder / "model.onnx").graph, right.model.model.graph
-    assert [node.SerializeToString() for node in made.node] == [node.SerializeToString() for node in expected.node]
-    tensors, wanted = ({item.name: to_array(item) for item in graph.initializer} for graph in (made, expected))
-    assert sum(name.endswith("_Q4") for name in tensors) == 21
-    assert tensors.keys() == wanted.keys() and all((tensors[name] == wanted[name]).all() for name in tensors)
+    both = (made, expected)
+    products, wanted = ({node.name: node for node in graph.node if "layers." in node.name} for graph in both)
+    assert products == wanted and sum(node.op_type == "MatMulNBits" for node in products.values()) == 21
+    tensors, right = ({item.name: to_array(item) for item in graph.initializer} for graph in (made, expected))
+    of_layers = {name for node in products.values() for name in node.input} & right.keys()
+    assert len(of_layers) == 42 and all((tensors[name] == right[name]).all() for name in of_layers)
 
 
-@pytest.mark.parametrize(("precision", "shrinks"), [("fp16", 0.55), ("int8", 0.5), ("int4", 0.4)])
+def test_the_table_of_tokens_is_in_8_bits_and_in_the_file_once_where_it_is_the_output_layer_too(fp32, int4):
+    """ONNX Runtime's own quantizer leaves both in float32."""
+    import onnx as graphs
+
+    graph = graphs.load(int4[0] / "model.onnx", load_external_data=False).graph
+    nodes = {node.op_type: node for node in graph.node if "layers." not in node.name}
+    table, head = nodes["GatherBlockQuantized"], nodes["MatMulNBits"]
+    places = {item.name: {part.key: part.value for part in item.external_data} for item in graph.initializer}
+    assert places[table.input[0]] == places[head.input[1]] != {} and places[table.input[2]] == places[head.input[2]]
+    assert not [node for node in graph.node if node.op_type in ("MatMul", "Transpose") and node.input[-1] in places]
+    # What is looked up is the table, to half of a step of 8 bits; the largest number of a block to a step.
+    values = {item.name: to_array(item, str(int4[0])) for item in graph.initializer}
+    integers, scales = values[table.input[0]].astype(float) - 128, values[table.input[2]]
+    near = integers * scales.repeat(32, 1)
+    whole = next(item for item in graphs.load(fp32[0] / "model.onnx").graph.initializer if item.name in table.input[0])
+    off = abs(near - to_array(whole)) / abs(scales).repeat(32, 1)
+    assert off.max() < 1.01 and off.mean() < 0.3
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_graph_that_another_exporter_wrote_whole_is_rounded_the_same_way(tied, fp32, tmp_path):
+    """As optimum writes it: each matrix as it is multiplied with, the output layer beside the table."""
+    import onnx as graphs
+    from onnx.numpy_helper import from_array
+
+    model = graphs.load(fp32[0] / "model.onnx")
+    gather = next(node for node in model.graph.node if "input_ids" in node.input and node.op_type == "Gather")
+    table = next(item for item in model.graph.initializer if item.name == gather.input[0])
+    turn = next(node for node in model.graph.node if node.op_type == "Transpose" and table.name in node.input)
+    head = to_array(table)[:: 1 if tied else -1].T
+    model.graph.node.remove(turn)
+    model.graph.initializer.append(from_array(head.copy(), turn.output[0]))
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    for folder in (whole, out):
+        folder.mkdir()
+        shutil.copy(fp32[0] / "config.json", folder)
+    graphs.save(model, whole / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=512)
+    read = graphs.load(whole / "model.onnx", load_external_data=False)
+    streamed.written(read, streamed.stored(read, whole), out, 8)
+    tensors = graphs.load(out / "model.onnx", load_external_data=False).graph.initializer
+    places = {item.name: [part.value for part in item.external_data] for item in tensors}
+    assert (places[f"{table.name}_table_Q8"] == places[f"{turn.output[0]}_Q8"]) == tied
+    off = abs(Session(out).logits(IDS) - Session(whole).logits(IDS)).max()
+    assert 0 < off < 0.2
+
+
+@pytest.mark.parametrize(("precision", "shrinks"), [("fp16", 0.55), ("int8", 0.3), ("int4", 0.2)])
 def test_fewer_bits_are_smaller_and_say_what_they_lost(precision, shrinks, base, adapter, job, request):
     if precision == "int4":
         folder, notes = request.getfixturevalue("int4")
