@@ -128,6 +128,7 @@ OTHERS = {
         f"_beginning.max{kind}" for kind in ("level", "list", "dict", "string", "long", "other")
     },  # reprlib
     "serve/rollout/webhook.py": {"connection.sock"},  # http.client
+    "serve/server/connection.py": {"self.cycle.transport"},  # uvicorn
     "serve/server/launch.py": {"record.msg", "record.args", "record.exc_info"},  # logging
     "serve/server/logs.py": {"logger.handlers", "logger.propagate"},
     "serve/server/preloaded.py": {"os.environ"},

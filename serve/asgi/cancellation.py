@@ -34,14 +34,13 @@ class CancellableCall:
         self._cut = asyncio.Event()
         self._limit = asyncio.timeout(None)
         self._running = False
-
-    @property
-    def is_cut(self) -> bool:
-        return self._cut.is_set()
+        # Looked at for each token.
+        self.is_cut = False
 
     def cut(self, error: LoradockError) -> None:
-        if not self._cut.is_set():
+        if not self.is_cut:
             self._error = error
+            self.is_cut = True
             self._cut.set()
             if self._running:
                 self._limit.reschedule(asyncio.get_running_loop().time() + PATIENCE)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from starlette.types import Scope
+
+from serve.errors import LoradockError
 
 # Where the server leaves its connection in the scope of a request.
 CONNECTION = "loradock.connection"
@@ -23,6 +26,24 @@ class AnswerBody(Protocol):
 
     def write(self, piece: bytes) -> None:
         """Send a piece, in order with all that is sent by messages. Call it only while `is_open`."""
+
+    def hand_over(self, cut: Callable[[LoradockError], None]) -> Writer | None:
+        """The answer is a long one: who sends what follows, if that is another process now. `cut` ends the answer if
+        that process dies."""
+
+
+class Writer(Protocol):
+    """Another process that sends an answer."""
+
+    @property
+    def is_there(self) -> bool:
+        """It does, and its client reads as fast; once False, that stays."""
+
+    def form(self, head: bytes, tail: bytes) -> None:
+        """What stands before and behind each text that is to be said."""
+
+    def say(self, text: str) -> None:
+        """Send a text as JSON between these, in order with the pieces of the body."""
 
 
 class Connection(Protocol):

@@ -16,13 +16,16 @@ import msgspec
 from pydantic_core import to_json
 from starlette.types import Message, Scope, Send
 
-from serve.asgi.connection import BODY, AnswerBody
+from serve.asgi.connection import BODY, AnswerBody, Writer
+from serve.errors import LoradockError
 
 # The extension of a request's scope in which our HTTP protocol leaves its flow control.
 FLOW = "loradock.flow"
 
 # What stands before the text in a chunk, by route. No text can hold it: a quote in a text has a backslash before it.
 PLACES = {"/v1/chat/completions": b'"delta":{"content":', "/v1/completions": b'"text":'}
+# A stream is a long one after so many pieces. Handing it over and having it back costs about as much as ten of them.
+LONG = 16
 # Fields that choose the tokens and do not change the form of a chunk.
 _PLAIN = """
 model messages prompt stream stream_options n max_tokens max_completion_tokens min_tokens temperature top_p top_k min_p
@@ -71,6 +74,9 @@ class Call(Protocol):
     def is_cut(self) -> bool:
         """Nothing more of it is sent."""
 
+    def cut(self, error: LoradockError) -> None:
+        """End it with this error."""
+
 
 class FastStream:
     """One stream. The app sends through `send`, which learns the form of a chunk; the engine's output uses `write`."""
@@ -78,12 +84,14 @@ class FastStream:
     __slots__ = (
         "_body",
         "_call",
+        "_count",
         "_flow",
         "_head",
         "_middle",
         "_place",
         "_send",
         "_tail",
+        "_writer",
         "has_logprobs",
         "has_tools",
         "in_order",
@@ -101,6 +109,9 @@ class FastStream:
         self._flow = flow
         self._place = place
         self._head = self._middle = self._tail = b""
+        self._count = 0
+        # The other process that sends what is said.
+        self._writer: Writer | None = None
         # The app has sent all that it was given: what is written now comes in the right order.
         self.in_order = False
         # A sequence of the engine uses this stream.
@@ -146,6 +157,11 @@ class FastStream:
         """The client reads more slowly than tokens come: whoever sends more has to wait."""
         return self._flow.write_paused
 
+    @property
+    def is_handed(self) -> bool:
+        """Another process sends what is said: it has its turn, and is not `blocked`."""
+        return self._writer is not None and self._writer.is_there
+
     async def send(self, message: Message) -> None:
         await self._send(message)
         body = message.get("body", b"")
@@ -159,7 +175,15 @@ class FastStream:
 
     def write(self, text: str) -> None:
         """Send a chunk with this text. Call it only while `in_order` and not `blocked`: then nothing in here waits."""
-        self._write(to_json(text))
+        if self.is_handed:
+            self.say(text)
+        else:
+            self._write(to_json(text))
+
+    def say(self, text: str) -> None:
+        """The same, of one that `is_handed`."""
+        if self._writer is not None and self._call is not None and not self._call.is_cut:
+            self._writer.say(text)
 
     def write_delta(self, delta: bytes, logprobs: bytes = b"") -> None:
         """Send a chunk with this delta, JSON, by the same rules; one of a `parsed` stream that has `learned`. A stream
@@ -171,6 +195,9 @@ class FastStream:
         body = self._body
         if self._call is not None and body is not None and body.is_open:
             if not self._call.is_cut:
+                self._count += 1
+                if self._count % LONG == 0:
+                    self._hand_over(body, self._call)
                 body.write(chunk)
             return
         call = self._send({"type": "http.response.body", "body": chunk, "more_body": True})
@@ -179,6 +206,12 @@ class FastStream:
         except StopIteration:
             return
         raise RuntimeError("a send waited although the client reads")
+
+    def _hand_over(self, body: AnswerBody, call: Call) -> None:
+        writer = body.hand_over(call.cut)
+        if writer is not None and not self.parsed:
+            writer.form(self._head, self._tail)
+            self._writer = writer
 
     def _learn(self, body: bytes) -> None:
         """Cut vLLM's first chunk at its text."""

@@ -163,6 +163,21 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(f"resolver_folder takes a folder with adapters in it by name, not {config.resolver_folder}")
     if bool(config.ssl_certfile) != bool(config.ssl_keyfile):
         raise ConfigError("ssl_certfile and ssl_keyfile go together: give both or none")
+    _check_front_ends(config)
+
+
+def _check_front_ends(config: Config) -> None:
+    if config.front_ends in ("auto", "1"):
+        return
+    if config.ray:
+        raise ConfigError(
+            f"front_ends={config.front_ends} is for a server without Ray, which has its own HTTP: set replicas"
+        )
+    if config.ssl_certfile:
+        raise ConfigError(
+            f"front_ends={config.front_ends} cannot send over TLS, whose keys stay in the server: leave ssl_certfile "
+            "out and have a proxy in front, or set front_ends to 1"
+        )
 
 
 def _check_fleet(config: Config) -> None:

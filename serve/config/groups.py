@@ -27,6 +27,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Engine": (
         *("lora_kernels", "target_inter_token", "grace_period", "hang_timeout", "restart_wait", "max_restarts"),
         *("restart_window", "drain_timeout", "swap_tolerance", "vllm_patches", "coalesce_ms"),
+        "front_ends",
     ),
     "Drift, canaries, golden sets": (
         *("drift_threshold", "drift_reference", "drift_interval", "drift_logprobs", "drift_probe_interval"),

@@ -30,6 +30,7 @@ AutoOrSeconds = Annotated[
         pattern=r"^(auto|([0-9]+\.?|[0-9]*\.[0-9]+)([eE][+-]?[0-9]{1,2})?)$", description="auto, or seconds from 0 up"
     ),
 ]
+AutoOrCount = Annotated[str, Meta(pattern=r"^(auto|[1-9][0-9]?)$", description="auto, or a whole number from 1 to 99")]
 Texts = tuple[str, ...]
 
 MODERATION_CATEGORIES = (
@@ -123,6 +124,11 @@ class Config:
     coalesce_ms: FromZero = _setting(
         0.0,
         "milliseconds that tokens of a stream, but the first, may wait to go out together (0: each at once)",
+    )
+    front_ends: AutoOrCount = _setting(
+        "1",
+        "processes that send tokens to clients, the server among them: auto (2 beside a GPU with 4 cores or more), or "
+        "how many",
     )
     vllm_patches: Texts = _setting(
         ("all",),

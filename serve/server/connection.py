@@ -22,6 +22,7 @@ import logging
 import resource
 import select
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
@@ -32,6 +33,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from serve.asgi.connection import BODY, CONNECTION
 from serve.asgi.fast_stream import FLOW
+from serve.server.front_ends import Cut, FrontEnds, HandedConnection
 
 log = logging.getLogger(__name__)
 
@@ -131,11 +133,12 @@ class Connections:
 class ChunkedBody:
     """The body of an answer whose length is not known ahead, as uvicorn writes it."""
 
-    __slots__ = ("_cycle", "_write")
+    __slots__ = ("_connection", "_cycle", "_write")
 
-    def __init__(self, cycle: RequestResponseCycle) -> None:
+    def __init__(self, cycle: RequestResponseCycle, connection: GuardedProtocol) -> None:
         self._cycle = cycle
-        self._write = cycle.transport.write
+        self._connection = connection
+        self._write: Callable[[bytes], None] = cycle.transport.write
 
     @property
     def is_open(self) -> bool:
@@ -146,12 +149,19 @@ class ChunkedBody:
     def write(self, piece: bytes) -> None:
         self._write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
+    def hand_over(self, cut: Cut) -> HandedConnection | None:
+        handed = self._connection.hand_over(cut) if self.is_open else None
+        if handed is not None:
+            self._write = handed.write
+        return handed
+
 
 class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP with a deadline for each phase; see the module. Made by `guarded`."""
 
     seconds: float
     peers: Connections
+    front_ends: FrontEnds | None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -160,6 +170,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._body_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._handed: HandedConnection | None = None
         if not self.peers.add(self, self.client[0] if self.client else ""):
             self._refuse(503, "this server has no room for another connection: try again shortly")
             return
@@ -170,6 +181,8 @@ class GuardedProtocol(HttpToolsProtocol):
         for timer in (self._head_timer, self._body_timer, self._write_timer):
             if timer is not None:
                 timer.cancel()
+        if self._handed is not None:
+            self._handed.leave()
         super().connection_lost(exc)
 
     @property
@@ -203,6 +216,8 @@ class GuardedProtocol(HttpToolsProtocol):
             self._expect_head()  # bytes that began no request
 
     def on_message_begin(self) -> None:
+        if self._handed is not None and self._handed.is_here:
+            self.transport, self._handed = self._handed.transport, None
         super().on_message_begin()
         extensions: dict[str, Any] = self.scope.setdefault("extensions", {})
         extensions |= {FLOW: self.flow, CONNECTION: self}
@@ -228,7 +243,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if self.cycle is not None and self.cycle.scope is self.scope:
             extensions: dict[str, Any] = self.scope.setdefault("extensions", {})
-            extensions[BODY] = ChunkedBody(self.cycle)
+            extensions[BODY] = ChunkedBody(self.cycle, self)
         self._in_body, self._body_bytes = True, 0
         if self._body_timer is None:
             self._body_timer = self.loop.call_later(self.seconds * SLACK, self._check_body)
@@ -245,6 +260,22 @@ class GuardedProtocol(HttpToolsProtocol):
             self._body_timer = None
         if not self._refused:
             super().on_message_complete()
+
+    def hand_over(self, cut: Cut) -> HandedConnection | None:
+        """Have another process write what this connection's answer has still to say; None if none does."""
+        if self.front_ends is None or self.pipeline or (self._handed is not None and not self._handed.is_here):
+            return None
+        transport = self._handed.transport if self._handed is not None else self.transport
+        handed = self.front_ends.take(transport, cut)
+        if handed is not None:
+            writes: Any = handed
+            self._handed = self.transport = self.cycle.transport = writes
+        return handed
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._handed is not None:
+            self._handed.answered()
 
     def handle_websocket_upgrade(self) -> None:
         self._stop_expecting()
@@ -307,10 +338,12 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.close()
 
 
-def guarded(client_timeout: float, limits: ConnectionLimits | None = None) -> type[GuardedProtocol]:
-    """The protocol of one server, whose connections know of one another."""
+def guarded(
+    client_timeout: float, limits: ConnectionLimits | None = None, front_ends: FrontEnds | None = None
+) -> type[GuardedProtocol]:
+    """The protocol of one server, whose connections know of one another. `front_ends` write its long streams."""
     peers = Connections(limits or ConnectionLimits.of_descriptors(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
-    return type("Guarded", (GuardedProtocol,), {"seconds": client_timeout, "peers": peers})
+    return type("Guarded", (GuardedProtocol,), {"seconds": client_timeout, "peers": peers, "front_ends": front_ends})
 
 
 @lru_cache(1024)

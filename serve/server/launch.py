@@ -28,6 +28,7 @@ from serve.models import engine_memory, gpus, hardware
 from serve.models.checkpoint import EMBEDDED, find
 from serve.server import gpu_defaults
 from serve.server.connection import guarded, raise_descriptor_limit
+from serve.server.front_ends import FrontEnds, how_many
 from serve.server.garbage import collect_in_quiet
 from serve.server.logs import Log, log_to_stderr
 from serve.vllm_backend import forkserver
@@ -176,6 +177,8 @@ def _run(config: Config, sock: socket, output: Log) -> int:
 
     backends = [VLLMBackend(base.model, base.name, base.engine, config.coalesce_ms) for base in config.bases]
     app = build_app(config, backends, fail)
+    front_ends = FrontEnds(how_many(config.front_ends, secure=bool(config.ssl_certfile)) - 1)
+    app.state.parts.metrics.watch(front_ends)
     server = Server(
         uvicorn.Config(
             app,
@@ -184,14 +187,14 @@ def _run(config: Config, sock: socket, output: Log) -> int:
             access_log=False,
             timeout_graceful_shutdown=max(1, round(config.grace_period)),
             timeout_keep_alive=30,
-            http=guarded(config.client_timeout),
+            http=guarded(config.client_timeout, front_ends=front_ends),
             ssl_certfile=config.ssl_certfile or None,
             ssl_keyfile=config.ssl_keyfile or None,
         )
     )
     logging.getLogger("uvicorn.error").addFilter(_told_briefly)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve(server, app, sock, config))
+        runner.run(_serve(server, app, sock, config, front_ends))
     for error in failures:
         raise error
     return 0
@@ -216,7 +219,7 @@ def _told_briefly(record: logging.LogRecord) -> bool:
     return True
 
 
-async def _serve(server: Server, app: FastAPI, sock: socket, config: Config) -> None:
+async def _serve(server: Server, app: FastAPI, sock: socket, config: Config, front_ends: FrontEnds) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.ask_to_stop)
@@ -224,7 +227,8 @@ async def _serve(server: Server, app: FastAPI, sock: socket, config: Config) -> 
     host, port = sock.getsockname()[:2]
     announce = asyncio.create_task(_announce(app, f"{scheme}://{host}:{port}", server))
     try:
-        await server.serve(sockets=[sock])
+        async with front_ends.running():
+            await server.serve(sockets=[sock])
     finally:
         announce.cancel()
 

@@ -46,6 +46,21 @@ class TableDetokenizer(FastIncrementalDetokenizer):
 
     texts: TokenTexts
     whole: bool
+    _last_output_text_offset: int
+
+    def update(self, new_token_ids: list[int], stop_terminated: bool) -> str | None:
+        if not self.whole or stop_terminated or self.stop:
+            return super().update(new_token_ids, stop_terminated)
+        for token in new_token_ids:
+            self.token_ids.append(token)
+            self.output_text += (self.whole and self.texts[token]) or self.decode_next(token)
+        return None
+
+    def get_next_output_text(self, finished: bool, delta: bool) -> str:
+        if not delta or self.stop:
+            return super().get_next_output_text(finished, delta)
+        begin, self._last_output_text_offset = self._last_output_text_offset, len(self.output_text)
+        return self.output_text[begin:]
 
     def decode_next(self, next_token_id: int) -> str:
         if self.whole:

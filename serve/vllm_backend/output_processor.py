@@ -123,13 +123,15 @@ class Outputs(OutputProcessor):
         # States before: those that end here are forgotten by then.
         computed: list[tuple[Any, int]] = []
         others: list[tuple[Any, EngineCoreOutput, bool]] = []
+        states: dict[str, Any] = self.request_states
         for output in engine_core_outputs:
-            state = cast(Any, self.request_states.get(output.request_id))
+            state = states.get(output.request_id)
             if state is None:
                 continue
-            if state.fast_stream is not None and state.fast_stream.parsed and not state.runs_on:
+            stream = state.fast_stream
+            if stream is not None and stream.parsed and not state.runs_on:
                 _begin_parsed(state)
-            if state.fast_stream is not None and _goes_on(state, output):
+            if stream is not None and _goes_on(state, output):
                 self._update_stats_from_output(state, output, engine_core_timestamp, iteration_stats)
                 _take(state, output, weight_version)
                 self._send_on(state)
@@ -156,10 +158,14 @@ class Outputs(OutputProcessor):
         return done
 
     def _send_on(self, state: Any) -> None:
-        if state.fast_stream.parsed and not state.runs_on:
+        stream = state.fast_stream
+        if stream.parsed and not state.runs_on:
             return
-        if self.coalescing is None:
-            _forward(state, state.fast_stream)
+        if self.coalescing is None and not stream.is_handed:
+            _forward(state, stream)
+        elif self.coalescing is None:
+            if text := state.detokenizer.get_next_output_text(False, True):
+                stream.say(text)
         else:
             self.coalescing.hold(state.request_id, partial(self._release, state))
 
@@ -406,8 +412,8 @@ class Timed(RequestStateStats):
 
     @last_token_ts.setter
     def last_token_ts(self, now: float) -> None:
-        if self._last:
-            self.worst = max(self.worst, now - self._last)
+        if self._last and now - self._last > self.worst:
+            self.worst = now - self._last
         self._last = now
 
 

@@ -2,12 +2,15 @@
 
     python -m tests.campaigns.front_end [--streams 1000] [--rate 15] [--seconds 10] [--rounds 2]
                                         [--against CHECKOUT] [--kinds plain,logprobs,tools] [--without vllm]
+                                        [--front-ends 1,2]
 
 The engine is scripted (tests.support.scripted_core): a process of its own that gives every stream a token a step, over
 vLLM's own protocol, and computes nothing. Everything between is real: sockets, HTTP, vLLM's tokenizer, this server with
 its defaults. The same streams go, in turns, to this checkout, to another one (`--against`), and to `vllm serve`.
 
-CPU is the server's process, all of its threads, kernel and user, while all streams run and none begins or ends. A wait
+CPU is the server's process and its further front ends, all threads, kernel and user, while all streams run and none
+begins or ends. What a server carries is by its busiest process: tokens a second that keep that one busy on a core, all
+others beside it. So it can be told on a machine whose clients take the cores of the front ends. A wait
 is the time between two reads of a stream in which tokens were; with `--rate 15` an engine makes one every 67 ms.
 A server that cannot keep up, or that coalesces, sends several tokens at a time: there are less reads than tokens.
 """
@@ -67,6 +70,7 @@ KINDS: dict[str, dict[str, Any]] = {
 OPTIONS = ("--max-model-len", "8192", "--max-num-seqs", "1280", "--kv-cache-memory-bytes", "1G")
 _TEXT = re.compile(rb'"(?:content|text|reasoning)":"[^"]')
 START_SECONDS = 600
+FRONT_END = "front_end_process"
 
 
 @dataclass(slots=True)
@@ -121,7 +125,8 @@ class Stream(asyncio.Protocol):
 class Figures:
     """One run of one server with one kind of request."""
 
-    micros: float  # of the server's CPU for a token
+    micros: float  # of CPU for a token, all processes together
+    by_process: tuple[float, ...]  # the server's own, then its further front ends
     wait_p50: float
     wait_p99: float
     first_p50: float
@@ -130,10 +135,15 @@ class Figures:
     rate: float  # tokens a second that the engine made
     cores: float
 
+    @property
+    def busiest(self) -> float:
+        return max(self.by_process)
+
     def line(self) -> str:
+        parts = " + ".join(f"{micros:.1f}" for micros in self.by_process)
         return (
-            f"{self.micros:6.1f} us a token, {self.cores:.2f} cores at {self.rate:.0f} tokens/s; between tokens "
-            f"{self.wait_p50:.0f} ms p50, {self.wait_p99:.0f} p99; first {self.first_p50:.0f} ms p50, "
+            f"{self.micros:6.1f} us a token ({parts}), {self.cores:.2f} cores at {self.rate:.0f} tokens/s; "
+            f"between tokens {self.wait_p50:.0f} ms p50, {self.wait_p99:.0f} p99; first {self.first_p50:.0f} ms p50, "
             f"{self.first_p99:.0f} p99; {self.reads:.2f} reads a token"
         )
 
@@ -205,9 +215,12 @@ class Running:
             self.core.kill()
 
     @property
-    def cpu(self) -> float:
-        times = psutil.Process(self.server.pid).cpu_times()
-        return float(times.user + times.system)
+    def cpu(self) -> dict[int, float]:
+        """Seconds by process: the server's own, then its further front ends."""
+        server = psutil.Process(self.server.pid)
+        others = [child for child in server.children() if any(FRONT_END in word for word in child.cmdline())]
+        times = [(each.pid, each.cpu_times()) for each in (server, *others)]
+        return {pid: float(each.user + each.system) for pid, each in times}
 
 
 @contextmanager
@@ -249,7 +262,8 @@ async def measured(server: Running, kind: str, streams: int, seconds: float, pro
     load.counting, cpu, emitted, began = True, server.cpu, server.emitted.value, time.perf_counter()
     await asyncio.sleep(seconds)
     load.counting, took = False, time.perf_counter() - began
-    used, tokens = server.cpu - cpu, server.emitted.value - emitted
+    tokens = server.emitted.value - emitted
+    used = [seconds - cpu[pid] for pid, seconds in server.cpu.items()]
     if profile:
         server.server.send_signal(signal.SIGUSR2)
         await asyncio.sleep(1)
@@ -260,8 +274,9 @@ async def measured(server: Running, kind: str, streams: int, seconds: float, pro
         raise RuntimeError(f"{load.broken} streams broke off:\n{tail(server.log)}")
     waits, first = quantiles(load.waits), quantiles(load.first)
     return Figures(
-        1e6 * used / tokens, 1e3 * waits(50), 1e3 * waits(99), 1e3 * first(50), 1e3 * first(99),
-        load.reads / tokens, tokens / took, used / took,
+        1e6 * sum(used) / tokens, tuple(1e6 * each / tokens for each in used),
+        1e3 * waits(50), 1e3 * waits(99), 1e3 * first(50), 1e3 * first(99),
+        load.reads / tokens, tokens / took, sum(used) / took,
     )  # fmt: skip
 
 
@@ -278,6 +293,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--against", type=Path, help="another checkout of this project")
     parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--front-ends", default="1", help="how many this checkout has, each in turn: 1,2")
     parser.add_argument("--without", default="", help="parties to leave out: this, vllm")
     parser.add_argument("--profile", default="", help="a file for cProfile's statistics of this checkout's server")
     asked = parser.parse_args()
@@ -285,7 +301,10 @@ def main() -> None:
 
     script = AutoTokenizer.from_pretrained(ensure("smollm2"))(SCRIPT, add_special_tokens=False)["input_ids"]
     tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
-    parties = [Party("this", "loradock", ROOT, tools)]
+    parties = [
+        Party(f"this {count}" if count != "1" else "this", "loradock", ROOT, (*tools, "--front-ends", count))
+        for count in asked.front_ends.split(",")
+    ]
     if asked.against:
         parties.append(Party("against", "loradock", asked.against.resolve(), tools))
     parties.append(Party("vllm", "vllm", ROOT, tools))
@@ -300,8 +319,11 @@ def main() -> None:
                     seen.setdefault((party.name, kind), []).append(found)
                     print(f"{party.name:8} {kind:9} {found.line()}", flush=True)
     for (name, kind), runs in seen.items():
-        micros = statistics.median(found.micros for found in runs)
-        print(f"{name:8} {kind:9} median {micros:.1f} us a token, {1e6 / micros:.0f} tokens/s a core")
+        micros, busiest = (statistics.median(each) for each in zip(*((r.micros, r.busiest) for r in runs), strict=True))
+        carried = f"{1e6 / busiest:.0f} tokens/s by its busiest process"
+        if name != "this" and (alone := seen.get(("this", kind))):
+            carried += f", {statistics.median(run.busiest for run in alone) / busiest:.2f} times what one carries"
+        print(f"{name:8} {kind:9} median {micros:.1f} us a token, {carried}")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def collector(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collector]:
 def server(
     adapters: dict[str, Path], hub: Hub, collector: Collector, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """With keys, a small upload limit, traces, and the real model."""
+    """With keys, a small upload limit, traces, a second front end, and the real model."""
     folder = tmp_path_factory.mktemp("server")
     settings = (
         "--max-upload-bytes",
@@ -48,6 +48,9 @@ def server(
         # All tests' versions, none of them under `other`.
         "--max-labelled-versions",
         "1000",
+        # Long streams are sent by another process; those of other tests' servers are not.
+        "--front-ends",
+        "2",
         *WATCHED,
         *SMALL,
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from tests.support.server import AS_ON_A_GPU, BASE, Answer, Server, refused
+from tests.support.server import AS_ON_A_GPU, BASE, Answer, Server, eventually, refused
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -358,7 +359,12 @@ def words(text: str) -> set[str]:
     ],
 )
 def test_a_stream_by_the_short_way_is_vllms_own(server: Server, model: str, path: str, asked: dict[str, Any]):
-    """A field that is not plain makes vLLM write every chunk itself; but for its id nothing may differ."""
+    """A field that is not plain makes vLLM write every chunk, and the server send it; only its id differs."""
+
+    def handed() -> float:
+        found = re.search(r"^loradock_handed_streams_total (\S+)", server.http.get("/metrics").text, re.MULTILINE)
+        assert found
+        return float(found[1])
 
     def stream(**more: Any) -> tuple[list[dict[str, Any]], str]:
         body = {"model": model, "max_tokens": 80, "temperature": 0, "stream": True, **asked, **more}
@@ -377,7 +383,9 @@ def test_a_stream_by_the_short_way_is_vllms_own(server: Server, model: str, path
 
     if AS_ON_A_GPU:
         stream()  # vLLM's layers round a prompt otherwise than what is cached of it; loradock's kernels do not
+    before = handed()
     short, said = stream()
+    assert eventually(lambda: handed() > before), "no other process sent its tokens"
     own, told = stream(echo=False)
     assert said == told and len(said) > 100
     assert [shape for n, shape in enumerate(short) if shape not in short[:n]] == [

@@ -354,6 +354,16 @@ SPEED: tuple[Patch, ...] = (
                 "b5dd0b9717d8",
                 via="serve.vllm_backend.detokenizer",
             ),
+            Function(
+                "vllm.v1.engine.detokenizer:FastIncrementalDetokenizer.update",
+                "4b610566b4c1",
+                via="serve.vllm_backend.detokenizer",
+            ),
+            Function(
+                "vllm.v1.engine.detokenizer:FastIncrementalDetokenizer.get_next_output_text",
+                "63a7cf0dea65",
+                via="serve.vllm_backend.detokenizer",
+            ),
         ),
         process="server",
     ),

@@ -16,9 +16,11 @@ import pytest
 import uvicorn
 from prometheus_client import CollectorRegistry
 
+from serve.asgi.cancellation import CancellableCall
 from serve.asgi.connection import BODY
-from serve.asgi.fast_stream import FLOW, FastStream
+from serve.asgi.fast_stream import FLOW, LONG, FastStream
 from serve.server.connection import guarded
+from serve.server.front_ends import FrontEnds
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 FIRST = {
@@ -98,13 +100,14 @@ def test_what_is_not_plain_goes_vllms_way(fields):
     assert FastStream.of({"path": CHAT}, {"stream": True}, None) is None, "nobody says whether the client reads"
 
 
-@pytest.mark.parametrize("call", [None, SimpleNamespace(is_cut=False)], ids=["by messages", "past them"])
-async def test_uvicorn_says_whether_the_client_reads_and_sends_without_waiting(call):
+@pytest.mark.parametrize("past", [False, True], ids=["by messages", "past them"])
+async def test_uvicorn_says_whether_the_client_reads_and_sends_without_waiting(past):
     """A client who stops reading is seen; until then every write goes out at once, in order."""
     seen = SimpleNamespace(blocked=False, ways=[])
 
     async def app(scope, receive, send):
-        way = FastStream.of(scope, {"stream": True}, send, call)
+        call = CancellableCall(receive, send, lambda: None)
+        way = FastStream.of(scope, {"stream": True}, send, call if past else None)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await way.send(body(chunk(CHAT, "first")))
         for number in range(200_000):
@@ -135,9 +138,13 @@ class Body:
     def __init__(self):
         self.is_open = True
         self.pieces = []
+        self.offers = []
 
     def write(self, piece):
         self.pieces.append(piece)
+
+    def hand_over(self, cut):
+        self.offers.append((len(self.pieces), cut))
 
 
 async def test_pieces_go_past_the_messages_until_the_call_is_cut_or_the_client_is_gone():
@@ -157,6 +164,21 @@ async def test_pieces_go_past_the_messages_until_the_call_is_cut_or_the_client_i
     call.is_cut, answer_body.is_open = False, False
     way.write("d")
     assert said(b"".join(sent)) == ["a", "d"], "whoever sends messages knows what becomes of it"
+
+
+async def test_a_long_stream_is_offered_to_another_process_and_a_short_one_is_not():
+    answer_body, call = Body(), CancellableCall(None, None, None)
+
+    async def send(message): ...
+
+    way = FastStream(send, SimpleNamespace(write_paused=False), b'"text":', call, answer_body)
+    await way.send(body(chunk(COMPLETIONS, "a")))
+    for _ in range(LONG - 1):
+        way.write("b")
+    assert not answer_body.offers
+    for _ in range(2 * LONG):
+        way.write("b")
+    assert answer_body.offers == [(LONG - 1, call.cut), (2 * LONG - 1, call.cut)], "again, if it had to come back"
 
 
 async def test_who_has_to_see_each_piece_does():
@@ -360,10 +382,12 @@ MESSAGES = {"messages": [{"role": "user", "content": "Tell me."}]}
 HERMES = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
 
 
-async def test_vllms_own_server_tells_a_stream_alike_by_both_ways(monkeypatch, quiet_root):
-    """vLLM's whole server over a scripted engine, under uvicorn; one odd field keeps the fast stream out."""
+@pytest.mark.parametrize("beside", [0, 1])
+async def test_vllms_own_server_tells_a_stream_alike_by_both_ways(monkeypatch, quiet_root, beside):
+    """vLLM's whole server over a scripted engine, under uvicorn; one odd field keeps the fast stream out, and so with
+    it whatever process there is beside the server to send its tokens."""
     prompt = {"prompt": "Once upon a time", "stop": ["never said", "xyz"]}
-    async with vllm_server(monkeypatch, HERMES) as server:
+    async with vllm_server(monkeypatch, HERMES, beside) as server:
         for path, request_fields in ((CHAT, MESSAGES), (COMPLETIONS, prompt)):
             told, short, counted = await server.both_ways(path, request_fields, STORY)
             assert short == [True, False]
@@ -417,7 +441,7 @@ async def test_what_vllms_parser_makes_of_a_text_is_told_alike(options, stories,
         write(way, piece)
 
     monkeypatch.setattr(FastStream, "_write", note)
-    async with vllm_server(monkeypatch, options) as server:
+    async with vllm_server(monkeypatch, options, beside=1) as server:
         for request_fields, story in stories:
             for stops in (True, False):
                 written.clear()
@@ -478,7 +502,8 @@ def _replaced(serving, ours, stock, *arguments, **more):
 
 
 @asynccontextmanager
-async def vllm_server(monkeypatch, options):
+async def vllm_server(monkeypatch, options, beside=0):
+    """`beside`: further processes that send tokens."""
     pytest.importorskip("vllm")
     from transformers import AutoTokenizer
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -515,7 +540,8 @@ async def vllm_server(monkeypatch, options):
 
     async def endpoint(scope, receive, send):
         message = await receive()
-        way = FastStream.of(scope, json.loads(message["body"]), send, SimpleNamespace(is_cut=False))
+        call = CancellableCall(receive, send, lambda: None)
+        way = FastStream.of(scope, json.loads(message["body"]), send, call)
         watch = Watch(fast_stream=way)
         again = [message]
 
@@ -531,14 +557,18 @@ async def vllm_server(monkeypatch, options):
         generations = [sequence.read() for sequence in watch.sequences]
         both.counted.append(count_prompt_tokens(generations) + count_generated_tokens(generations))
 
-    server = uvicorn.Server(uvicorn.Config(endpoint, port=0, log_level="error", http=guarded(60), lifespan="off"))
+    front_ends = FrontEnds(beside)
+    http = guarded(60, front_ends=front_ends)
+    server = uvicorn.Server(uvicorn.Config(endpoint, port=0, log_level="error", http=http, lifespan="off"))
     serving = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    both = Both(url, core, AutoTokenizer.from_pretrained(model))
     try:
-        yield both
+        async with front_ends.running():
+            while not server.started or len(front_ends.pids) < beside:
+                await asyncio.sleep(0.01)
+            url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+            both = Both(url, core, AutoTokenizer.from_pretrained(model))
+            yield both
+            assert bool(front_ends.handed) == bool(beside)
     finally:
         server.should_exit = True
         await serving
