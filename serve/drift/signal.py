@@ -188,22 +188,27 @@ class Signal:
         """Evidence and effect have, since `acknowledge`."""
         return self.alarmed_at is not None
 
-    def update_facts(self, lane: str, facts: Facts, now: float) -> bool:
-        """Take what is plain about one answer, or a block of them; True when it raised the alarm."""
-        self.fixed[lane].update(facts, now)
-        if self.alarmed_at is not None or not self.moved():
-            return False
-        self.alarmed_at = self._began_at = self.samples
-        self.alarms += 1
-        return True
+    def fact_runs(self, lane: str, units: Sequence[Facts], nows: Sequence[float]) -> Iterator[bool]:
+        """Take what is plain about some answers, or blocks of them, to be run to its end; True after the one that
+        raised the alarm."""
+        fixed = self.fixed[lane]
+        for _ in fixed.steps(units, nows):
+            alarms = self.alarmed_at is None and bool(fixed.moved(self._log_fixed_threshold))
+            if alarms:
+                self.alarmed_at = self._began_at = self.samples
+                self.alarms += 1
+            yield alarms
 
     def moved(self) -> list[Moved]:
         """What of the answers has left its fixed reference for sure, the strongest first."""
-        # Evidence in bags raises an alarm once in SURE thresholds; this is what is left of the promise. A unit belongs
-        # to one lane, so that those of all lanes have no more false alarms together than of one.
-        threshold = self.log_threshold - math.log1p(-1 / SURE)
-        moved = [each for fixed in self.fixed.values() for each in fixed.moved(threshold)]
+        moved = [each for fixed in self.fixed.values() for each in fixed.moved(self._log_fixed_threshold)]
         return sorted(moved, key=lambda each: -each.log_evidence)
+
+    @property
+    def _log_fixed_threshold(self) -> float:
+        """Evidence in bags raises an alarm once in SURE thresholds; this is what is left of the promise. A unit belongs
+        to one lane, so that those of all lanes have no more false alarms together than of one."""
+        return self.log_threshold - math.log1p(-1 / SURE)
 
     @property
     def log_evidence(self) -> float:

@@ -486,9 +486,18 @@ class WatchedVersion:
         for _, signal, row in chain.from_iterable(taken):
             rows.setdefault(signal, []).append(row)
         runs = {signal: signal.runs(each) for signal, each in rows.items()}
+        lanes = [self._lane(sample) for sample in samples]
+        units: dict[tuple[Signal, str], list[_Sample]] = {}
+        for sample, lane in zip(samples, lanes, strict=True):
+            if lane is not None:
+                units.setdefault(lane, []).append(sample)
+        facts = {
+            (signal, lane): signal.fact_runs(lane, [each.facts for each in known], [each.began for each in known])
+            for (signal, lane), known in units.items()
+        }
         # How many samples the last run of each signal still covers, and whether it raises the alarm at its end.
         ends = dict.fromkeys(runs, (0, False))
-        for sample, signals in zip(samples, taken, strict=True):
+        for sample, signals, lane in zip(samples, taken, lanes, strict=True):
             if sample.quote is not None:
                 self._quotes.append((sample.rows[PROMPT], sample.quote))
             if sample.prompt is not None and not sample.routed:
@@ -503,28 +512,28 @@ class WatchedVersion:
                 left, alarms = ends[signal] if ends[signal][0] else next(runs[signal])
                 ends[signal] = left - 1, alarms
                 if alarms and left == 1:
-                    self.moved[kind] = describe(signal, self._profiles(kind), self._since(signal))
-                    self.alarmed[kind] = sample.began
-                    effects, moved = signal.beyond(), self.moved[kind]
-                    yield DriftAlarm(self.adapter, self.version, kind, effects, signal.log_evidence, moved)
-            yield from self._compare_facts(sample)
-        for each in runs.values():
+                    yield self._alarm(kind, signal, sample.began)
+            if lane is not None and next(facts[lane]):
+                yield self._alarm(OUTPUT, lane[0], sample.began)
+        for each in (*runs.values(), *facts.values()):
             next(each, None)
 
-    def _compare_facts(self, sample: _Sample) -> Iterator[DriftAlarm]:
-        """What is plain about an answer, with the reference of its parameters that does not learn."""
+    def _alarm(self, kind: str, signal: Signal, began: float) -> DriftAlarm:
+        self.moved[kind] = describe(signal, self._profiles(kind), self._since(signal))
+        self.alarmed[kind] = began
+        return DriftAlarm(self.adapter, self.version, kind, signal.beyond(), signal.log_evidence, self.moved[kind])
+
+    def _lane(self, sample: _Sample) -> tuple[Signal, str] | None:
+        """What compares the plain facts of an answer with a reference of its parameters that does not learn."""
         strata, later = self.baseline.strata[OUTPUT], FOLLOW_UP in sample.rows
         if later:
             strata.count(sample.stratum)
         signal = strata.signal(sample.stratum) if sample.facts else None
         if signal is None:
-            return
+            return None
         lane = LATER if later else FIRST
         self.rows_watched += later and signal.fixed[lane].watching
-        if signal.update_facts(lane, sample.facts, sample.began):
-            self.moved[OUTPUT] = moved = describe(signal, self._profiles(OUTPUT), self._since(signal))
-            self.alarmed[OUTPUT] = sample.began
-            yield DriftAlarm(self.adapter, self.version, OUTPUT, signal.beyond(), signal.log_evidence, moved)
+        return signal, lane
 
     def _times_of(self, signal: Signal) -> deque[float]:
         times = self._times.get(signal)

@@ -11,6 +11,7 @@ weighted mean of many R (Shin, Ramdas and Rinaldo, E-detectors, 2022).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
 from statistics import NormalDist
 from typing import TypeAlias
 
@@ -80,11 +81,25 @@ class Runs:
         r: NDArray[np.float64] = self._both[0]
         return r
 
-    def steps(self, bets: NDArray[np.float64], nows: Sequence[int]) -> Iterator[None]:
-        """Place (n, bets) of n requests, one after another."""
+    @property
+    def page(self) -> NDArray[np.float64]:
+        """(bets,) Page's statistic."""
+        page: NDArray[np.float64] = self._both[1]
+        return page
+
+    @property
+    def start(self) -> NDArray[np.int64]:
+        """(bets,): the update after which each run of it began."""
+        return self._start
+
+    def steps(
+        self, bets: NDArray[np.float64], nows: Sequence[int], counts: NDArray[np.float64] | None = None
+    ) -> Iterator[None]:
+        """Place (n, bets) of n requests, one after another. counts: (n, bets) 0 where there is no bet on a request, 1
+        for all by default."""
         path, last = np.empty((len(bets), *self._both.shape)), self._both
-        for both, bet in zip(path, bets, strict=True):
-            np.add(last[0], 1.0, out=both[0])
+        for both, bet, count in zip(path, bets, repeat(1.0) if counts is None else counts, strict=False):
+            np.add(last[0], count, out=both[0])
             np.maximum(last[1], 1.0, out=both[1])
             both *= bet
             last = np.minimum(both, MOST, out=both)
@@ -107,7 +122,7 @@ class Runs:
         self._start[:] = now
 
     def state(self) -> State:
-        return {"r": self.r.copy(), "page": self._both[1].copy(), "start": self._start.copy()}
+        return {"r": self.r.copy(), "page": self.page.copy(), "start": self._start.copy()}
 
     def restore(self, state: Mapping[str, NDArray]) -> None:
         """Go on where this `state()` was."""

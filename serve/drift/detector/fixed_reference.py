@@ -1,19 +1,21 @@
-"""Has a share or a mean left what it was in the reference? Evidence that never learns what is there now.
+"""Has a share or a mean left what it was in the reference? Evidence that does not fall again while the change lasts.
 
     reference = FixedReference({"refusal": Kind.SHARE, "longer": Kind.RANK}, needed=1000)
     reference.update({"refusal": 0.0, "longer": 5.1}, now)     # the first `needed` of each are the reference
     reference.log_evidence, reference.moved(threshold)
 
 The bags of `detector.detector` take in what comes, so that a share which stays higher is normal after some hundred
-requests. Here each number lies between 0 and 1, and a bet on it is 1 + l (x - p): its mean is at most 1 as long as the
-mean of x, given what came before, is at most p (Waudby-Smith and Ramdas, Estimating means of bounded random variables
-by betting, 2024). With R <- (R + 1) e of each bet the mean time until R reaches c is at least c (Shin, Ramdas and
-Rinaldo, E-detectors, 2022).
+requests. Here each number lies between 0 and 1, and a bet on it is 1 + l (x - p): its mean is 1 where p is the mean of
+x, given what came before (Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting, 2024). With
+R <- (R + 1) e of each bet the mean time until R reaches c is at least c (Shin, Ramdas and Rinaldo, E-detectors, 2022).
 
-What p is, the reference tells with an error. So R is kept for a grid of p, and each counts as much as the reference
-speaks against that p: E(p), a mean of such bets on the reference, is an e-value if p is the mean. Given the reference
-the time until E(p) R(p) reaches c is at least c / E(p) in the mean, and by Jensen's inequality at least c over all
-references. The evidence is the least of the grid's, which is not above that of the true p.
+Of a SHARE p is estimated from the reference and all that came since, as (hits + 1/2) / (requests + 1): what a share
+drawn by Jeffreys' law is expected to be (Krichevsky and Trofimov, IEEE Transactions on Information Theory 27, 1981).
+With l = (q - p) / (p (1 - p)) the bets won since some request are the ratio of two likelihoods: of one share up to
+there and q from there on, and of one share for all. So what is there now counts in both: the ratio grows as long as the
+share stays near q, up to what a reference of that size can tell. R - t is a martingale, and the mean time at least c,
+in the mean over the shares that the reference leaves possible; `tests/serve/drift/detector/test_fixed_reference.py`
+counts it share by share.
 
 A RANK is the place of a number among those of the reference, by its mean too: p is a half, and as much more as the
 reference's own error (`SURE` standard errors).
@@ -25,17 +27,16 @@ those of independent ones. By as much as they do, p is higher.
 from __future__ import annotations
 
 import math
-from array import array
-from bisect import bisect_left, bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from serve.drift.state_arrays import own
+from serve.drift.detector.bets import Runs
+from serve.drift.state_arrays import below, own, prefixed
 
 Floats: TypeAlias = NDArray[np.floating]
 
@@ -44,8 +45,6 @@ Floats: TypeAlias = NDArray[np.floating]
 RISES = np.array((0.03, 0.06, 0.12, 0.3))
 RANK_RISES = np.array((0.06, 0.12, 0.2, 0.3))
 BET_WEIGHTS = np.array((0.3, 0.4, 0.2, 0.1))
-# Shares that are tried for the reference's: so many, up to so many standard errors above the one that was seen.
-GRID, FARTHEST = 16, 6.0
 # Standard errors by which the mean of a rank may be off.
 SURE = 3.0
 # Numbers whose mean is a local one.
@@ -74,6 +73,15 @@ class Moved:
     log_evidence: float
 
 
+class _Units(NamedTuple):
+    """Some units: the number of the first, when each came, and (3, units, numbers) up to each how many there were, the
+    sum of the numbers, and that of what is bet on."""
+
+    first: int
+    nows: Floats
+    sums: Floats
+
+
 class FixedReference:
     """kinds: by name. needed: of each number for its reference. weights: what each weighs in the evidence, 1 by
     default. Not thread-safe."""
@@ -86,17 +94,20 @@ class FixedReference:
         self._weights = given / given.sum()
         self._gathered: list[list[float]] = [[] for _ in self.kinds]
         self._ready = np.zeros(n, np.bool_)
-        # By number, share of the grid and rise.
-        self._shares, self._against = np.full((n, GRID), 0.5), np.zeros((n, GRID))
-        self._stakes, self._run = np.zeros((n, GRID, len(RISES))), np.zeros((n, GRID, len(RISES)))
-        self._before = np.zeros(n)  # the mean in the reference, of a rank that of the number
-        # By number and rise, the bets since they last won nothing (Page's CUSUM): when that was, how many came, and
-        # their sums; of a rank also of the ranks.
-        self._won, self._since = np.ones((n, len(RISES))), np.zeros((n, len(RISES)))
-        self._count, self._sums, self._rank_sums = (np.zeros((n, len(RISES))) for _ in range(3))
-        self._sorted: dict[int, array[float]] = {}
-        # The numbers' evidence, None until one looks.
-        self._least: Floats | None = None
+        # A share is expected to be what it was in so many units, those of the reference and all since, whose sum is
+        # kept; a rank a half; and either by its margin more.
+        self._share = np.array([kind is Kind.SHARE for kind in self.kinds.values()])
+        self._units, self._sum, self._margin = np.zeros(n), np.zeros(n), np.zeros(n)
+        # By number and rise: the mean that is bet on, and the bets.
+        self._higher, self._runs = np.zeros((n, len(RISES))), Runs(n * len(RISES))
+        # In the reference: its size, and the mean, of a rank that of the number.
+        self._size, self._before = np.zeros(n), np.zeros(n)
+        # By number and rise, of the bets since they last won nothing: when that was; how many came, the sum of their
+        # numbers, and that of what is bet on.
+        self._since, self._tallies = np.zeros((n, len(RISES))), np.zeros((3, n, len(RISES)))
+        self._sorted: dict[int, Floats] = {}
+        self._count = 0  # of units, and those that are placed now
+        self._placed: _Units | None = None
 
     def gather(self, needed: int) -> None:
         """So many make a reference, where none is full yet."""
@@ -114,158 +125,162 @@ class FixedReference:
     @property
     def log_evidence(self) -> float:
         """ln of the weighted mean over the numbers."""
-        evidence = float(self._evidence() @ self._weights)
+        evidence = float(self.evidence @ self._weights)
         return math.log(evidence) if evidence > 0 else -math.inf
 
     def update(self, values: Mapping[str, float | None], now: float) -> None:
         """Take in one unit; what is missing, or None, is left out."""
-        x, raw = np.zeros((2, len(self.kinds), 1))
-        seen = np.zeros_like(x)
-        for i, (name, kind) in enumerate(self.kinds.items()):
-            value = values.get(name)
-            if value is None or not math.isfinite(value):
-                continue
-            if not self._ready[i]:
-                self._gather(i, value)
-                continue
-            seen[i], raw[i] = 1, value
-            x[i] = value if kind is Kind.SHARE else self._rank(i, value, kind)
-        if not seen.any():
-            return
+        for _ in self.steps([values], [now]):
+            pass
+
+    def steps(self, units: Sequence[Mapping[str, float | None]], nows: Sequence[float]) -> Iterator[None]:
+        """`update` with each of several units, to be run to its end: faster than one by one, with the same numbers."""
+        rows = self._read(units)
+        seen, _, x = rows
+        self._placed = _Units(self._count + 1, np.array(nows), rows.cumsum(axis=1))
+        count, _, total = self._placed.sums
+        expected = self._expected(count - seen, total - x)
         # What is missing multiplies by 1 and adds 0.
-        factors = 1 + self._stakes * ((x - self._shares) * seen)[..., None]
-        self._run += seen[..., None]
-        self._run *= factors
-        self._least = None
-        self._won *= factors[:, 0]
-        self._count += seen
-        self._sums += raw
-        self._rank_sums += x
-        # What came so far speaks against a change: it began later.
-        quiet = self._won <= 1
-        np.putmask(self._since, quiet, now)
-        np.putmask(self._won, quiet, 1)
-        for kept in (self._count, self._sums, self._rank_sums):
-            np.putmask(kept, quiet, 0)
+        stakes, numbers = self._stakes(expected), range(self._count + 1, self._count + 1 + len(units))
+        bets = 1 + stakes * ((x - expected) * seen)[..., None]
+        placed = (stakes > 0) * seen[..., None]
+        for _ in self._runs.steps(bets.reshape(len(units), -1), numbers, placed.reshape(len(units), -1)):
+            self._count += 1
+            yield
+        self._since, self._tallies = self._since_then()
+        self._units += self._share * count[-1]
+        self._sum += self._share * total[-1]
+        self._placed = None
+
+    def _read(self, units: Sequence[Mapping[str, float | None]]) -> Floats:
+        """(3, units, numbers): 1 for what there is besides the reference; the numbers, and what is bet on, or 0."""
+        raw = np.array([[unit.get(name) for name in self.kinds] for unit in units], np.float64)
+        for i in np.flatnonzero(~self._ready).tolist():
+            self._gather(i, raw[:, i])
+        seen = np.isfinite(raw) & self._ready
+        raw = np.where(seen, raw, 0)
+        x = raw.copy()
+        for i in self._sorted:
+            x[:, i] = self._ranks(i, raw[:, i]) * seen[:, i]
+        return np.array((seen, raw, x))
+
+    def _since_then(self) -> tuple[Floats, Floats]:
+        """By number and rise, when the bets last won nothing, and the tallies since."""
+        if self._placed is None:
+            return self._since, self._tallies
+        first, nows, sums = self._placed
+        start = self._runs.start.reshape(self._since.shape) - first
+        among, at = start >= 0, np.maximum(start, 0)
+        then = sums[:, at, np.arange(len(at))[:, None]]
+        tallies = sums[:, self._count - first, :, None] - np.where(among, then, -self._tallies)
+        return np.where(among, nows[at], self._since), tallies
+
+    def _expected(self, units: ArrayLike = 0.0, total: ArrayLike = 0.0) -> Floats:
+        """(..., numbers): the mean of each, given what came before, and so many units of that sum."""
+        total, units = self._sum + self._share * total, self._units + self._share * units
+        return np.minimum((total + 0.5) / (units + 1) + self._margin, _SAFE)
+
+    def _stakes(self, expected: Floats) -> Floats:
+        """(..., numbers, rises): as the ratio of likelihoods of a share that is higher; no rank is 0 or 1 alone."""
+        spread = np.where(self._share, expected * (1 - expected), 1 / 12)
+        rises = np.maximum(self._higher - expected[..., None], 0)
+        stakes: Floats = np.minimum(rises / spread[..., None], _SAFE / expected[..., None])
+        return stakes
 
     def moved(self, log_threshold: float) -> list[Moved]:
         """Numbers whose own part of the evidence is beyond the threshold, by as much as matters; the strongest
         first."""
-        evidence, least = self._evidence() * self._weights, math.exp(min(log_threshold, 700.0))
-        if np.maximum.reduce(evidence) < least:
+        least = math.exp(min(log_threshold, 700.0))
+        if np.maximum.reduce(self._runs.r) < least:  # and so are their weighted means
             return []
-        moved, kinds = [], list(self.kinds.items())
+        moved, kinds, evidence = [], list(self.kinds.items()), self.evidence * self._weights
+        since, tallies = self._since_then()
+        strongest = self._runs.page.reshape(since.shape).argmax(axis=1)
         for i in np.flatnonzero(evidence >= least).tolist():
-            (name, kind), best = kinds[i], (i, int(self._won[i].argmax()))
-            count = int(self._count[best])
+            (name, kind), best = kinds[i], (i, strongest[i])
+            count, total, bet_on = (float(tally[best]) for tally in tallies)
             if not count:
                 continue
-            before, now = float(self._before[i]), float(self._sums[best] / count)
+            before, now = float(self._before[i]), total / count
             if kind is Kind.SHARE:
                 matters = now - before >= LEAST["share"]
             else:
-                matters = float(self._rank_sums[best] / count) - 0.5 >= LEAST["rank"]
+                matters = bet_on / count - 0.5 >= LEAST["rank"]
             if matters:
-                moved.append(Moved(name, before, now, float(self._since[best]), count, math.log(evidence[i])))
+                moved.append(Moved(name, before, now, float(since[best]), int(count), math.log(evidence[i])))
         return sorted(moved, key=lambda each: -each.log_evidence)
 
     def reset(self) -> None:
         """An alarm has been dealt with: the evidence begins again at nothing, the reference stays."""
-        self._run[:], self._least = 0, None
-        self._won[:] = 1
-        for kept in (self._count, self._sums, self._rank_sums):
-            kept[:] = 0
+        self._runs.reset(self._count)
+        self._tallies[:] = 0
+        self._units[:] = self._size * self._share
+        self._sum[:] = self._units * self._before
 
-    def begin(self, name: str, values: Floats) -> None:
-        """Make these the reference of one number."""
-        i = list(self.kinds).index(name)
-        self._gathered[i] = [float(value) for value in values]
-        self._freeze(i)
+    @property
+    def evidence(self) -> Floats:
+        """(numbers,): the mean of R over the bets, 0 while a number has no reference."""
+        evidence: Floats = self._runs.r.reshape(self._higher.shape) @ BET_WEIGHTS
+        return evidence
 
-    def _evidence(self) -> Floats:
-        """(numbers,): the least of the grid's, 0 while a number has no reference."""
-        if self._least is None:
-            self._least = (self._run @ BET_WEIGHTS * self._against).min(axis=1)
-        return self._least
-
-    def _rank(self, i: int, value: float, kind: Kind) -> float:
-        """The middle of those that are equal."""
+    def _ranks(self, i: int, values: Floats) -> Floats:
+        """Of values of a number that is a rank: the middle of those that are equal."""
         reference = self._sorted[i]
-        rank = (bisect_left(reference, value) + bisect_right(reference, value)) / (2 * len(reference))
-        return rank if kind is Kind.RANK else 1 - rank
+        ranks: Floats = (reference.searchsorted(values) + reference.searchsorted(values, "right")) / (2 * len(reference))
+        return ranks if list(self.kinds.values())[i] is Kind.RANK else 1 - ranks
 
-    def _gather(self, i: int, value: float) -> None:
-        self._gathered[i].append(value)
+    def _gather(self, i: int, values: Floats) -> None:
+        """Take what the reference of a number still needs out of the values."""
+        taken = np.flatnonzero(np.isfinite(values))[: max(self.needed - len(self._gathered[i]), 0)]
+        self._gathered[i] += values[taken].tolist()
+        values[taken] = math.nan
         if len(self._gathered[i]) >= self.needed:
             self._freeze(i)
 
     def _freeze(self, i: int) -> None:
         values, kind = np.array(self._gathered[i]), list(self.kinds.values())[i]
         self._gathered[i] = []
-        self._before[i] = values.mean()
-        n = len(values)
+        self._size[i], self._before[i] = len(values), values.mean()
+        rises = RISES
         if kind is Kind.SHARE:
-            # Laplace's estimate: a share of which nothing was seen has an error too.
-            share = (values.sum() + 1) / (n + 2)
-            error = math.sqrt(share * (1 - share) / n)
-            shares = share + np.linspace(0, FARTHEST, GRID) * error
-            against = _against(values, np.minimum(shares, _SAFE))
-            rises = RISES
+            self._units[i], self._sum[i] = len(values), values.sum()
         else:
-            self._sorted[i] = array("d", np.sort(values).tobytes())
-            values = np.array([self._rank(i, value, kind) for value in values])
-            shares, against = np.full(GRID, 0.5 + SURE / math.sqrt(12 * n)), np.ones(GRID)
-            rises = RANK_RISES
-        shares = np.minimum(shares + _wander(values), _SAFE)
-        self._shares[i], self._against[i] = shares, against
-        # As the ratio of likelihoods of a share that is higher by the rise; no rank is 0 or 1 alone.
-        spread = shares * (1 - shares) if kind is Kind.SHARE else np.full(GRID, 1 / 12)
-        stakes = np.minimum(shares[:, None] + rises, 1) - shares[:, None]
-        self._stakes[i] = np.minimum(stakes / spread[:, None], _SAFE / shares[:, None])
-        self._ready[i], self._least = True, None
+            self._sorted[i] = np.sort(values)
+            values = self._ranks(i, values)
+            self._margin[i], rises = SURE / math.sqrt(12 * len(values)), RANK_RISES
+        self._margin[i] += _wander(values)
+        self._higher[i] = np.minimum(self._expected()[i] + rises, 1)
+        self._ready[i] = True
 
     def state(self) -> dict[str, NDArray]:
         """All of it as arrays."""
         gathered = [np.array(values, np.float64) for values in self._gathered]
         sizes = np.array([len(values) for values in gathered])
-        state = {name: getattr(self, f"_{name}").copy() for name in _KEPT}
+        state = {name: getattr(self, f"_{name}").copy() for name in _KEPT} | prefixed(self._runs.state(), "runs.")
+        state["units_seen"] = np.array(self._count)
         state |= {"names": np.array(list(self.kinds), "U32"), "needed": np.array(self.needed), "sizes": sizes}
         state["gathered"] = np.concatenate(gathered) if gathered else np.zeros(0)
-        return state | {f"sorted.{list(self.kinds)[i]}": np.array(values) for i, values in self._sorted.items()}
+        return state | {f"sorted.{list(self.kinds)[i]}": values.copy() for i, values in self._sorted.items()}
 
     def restore(self, state: Mapping[str, NDArray]) -> None:
         """Go on where the one was whose `state()` this is. Nothing of one with other numbers: they begin anew."""
-        if not state or state["names"].tolist() != list(self.kinds):
+        if "tallies" not in state or state["names"].tolist() != list(self.kinds):
             return
-        self.needed, self._least = int(state["needed"]), None
+        self.needed, self._count = int(state["needed"]), int(state["units_seen"])
+        self._runs.restore(below(state, "runs."))
         for name in _KEPT:
             kept = getattr(self, f"_{name}")
             kept[...] = own(kept.shape, state[name], kept.dtype)
         gathered = np.split(state["gathered"], np.cumsum(state["sizes"])[:-1])
         self._gathered = [values.tolist() for values in gathered]
         self._sorted = {
-            i: array("d", state[f"sorted.{name}"].tolist())
+            i: np.array(state[f"sorted.{name}"])
             for i, name in enumerate(self.kinds)
             if f"sorted.{name}" in state
         }
 
 
-_KEPT = ("ready", "shares", "against", "stakes", "run", "before", "won", "since", "count", "sums", "rank_sums")
-# Of a share p, which lower ones are bet on with the reference, as parts of p; and the part of the capital that is not.
-_LOWER = np.array((0.97, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2))
-_ASIDE = 0.1
-
-
-def _against(values: Floats, shares: Floats) -> Floats:
-    """(shares,): how much the reference speaks against each, an e-value of it."""
-    stakes = _LOWER * shares[:, None] - shares[:, None]
-    stakes /= (shares * (1 - shares))[:, None]
-    # Numbers that are equal are many.
-    levels, counts = np.unique(values, return_counts=True)
-    factors = 1 + stakes[..., None] * (levels - shares[:, None])[:, None, :]
-    capitals = np.exp(np.minimum((np.log(factors) * counts).sum(axis=-1), 700.0))
-    against: Floats = _ASIDE + (1 - _ASIDE) * capitals.mean(axis=-1)
-    return against
+_KEPT = ("ready", "units", "sum", "margin", "higher", "size", "before", "since", "tallies")
 
 
 def _wander(values: Floats) -> float:

@@ -1,4 +1,4 @@
-"""What stays changed stays evident: nothing is learned from what came after the reference."""
+"""What stays changed stays evident, and what stays as it was raises no more false alarms than is promised."""
 
 from __future__ import annotations
 
@@ -65,6 +65,22 @@ def test_evidence_of_a_rise_that_stays_does_not_fall_again():
     before = reference.log_evidence
     delay(reference, answers(rng, 600, refusal=0.06), math.inf)
     assert reference.log_evidence > before
+
+
+@pytest.mark.parametrize("share", [0.0005, 0.003, 0.01, 0.05, 0.3])
+@pytest.mark.parametrize("needed", [150, 1000])
+def test_a_false_alarm_of_a_share_takes_at_least_the_threshold_in_the_mean_whatever_it_is(share, needed):
+    """Each stream is a number of its own. Streams end at some thresholds: that only makes the mean smaller."""
+    threshold, streams, most = 200, 120, 1000
+    rng = np.random.default_rng(0)
+    names = [f"s{i}" for i in range(streams)]
+    reference = FixedReference(dict.fromkeys(names, Kind.SHARE), needed)
+    came = np.full(streams, most)
+    for now in range(-needed, most):
+        reference.update(dict(zip(names, (rng.random(streams) < share).astype(float), strict=True)), float(now))
+        if now >= 0:
+            came = np.minimum(came, np.where(reference.evidence >= threshold, now + 1, most))
+    assert came.mean() - 2.58 * came.std() / math.sqrt(streams) >= threshold, came.mean()
 
 
 def test_unchanged_answers_raise_no_more_than_one_false_alarm_in_a_threshold():
@@ -136,10 +152,11 @@ def test_what_is_missing_leaves_the_evidence_of_its_number_as_it_is():
         before = reference.state()
         missing = now % 3 == 0
         reference.update(unit | {"loop": None} if missing else unit, float(now))
-        same = [(before[name][loop] == reference.state()[name][loop]).all() for name in ("run", "won", "sums", "count")]
+        same = [(before[name][loop] == reference.state()[name][loop]).all() for name in ("run", "won", "sum", "units")]
         assert all(same) == missing
         # As it is defined: what is there is multiplied by what is bet on it.
-        x = np.array([unit["refusal"]])
-        factors = 1 + before["stakes"][0] * (x - before["shares"][0])[:, None]
-        assert (reference.state()["run"][0] == (before["run"][0] + 1) * factors).all()
+        expected = (before["sum"][0] + 0.5) / (before["units"][0] + 1)
+        stakes = np.maximum(before["higher"][0] - expected, 0) / (expected * (1 - expected))
+        run = (before["run"][0] + 1) * (1 + stakes * (unit["refusal"] - expected))
+        assert np.allclose(reference.state()["run"][0], run)
     assert reference.log_evidence > 0
