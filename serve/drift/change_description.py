@@ -32,6 +32,7 @@ from serve.drift.features.traffic_profile import (
     tenant_shares,
     topic_shares,
 )
+from serve.drift.prompt_facts import LANGUAGE as LANGUAGE_OF_PROMPTS
 from serve.drift.signal import Signal
 from serve.models.language import NAMES
 
@@ -60,16 +61,17 @@ def describe(signal: Signal, profiles: TrafficProfiles, since: str | None) -> di
 
     profiles: what a signal of prompts was about; of any other one they say nothing.
     """
+    moved = signal.moved()
     if signal.kind in PROMPTS:
-        fields, parts = _prompts(signal, profiles.reference, profiles.recent)
+        fields, parts = _prompts(signal, moved, profiles.reference, profiles.recent)
+    elif moved:
+        return _moves(moved, since)
     elif signal.kind == OUTPUT:
         fields, parts = _answers(signal)
     elif signal.kind == LOGPROB:
         fields, parts = _logprobs(signal)
     else:
         fields, parts = {}, []
-    if moved := signal.moved():
-        return _moves(moved, since)
     noun = NOUNS.get(signal.kind, "answers")
     share = _share(signal, fields)
     when = f"since {since}, " if since else ""
@@ -106,19 +108,24 @@ def for_tenant(moved: Mapping[str, Any], tenant: str) -> dict[str, Any]:
     return {**moved, "tenants": own}
 
 
-def _prompts(signal: Signal, before: TrafficProfile, recent: TrafficProfile) -> tuple[dict[str, Any], list[str]]:
-    reference, moved = before.last(len(before.seen)), recent.last(_changed(signal))
-    languages = {"before": language_shares(reference), "now": language_shares(moved)}
-    length_before, length_now = median_tokens(reference), median_tokens(moved)
-    topics = _topics(before, recent, topic_shares(moved))
+def _prompts(
+    signal: Signal, moved: Sequence[Moved], before: TrafficProfile, recent: TrafficProfile
+) -> tuple[dict[str, Any], list[str]]:
+    reference, now = before.last(len(before.seen)), recent.last(_changed(signal))
+    languages = {"before": language_shares(reference), "now": language_shares(now)}
+    length_before, length_now = median_tokens(reference), median_tokens(now)
+    topics = _topics(before, recent, topic_shares(now))
     fields: dict[str, Any] = {
         "language": languages,
         "length": {"unit": "tokens", "before": length_before, "now": length_now},
         "topics": topics,
-        "writing": {"before": mark_shares(reference), "now": mark_shares(moved)},
-        "tenants": {"before": tenant_shares(reference), "now": tenant_shares(moved)},
+        "writing": {"before": mark_shares(reference), "now": mark_shares(now)},
+        "tenants": {"before": tenant_shares(reference), "now": tenant_shares(now)},
     }
-    parts = [*_language_parts(languages), *_mark_parts(fields["writing"])]
+    plain = {each.name: each for each in moved}
+    parts = [*_language_parts(languages, 0.0 if LANGUAGE_OF_PROMPTS in plain else SHARE)]
+    parts += [_shares(SAID[name], each.before, each.now) for name, each in plain.items() if name in SAID]
+    parts += [] if plain else _mark_parts(fields["writing"])
     parts += _length_parts("median", length_before, length_now)
     named = [topic for topic in topics if topic["words"] and topic["share"] >= SHARE]
     if named:
@@ -141,14 +148,14 @@ def _topics(before: TrafficProfile, recent: TrafficProfile, shares: Mapping[int,
     return rows
 
 
-def _language_parts(shares: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+def _language_parts(shares: Mapping[str, Mapping[str, float]], least: float) -> Iterator[str]:
     rise = {language: now - shares["before"].get(language, 0.0) for language, now in shares["now"].items()}
     if not rise:
         return
     language = max(rise, key=lambda name: rise[name])
-    if rise[language] >= SHARE:
-        was, now = shares["before"].get(language, 0.0), shares["now"][language]
-        yield f"probably {NAMES.get(language, language)} ({_percent(was)} before, {_percent(now)} now)"
+    if rise[language] >= least:
+        said = f"probably {NAMES.get(language, language)}"
+        yield _shares(said, shares["before"].get(language, 0.0), shares["now"][language])
 
 
 def _mark_parts(shares: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
@@ -156,7 +163,7 @@ def _mark_parts(shares: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
     for mark, now in shares["now"].items():
         before = shares["before"].get(mark, 0.0)
         if now - before >= SHARE:
-            yield f"{SAID[mark]} ({_percent(before)} before, {_percent(now)} now)"
+            yield _shares(SAID[mark], before, now)
 
 
 def _length_parts(what: str, before: float | None, now: float | None) -> Iterator[str]:
@@ -222,6 +229,7 @@ def _share(signal: Signal, fields: Mapping[str, Any]) -> float:
     """A share q of other requests moves a rank by q / 2 at most, and a language's share by q at most."""
     effects = signal.effects()
     shares = [2 * abs(effects.get("rank_shift", 0.0)), effects.get("foreign_share", 0.0)]
+    shares += [each.now - each.before for each in signal.moved()]
     languages: Mapping[str, Mapping[str, float]] = fields.get("language", {})
     for language, now in languages.get("now", {}).items():
         error = math.sqrt(now * (1 - now) / max(_changed(signal), 1))
@@ -231,7 +239,12 @@ def _share(signal: Signal, fields: Mapping[str, Any]) -> float:
 
 def _changed(signal: Signal) -> int:
     """Requests since the change began."""
-    return signal.samples - (signal.changed_at or 0)
+    moved = signal.moved()
+    return moved[0].count if moved else signal.samples - (signal.changed_at or 0)
+
+
+def _shares(what: str, before: float, now: float) -> str:
+    return f"{what} ({_percent(before)} before, {_percent(now)} now)"
 
 
 def _percent(share: float) -> str:

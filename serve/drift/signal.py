@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from serve.drift.answer_facts import KINDS, WEIGHTS, Facts
+from serve.drift import answer_facts, prompt_facts
+from serve.drift.answer_facts import Facts
 from serve.drift.detector.detector import SURE, Drift
 from serve.drift.detector.effect_size import EFFECT_HALF_LIFE
 from serve.drift.detector.fixed_reference import FixedReference, Moved
@@ -37,8 +38,9 @@ NEEDED = {PROMPT: 1000, OUTPUT: 1000, LOGPROB: 300, FOLLOW_UP: 400}
 # Requests at the beginning of a change that may be older than it.
 UNCERTAIN = 50
 _REFUSAL = names(OUTPUT).index("refusal")
-# Answers to first messages and to later ones of a conversation: each conversation counts once in either.
-FIRST, LATER = LANES = ("first", "later")
+# First messages and later ones of a conversation, and the answers to them: each conversation counts once in either.
+FIRST, LATER = "first", "later"
+LANES = {PROMPT: (FIRST,), FOLLOW_UP: (LATER,), OUTPUT: (FIRST, LATER), LOGPROB: ()}
 # What a score of tokens weighs in the evidence; every other score weighs 1.
 SURPRISE_WEIGHT = 8.0
 _EFFECT_FADE = 0.5 ** (1 / EFFECT_HALF_LIFE)
@@ -94,8 +96,8 @@ class Signal:
         self._rows = RecentRows(self._columns)
         # Between these the gauge of refusals or of logprobs moved over a reference with a structure in time.
         self._usual = np.zeros(2)
-        # Of answers: shares and means against a reference that does not learn, for first answers and for later ones.
-        self.fixed = {lane: FixedReference(KINDS, self.needed, WEIGHTS) for lane in LANES} if kind == OUTPUT else {}
+        # What is plain about prompts or answers: shares and means against those of the first ones.
+        self.fixed = {lane: self._fixed() for lane in LANES[kind]}
 
     def configure(self, threshold: float, tolerance: Tolerance, needed: int | None = None) -> None:
         """Settings, which are in no `state()`. The evidence so far stays: it does not depend on the threshold. `needed`
@@ -189,8 +191,8 @@ class Signal:
         return self.alarmed_at is not None
 
     def fact_runs(self, lane: str, units: Sequence[Facts], nows: Sequence[float]) -> Iterator[bool]:
-        """Take what is plain about some answers, or blocks of them, to be run to its end; True after the one that
-        raised the alarm."""
+        """Take what is plain about some prompts or answers, or blocks of them, to be run to its end; True after the one
+        that raised the alarm."""
         fixed = self.fixed[lane]
         for _ in fixed.steps(units, nows):
             alarms = self.alarmed_at is None and bool(fixed.moved(self._log_fixed_threshold))
@@ -200,7 +202,7 @@ class Signal:
             yield alarms
 
     def moved(self) -> list[Moved]:
-        """What of the answers has left its fixed reference for sure, the strongest first."""
+        """What of the plain facts has left its reference for sure, the strongest first."""
         moved = [each for fixed in self.fixed.values() for each in fixed.moved(self._log_fixed_threshold)]
         return sorted(moved, key=lambda each: -each.log_evidence)
 
@@ -313,7 +315,7 @@ class Signal:
         self._recent = np.zeros(0)
         self._weight = 0.0
         self._ordered = True
-        self.fixed = {lane: FixedReference(KINDS, self.needed, WEIGHTS) for lane in self.fixed}
+        self.fixed = {lane: self._fixed() for lane in self.fixed}
         self._rows.clear()
         # What was gathered so far stays, where there is no reference yet.
         self._gathered += list(rows)
@@ -328,6 +330,8 @@ class Signal:
         self.alarmed_at = None
         self._rows.clear()
         self._recent, self._weight = np.zeros_like(self._recent), 0.0
+        for fixed in self.fixed.values():
+            fixed.reset()
         if self._detector is not None:
             self._detector.reset(effects=True)
 
@@ -396,6 +400,10 @@ class Signal:
         # Earlier releases wrote neither.
         self._structure = ReferenceStructure.from_state(below(state, "structure."), len(self.names))
         self._usual = np.array(state["usual"] if "usual" in state else np.zeros(2))
+
+    def _fixed(self) -> FixedReference:
+        facts = answer_facts if self.kind == OUTPUT else prompt_facts
+        return FixedReference(facts.KINDS, self.needed, facts.WEIGHTS)
 
     def _parts(self, rows: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """Rows (n, columns) as the scale takes them, and the sketches of their tokens where those are still needed."""

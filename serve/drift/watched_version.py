@@ -50,6 +50,7 @@ from serve.drift.features.text_marks import marks_of
 from serve.drift.features.traffic_profile import Prompt, TrafficProfiles
 from serve.drift.features.word_counts import hashed
 from serve.drift.probe_comparison import ProbeAnswers, has_reference, noise_ratio, probe_arrays
+from serve.drift.prompt_facts import prompt_facts
 from serve.drift.share_watch import ShareWatch
 from serve.drift.signal import FIRST, LATER, Signal
 from serve.drift.state_arrays import below, prefixed
@@ -486,18 +487,15 @@ class WatchedVersion:
         for _, signal, row in chain.from_iterable(taken):
             rows.setdefault(signal, []).append(row)
         runs = {signal: signal.runs(each) for signal, each in rows.items()}
-        lanes = [self._lane(sample) for sample in samples]
-        units: dict[tuple[Signal, str], list[_Sample]] = {}
-        for sample, lane in zip(samples, lanes, strict=True):
-            if lane is not None:
-                units.setdefault(lane, []).append(sample)
-        facts = {
-            (signal, lane): signal.fact_runs(lane, [each.facts for each in known], [each.began for each in known])
-            for (signal, lane), known in units.items()
-        }
+        lanes = [list(self._lanes(sample)) for sample in samples]
+        units: dict[tuple[str, Signal, str], list[tuple[Facts, float]]] = {}
+        for sample, each in zip(samples, lanes, strict=True):
+            for lane, known in each:
+                units.setdefault(lane, []).append((known, sample.began))
+        facts = {lane: lane[1].fact_runs(lane[2], *zip(*known, strict=True)) for lane, known in units.items()}
         # How many samples the last run of each signal still covers, and whether it raises the alarm at its end.
         ends = dict.fromkeys(runs, (0, False))
-        for sample, signals, lane in zip(samples, taken, lanes, strict=True):
+        for sample, signals, known in zip(samples, taken, lanes, strict=True):
             if sample.quote is not None:
                 self._quotes.append((sample.rows[PROMPT], sample.quote))
             if sample.prompt is not None and not sample.routed:
@@ -513,8 +511,9 @@ class WatchedVersion:
                 ends[signal] = left - 1, alarms
                 if alarms and left == 1:
                     yield self._alarm(kind, signal, sample.began)
-            if lane is not None and next(facts[lane]):
-                yield self._alarm(OUTPUT, lane[0], sample.began)
+            for lane, _ in known:
+                if next(facts[lane]):
+                    yield self._alarm(*lane[:2], sample.began)
         for each in (*runs.values(), *facts.values()):
             next(each, None)
 
@@ -523,17 +522,20 @@ class WatchedVersion:
         self.alarmed[kind] = began
         return DriftAlarm(self.adapter, self.version, kind, signal.beyond(), signal.log_evidence, self.moved[kind])
 
-    def _lane(self, sample: _Sample) -> tuple[Signal, str] | None:
-        """What compares the plain facts of an answer with a reference of its parameters that does not learn."""
-        strata, later = self.baseline.strata[OUTPUT], FOLLOW_UP in sample.rows
+    def _lanes(self, sample: _Sample) -> Iterator[tuple[tuple[str, Signal, str], Facts]]:
+        """What compares the plain facts of a prompt and of its answer, each with those of the first ones; of an answer
+        with those to the same parameters."""
+        later = FOLLOW_UP in sample.rows
+        kind, lane = (FOLLOW_UP, LATER) if later else (PROMPT, FIRST)
+        if sample.prompt is not None:
+            yield (kind, self.baseline.signals[kind], lane), prompt_facts(sample.prompt)
+        strata = self.baseline.strata[OUTPUT]
         if later:
             strata.count(sample.stratum)
         signal = strata.signal(sample.stratum) if sample.facts else None
-        if signal is None:
-            return None
-        lane = LATER if later else FIRST
-        self.rows_watched += later and signal.fixed[lane].watching
-        return signal, lane
+        if signal is not None:
+            self.rows_watched += later and signal.fixed[lane].watching
+            yield (OUTPUT, signal, lane), sample.facts
 
     def _times_of(self, signal: Signal) -> deque[float]:
         times = self._times.get(signal)

@@ -51,14 +51,21 @@ SURE = 3.0
 LOCAL = 100
 # A rise of a share, and of the mean of a rank, that matters.
 LEAST = {"share": 0.02, "rank": 0.1}
+# Of a share that is rare, at most; and of a name.
+RARE, COMMON = 0.1, 0.02
 # The largest stake is so far from losing all.
 _SAFE = 0.95
 
 
 class Kind(Enum):
     SHARE = "share"  # of numbers from 0 to 1
+    RARE_SHARE = "rare_share"  # of such that are mostly 0: nothing follows of one above RARE
+    RARE_NAME = "rare_name"  # of numbers that stand for names, those that are rarer than COMMON each; 0 for none
     RANK = "rank"  # of a number that is higher
     LOW_RANK = "low_rank"  # of one that is lower
+
+
+SHARES = frozenset({Kind.SHARE, Kind.RARE_SHARE, Kind.RARE_NAME})
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +103,7 @@ class FixedReference:
         self._ready = np.zeros(n, np.bool_)
         # A share is expected to be what it was in so many units, those of the reference and all since, whose sum is
         # kept; a rank a half; and either by its margin more.
-        self._share = np.array([kind is Kind.SHARE for kind in self.kinds.values()])
+        self._share = np.array([kind in SHARES for kind in self.kinds.values()])
         self._units, self._sum, self._margin = np.zeros(n), np.zeros(n), np.zeros(n)
         # By number and rise: the mean that is bet on, and the bets.
         self._higher, self._runs = np.zeros((n, len(RISES))), Runs(n * len(RISES))
@@ -105,7 +112,8 @@ class FixedReference:
         # By number and rise, of the bets since they last won nothing: when that was; how many came, the sum of their
         # numbers, and that of what is bet on.
         self._since, self._tallies = np.zeros((n, len(RISES))), np.zeros((3, n, len(RISES)))
-        self._sorted: dict[int, Floats] = {}
+        # Of a rank the sorted numbers, of names those that are common.
+        self._sorted, self._common = dict[int, Floats](), dict[int, Floats]()
         self._count = 0  # of units, and those that are placed now
         self._placed: _Units | None = None
 
@@ -159,6 +167,8 @@ class FixedReference:
             self._gather(i, raw[:, i])
         seen = np.isfinite(raw) & self._ready
         raw = np.where(seen, raw, 0)
+        for i, common in self._common.items():
+            raw[:, i] = _rare(raw[:, i], common)
         x = raw.copy()
         for i in self._sorted:
             x[:, i] = self._ranks(i, raw[:, i]) * seen[:, i]
@@ -202,7 +212,7 @@ class FixedReference:
             if not count:
                 continue
             before, now = float(self._before[i]), total / count
-            if kind is Kind.SHARE:
+            if kind in SHARES:
                 matters = now - before >= LEAST["share"]
             else:
                 matters = bet_on / count - 0.5 >= LEAST["rank"]
@@ -240,16 +250,21 @@ class FixedReference:
     def _freeze(self, i: int) -> None:
         values, kind = np.array(self._gathered[i]), list(self.kinds.values())[i]
         self._gathered[i] = []
+        if kind is Kind.RARE_NAME:
+            names, counts = np.unique(values, return_counts=True)
+            self._common[i] = names[counts > COMMON * len(values)]
+            values = _rare(values, self._common[i])
         self._size[i], self._before[i] = len(values), values.mean()
         rises = RISES
-        if kind is Kind.SHARE:
+        if kind in SHARES:
             self._units[i], self._sum[i] = len(values), values.sum()
         else:
             self._sorted[i] = np.sort(values)
             values = self._ranks(i, values)
             self._margin[i], rises = SURE / math.sqrt(12 * len(values)), RANK_RISES
         self._margin[i] += _wander(values)
-        self._higher[i] = np.minimum(self._expected()[i] + rises, 1)
+        if kind is not Kind.RARE_SHARE or self._before[i] <= RARE:
+            self._higher[i] = np.minimum(self._expected()[i] + rises, 1)
         self._ready[i] = True
 
     def state(self) -> dict[str, NDArray]:
@@ -260,7 +275,9 @@ class FixedReference:
         state["units_seen"] = np.array(self._count)
         state |= {"names": np.array(list(self.kinds), "U32"), "needed": np.array(self.needed), "sizes": sizes}
         state["gathered"] = np.concatenate(gathered) if gathered else np.zeros(0)
-        return state | {f"sorted.{list(self.kinds)[i]}": values.copy() for i, values in self._sorted.items()}
+        for kept, columns in (("sorted", self._sorted), ("common", self._common)):
+            state |= {f"{kept}.{list(self.kinds)[i]}": values.copy() for i, values in columns.items()}
+        return state
 
     def restore(self, state: Mapping[str, NDArray]) -> None:
         """Go on where the one was whose `state()` this is. Nothing of one with other numbers: they begin anew."""
@@ -273,14 +290,18 @@ class FixedReference:
             kept[...] = own(kept.shape, state[name], kept.dtype)
         gathered = np.split(state["gathered"], np.cumsum(state["sizes"])[:-1])
         self._gathered = [values.tolist() for values in gathered]
-        self._sorted = {
-            i: np.array(state[f"sorted.{name}"])
-            for i, name in enumerate(self.kinds)
-            if f"sorted.{name}" in state
-        }
+        for kept, columns in (("sorted.", self._sorted), ("common.", self._common)):
+            known = below(state, kept)
+            columns.clear()
+            columns.update({i: np.array(known[name]) for i, name in enumerate(self.kinds) if name in known})
 
 
 _KEPT = ("ready", "units", "sum", "margin", "higher", "size", "before", "since", "tallies")
+
+
+def _rare(values: Floats, common: Floats) -> Floats:
+    """1 for a name that is none of the common ones."""
+    return np.where((values != 0) & ~np.isin(values, common), 1.0, 0.0)
 
 
 def _wander(values: Floats) -> float:

@@ -67,20 +67,20 @@ def test_evidence_of_a_rise_that_stays_does_not_fall_again():
     assert reference.log_evidence > before
 
 
-@pytest.mark.parametrize("share", [0.0005, 0.003, 0.01, 0.05, 0.3])
+@pytest.mark.parametrize("share", [0.003, 0.05, 0.3])
 @pytest.mark.parametrize("needed", [150, 1000])
 def test_a_false_alarm_of_a_share_takes_at_least_the_threshold_in_the_mean_whatever_it_is(share, needed):
     """Each stream is a number of its own. Streams end at some thresholds: that only makes the mean smaller."""
-    threshold, streams, most = 200, 120, 1000
+    threshold, streams, most = 200, 200, 1000
     rng = np.random.default_rng(0)
     names = [f"s{i}" for i in range(streams)]
     reference = FixedReference(dict.fromkeys(names, Kind.SHARE), needed)
     came = np.full(streams, most)
-    for now in range(-needed, most):
-        reference.update(dict(zip(names, (rng.random(streams) < share).astype(float), strict=True)), float(now))
-        if now >= 0:
-            came = np.minimum(came, np.where(reference.evidence >= threshold, now + 1, most))
-    assert came.mean() - 2.58 * came.std() / math.sqrt(streams) >= threshold, came.mean()
+    units = [dict(zip(names, row, strict=True)) for row in (rng.random((needed + most, streams)) < share).astype(float)]
+    list(reference.steps(units[:needed], range(needed)))
+    for now, _ in enumerate(reference.steps(units[needed:], range(most)), 1):
+        came = np.minimum(came, np.where(reference.evidence >= threshold, now, most))
+    assert came.mean() >= threshold, came.mean()
 
 
 def test_unchanged_answers_raise_no_more_than_one_false_alarm_in_a_threshold():
@@ -113,6 +113,15 @@ def test_a_share_that_waves_in_the_reference_may_wave_later():
             reference.update(facts, 0.0)
     for i in range(14):
         assert delay(reference, day(100, 0.15 if i % 2 else 0.01)) is None
+
+
+def test_a_rare_share_is_watched_while_it_is_rare():
+    for share, rare in ((0.01, True), (0.3, False)):
+        rng, reference = np.random.default_rng(4), FixedReference({"jailbreak": Kind.RARE_SHARE}, 500)
+        for _ in range(500):
+            reference.update({"jailbreak": float(rng.random() < share)}, 0.0)
+        came = delay(reference, ({"jailbreak": float(rng.random() < share + 0.3)} for _ in range(300)))
+        assert (came is not None) == rare and (reference.log_evidence > 0) == rare
 
 
 def test_what_is_not_known_of_an_answer_is_left_out():
@@ -152,11 +161,12 @@ def test_what_is_missing_leaves_the_evidence_of_its_number_as_it_is():
         before = reference.state()
         missing = now % 3 == 0
         reference.update(unit | {"loop": None} if missing else unit, float(now))
-        same = [(before[name][loop] == reference.state()[name][loop]).all() for name in ("run", "won", "sum", "units")]
-        assert all(same) == missing
+        after = reference.state()
+        runs = [(state["runs.r"].reshape(len(KINDS), -1), state["sum"], state["units"]) for state in (before, after)]
+        assert all((then[loop] == then_after[loop]).all() for then, then_after in zip(*runs, strict=True)) == missing
         # As it is defined: what is there is multiplied by what is bet on it.
         expected = (before["sum"][0] + 0.5) / (before["units"][0] + 1)
         stakes = np.maximum(before["higher"][0] - expected, 0) / (expected * (1 - expected))
-        run = (before["run"][0] + 1) * (1 + stakes * (unit["refusal"] - expected))
-        assert np.allclose(reference.state()["run"][0], run)
+        run = (runs[0][0][0] + (stakes > 0)) * (1 + stakes * (unit["refusal"] - expected))
+        assert np.allclose(runs[1][0][0], run)
     assert reference.log_evidence > 0
