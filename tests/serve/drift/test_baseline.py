@@ -226,7 +226,7 @@ def test_what_a_reference_gathers_is_written_without_its_tokens():
     signal = Signal(PROMPT, needed=100, seed=1)
     for _ in range(60):
         signal.update(sketched(rng))
-    state = signal.state()
+    state = {name: value for name, value in signal.state().items() if not name.startswith("fixed.")}
     assert state.keys() == {"gathered", "counts", "layout"} and state["gathered"].shape == (60, 33)
 
 
