@@ -52,6 +52,8 @@ MORE = {
     LANGUAGE: "answers in another language than what is asked",
     NO_JSON: "answers that are no JSON where that is asked",
 }
+# Of so many prompts a language is named.
+FEW = 3
 # A smaller share of the requests is "some".
 LEAST = 0.01
 
@@ -123,7 +125,8 @@ def _prompts(
         "tenants": {"before": tenant_shares(reference), "now": tenant_shares(now)},
     }
     plain = {each.name: each for each in moved}
-    parts = [*_language_parts(languages, 0.0 if LANGUAGE_OF_PROMPTS in plain else SHARE)]
+    few = FEW / max(len(now), 1)
+    parts = [*_language_parts(languages, few if LANGUAGE_OF_PROMPTS in plain else max(few, SHARE))]
     parts += [_shares(SAID[name], each.before, each.now) for name, each in plain.items() if name in SAID]
     parts += [] if plain else _mark_parts(fields["writing"])
     parts += _length_parts("median", length_before, length_now)

@@ -161,6 +161,14 @@ class _Sample:
     spoken: str = ""
 
 
+class _Lane(NamedTuple):
+    """Which reference of plain facts a unit belongs to."""
+
+    kind: str
+    signal: Signal
+    name: str
+
+
 class _FollowUp(NamedTuple):
     """What is kept of a message that goes on with a conversation."""
 
@@ -488,11 +496,7 @@ class WatchedVersion:
             rows.setdefault(signal, []).append(row)
         runs = {signal: signal.runs(each) for signal, each in rows.items()}
         lanes = [list(self._lanes(sample)) for sample in samples]
-        units: dict[tuple[str, Signal, str], list[tuple[Facts, float]]] = {}
-        for sample, each in zip(samples, lanes, strict=True):
-            for lane, known in each:
-                units.setdefault(lane, []).append((known, sample.began))
-        facts = {lane: lane[1].fact_runs(lane[2], *zip(*known, strict=True)) for lane, known in units.items()}
+        facts = _fact_runs(samples, lanes)
         # How many samples the last run of each signal still covers, and whether it raises the alarm at its end.
         ends = dict.fromkeys(runs, (0, False))
         for sample, signals, known in zip(samples, taken, lanes, strict=True):
@@ -513,7 +517,7 @@ class WatchedVersion:
                     yield self._alarm(kind, signal, sample.began)
             for lane, _ in known:
                 if next(facts[lane]):
-                    yield self._alarm(*lane[:2], sample.began)
+                    yield self._alarm(lane.kind, lane.signal, sample.began)
         for each in (*runs.values(), *facts.values()):
             next(each, None)
 
@@ -522,20 +526,20 @@ class WatchedVersion:
         self.alarmed[kind] = began
         return DriftAlarm(self.adapter, self.version, kind, signal.beyond(), signal.log_evidence, self.moved[kind])
 
-    def _lanes(self, sample: _Sample) -> Iterator[tuple[tuple[str, Signal, str], Facts]]:
+    def _lanes(self, sample: _Sample) -> Iterator[tuple[_Lane, Facts]]:
         """What compares the plain facts of a prompt and of its answer, each with those of the first ones; of an answer
         with those to the same parameters."""
         later = FOLLOW_UP in sample.rows
         kind, lane = (FOLLOW_UP, LATER) if later else (PROMPT, FIRST)
         if sample.prompt is not None:
-            yield (kind, self.baseline.signals[kind], lane), prompt_facts(sample.prompt)
+            yield _Lane(kind, self.baseline.signals[kind], lane), prompt_facts(sample.prompt)
         strata = self.baseline.strata[OUTPUT]
         if later:
             strata.count(sample.stratum)
         signal = strata.signal(sample.stratum) if sample.facts else None
         if signal is not None:
             self.rows_watched += later and signal.fixed[lane].watching
-            yield (OUTPUT, signal, lane), sample.facts
+            yield _Lane(OUTPUT, signal, lane), sample.facts
 
     def _times_of(self, signal: Signal) -> deque[float]:
         times = self._times.get(signal)
@@ -577,6 +581,20 @@ class WatchedVersion:
         for pattern in self.settings.redact:
             text = pattern.sub("[redacted]", text)
         return text
+
+
+def _fact_runs(
+    samples: Sequence[_Sample], lanes: Sequence[Sequence[tuple[_Lane, Facts]]]
+) -> dict[_Lane, Iterator[bool]]:
+    """What compares the plain facts of all samples, by their lanes."""
+    units: dict[_Lane, list[tuple[Facts, float]]] = {}
+    for sample, known in zip(samples, lanes, strict=True):
+        for lane, facts in known:
+            units.setdefault(lane, []).append((facts, sample.began))
+    return {
+        lane: lane.signal.fact_runs(lane.name, [facts for facts, _ in known], [began for _, began in known])
+        for lane, known in units.items()
+    }
 
 
 def _asker(exchange: Exchange) -> int | None:

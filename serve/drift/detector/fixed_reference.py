@@ -236,7 +236,9 @@ class FixedReference:
     def _ranks(self, i: int, values: Floats) -> Floats:
         """Of values of a number that is a rank: the middle of those that are equal."""
         reference = self._sorted[i]
-        ranks: Floats = (reference.searchsorted(values) + reference.searchsorted(values, "right")) / (2 * len(reference))
+        ranks: Floats = (reference.searchsorted(values) + reference.searchsorted(values, "right")) / (
+            2 * len(reference)
+        )
         return ranks if list(self.kinds.values())[i] is Kind.RANK else 1 - ranks
 
     def _gather(self, i: int, values: Floats) -> None:
