@@ -28,9 +28,9 @@ from serve.drift.features.traffic_profile import (
     TrafficProfiles,
     language_shares,
     mark_shares,
-    median_tokens,
     tenant_shares,
     topic_shares,
+    typical_tokens,
 )
 from serve.drift.prompt_facts import LANGUAGE as LANGUAGE_OF_PROMPTS
 from serve.drift.signal import Signal
@@ -52,7 +52,7 @@ MORE = {
     LANGUAGE: "answers in another language than what is asked",
     NO_JSON: "answers that are no JSON where that is asked",
 }
-# Of so many prompts a language is named.
+# Of fewer prompts no language is named, unless it is known to be another one.
 FEW = 3
 # A smaller share of the requests is "some".
 LEAST = 0.01
@@ -115,7 +115,7 @@ def _prompts(
 ) -> tuple[dict[str, Any], list[str]]:
     reference, now = before.last(len(before.seen)), recent.last(_changed(signal))
     languages = {"before": language_shares(reference), "now": language_shares(now)}
-    length_before, length_now = median_tokens(reference), median_tokens(now)
+    length_before, length_now = typical_tokens(reference), typical_tokens(now)
     topics = _topics(before, recent, topic_shares(now))
     fields: dict[str, Any] = {
         "language": languages,
@@ -125,11 +125,11 @@ def _prompts(
         "tenants": {"before": tenant_shares(reference), "now": tenant_shares(now)},
     }
     plain = {each.name: each for each in moved}
-    few = FEW / max(len(now), 1)
-    parts = [*_language_parts(languages, few if LANGUAGE_OF_PROMPTS in plain else max(few, SHARE))]
+    least = 0.0 if LANGUAGE_OF_PROMPTS in plain else max(SHARE, FEW / max(len(now), 1))
+    parts = [*_language_parts(languages, least)]
     parts += [_shares(SAID[name], each.before, each.now) for name, each in plain.items() if name in SAID]
     parts += [] if plain else _mark_parts(fields["writing"])
-    parts += _length_parts("median", length_before, length_now)
+    parts += _length_parts(length_before, length_now)
     named = [topic for topic in topics if topic["words"] and topic["share"] >= SHARE]
     if named:
         parts.append(f"about {', '.join(named[0]['words'])}")
@@ -169,12 +169,12 @@ def _mark_parts(shares: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
             yield _shares(SAID[mark], before, now)
 
 
-def _length_parts(what: str, before: float | None, now: float | None) -> Iterator[str]:
+def _length_parts(before: float | None, now: float | None) -> Iterator[str]:
     if before is None or now is None:
         return
     factor = (now + 1) / (before + 1)
     if not 1 / FACTOR < factor < FACTOR:
-        yield f"{'longer' if factor > 1 else 'shorter'} ({what} {before:.0f} tokens before, {now:.0f} now)"
+        yield f"{'longer' if factor > 1 else 'shorter'} (typically {before:.0f} tokens before, {now:.0f} now)"
 
 
 def _answers(signal: Signal) -> tuple[dict[str, Any], list[str]]:
@@ -187,7 +187,7 @@ def _answers(signal: Signal) -> tuple[dict[str, Any], list[str]]:
     # Lengths are logarithms there: these are geometric means.
     length_before, length_now = round(math.expm1(before["length"])), round(math.expm1(now["length"]))
     fields: dict[str, Any] = {"length": {"unit": "tokens", "before": length_before, "now": length_now}}
-    parts = list(_length_parts("typically", length_before, length_now))
+    parts = list(_length_parts(length_before, length_now))
     for name, least, said in (
         ("ended_by_length", CUT, "cut off by the limit of tokens"),
         ("refusal", REFUSAL, "refusals"),

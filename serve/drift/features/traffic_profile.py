@@ -146,9 +146,9 @@ class TrafficProfiles:
         return cls(TrafficProfile.from_state(state["reference"]), TrafficProfile.from_state(state["recent"]))
 
 
-def median_tokens(requests: Sequence[Seen]) -> int | None:
-    """The median length of the prompts; None of nothing."""
-    return int(np.median([request.tokens for request in requests])) if requests else None
+def typical_tokens(requests: Sequence[Seen]) -> int | None:
+    """The geometric mean of the prompts' lengths, that moves where a third of them does; None of nothing."""
+    return round(np.expm1(np.log1p([request.tokens for request in requests]).mean())) if requests else None
 
 
 def language_shares(requests: Sequence[Seen]) -> dict[str, float]:

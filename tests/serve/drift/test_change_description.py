@@ -51,7 +51,7 @@ def test_a_language_a_length_and_a_topic_are_named():
     )
     said = describe(signal, TrafficProfiles(reference, recent), "2026-11-25T10:00:00+00:00")
     assert said["text"].startswith("since 2026-11-25T10:00:00+00:00, in at least ")
-    assert "of the prompts: probably German (0 % before, 100 % now), shorter (median " in said["text"]
+    assert "of the prompts: probably German (0 % before, 100 % now), shorter (typically " in said["text"]
     assert "rezept" in said["text"] and "backofen" in said["text"] and "invoice" not in said["topics"][0]["words"]
     assert said["length"]["before"] > 90 > 40 > said["length"]["now"] and said["requests"] >= 30
 
