@@ -41,6 +41,7 @@ from serve.drift.features.request_text import RequestText
 from serve.drift.monitor import DriftMonitor
 from serve.drift.watched_version import DriftSettings
 from serve.models.embedded import ensure
+from serve.names import DEFAULT
 from tests.campaigns.finished_streams import FinishedStreams, add_options, digest, run_chosen
 from tests.support.prompts import pool
 
@@ -232,7 +233,7 @@ class Watched:
         for body in (next(self.bodies) for _ in range(count)):
             self.requests += 1
             asker = body.get("user") or next(each["content"] for each in body["messages"] if each["role"] == "user")
-            names = {"id": "tone@1", "asker": asker.encode(), "began": SPAN * self.requests}
+            names = {"id": "tone@1", "tenant": DEFAULT, "asker": asker.encode(), "began": SPAN * self.requests}
             generations = (self.traffic.answer(),)
             exchange = Exchange("tone", "v1", 200, 0.1, 0.2, **names, generations=generations, question=body)
             self.monitor.observe(exchange)
