@@ -16,7 +16,7 @@ from serve.models.language import NAMES
 
 LANGUAGE = "language"
 KINDS = dict.fromkeys(SAID, Kind.RARE_SHARE) | {LANGUAGE: Kind.RARE_NAME}
-WEIGHTS = {JAILBREAK: 2.0, LANGUAGE: 2.0}
+WEIGHTS = {JAILBREAK: 4.0, LANGUAGE: 4.0}
 # The same over restarts and releases.
 _NUMBERS = {language: float(zlib.crc32(language.encode())) for language in NAMES}
 
