@@ -81,12 +81,12 @@ class Moved:
 
 
 class _Units(NamedTuple):
-    """Some units: the number of the first, when each came, and (3, units, numbers) up to each how many there were, the
-    sum of the numbers, and that of what is bet on."""
+    """Some units: the number of the one before the first, when each came, and (3, units + 1, numbers) the totals before
+    them and with each."""
 
-    first: int
+    before: int
     nows: Floats
-    sums: Floats
+    totals: Floats
 
 
 class FixedReference:
@@ -101,17 +101,18 @@ class FixedReference:
         self._weights = given / given.sum()
         self._gathered: list[list[float]] = [[] for _ in self.kinds]
         self._ready = np.zeros(n, np.bool_)
-        # A share is expected to be what it was in so many units, those of the reference and all since, whose sum is
-        # kept; a rank a half; and either by its margin more.
+        # A share is expected to be what it was in so many units of such a sum, those of the reference, and all since; a
+        # rank a half; and either by its margin more.
         self._share = np.array([kind in SHARES for kind in self.kinds.values()])
         self._units, self._sum, self._margin = np.zeros(n), np.zeros(n), np.zeros(n)
         # By number and rise: the mean that is bet on, and the bets.
         self._higher, self._runs = np.zeros((n, len(RISES))), Runs(n * len(RISES))
         # In the reference: its size, and the mean, of a rank that of the number.
         self._size, self._before = np.zeros(n), np.zeros(n)
-        # By number and rise, of the bets since they last won nothing: when that was; how many came, the sum of their
-        # numbers, and that of what is bet on.
-        self._since, self._tallies = np.zeros((n, len(RISES))), np.zeros((3, n, len(RISES)))
+        # Of what came after the reference: how many, the sum of the numbers, and that of what is bet on. By number and
+        # rise, when the bets last won nothing, and the totals then.
+        self._totals = np.zeros((3, n))
+        self._since, self._began = np.zeros((n, len(RISES))), np.zeros((3, n, len(RISES)))
         # Of a rank the sorted numbers, of names those that are common.
         self._sorted, self._common = dict[int, Floats](), dict[int, Floats]()
         self._count = 0  # of units, and those that are placed now
@@ -145,9 +146,9 @@ class FixedReference:
         """`update` with each of several units, to be run to its end: faster than one by one, with the same numbers."""
         rows = self._read(units)
         seen, _, x = rows
-        self._placed = _Units(self._count + 1, np.array(nows), rows.cumsum(axis=1))
-        count, _, total = self._placed.sums
-        expected = self._expected(count - seen, total - x)
+        totals = np.concatenate((self._totals[:, None], rows), axis=1).cumsum(axis=1)
+        self._placed = _Units(self._count, np.array(nows), totals)
+        expected = self._expected(totals[0, :-1], totals[2, :-1])
         # What is missing multiplies by 1 and adds 0.
         stakes, numbers = self._stakes(expected), range(self._count + 1, self._count + 1 + len(units))
         bets = 1 + stakes * ((x - expected) * seen)[..., None]
@@ -155,10 +156,8 @@ class FixedReference:
         for _ in self._runs.steps(bets.reshape(len(units), -1), numbers, placed.reshape(len(units), -1)):
             self._count += 1
             yield
-        self._since, self._tallies = self._since_then()
-        self._units += self._share * count[-1]
-        self._sum += self._share * total[-1]
-        self._placed = None
+        self._since, self._began = self._since_then(self._placed)
+        self._totals, self._placed = totals[:, -1].copy(), None
 
     def _read(self, units: Sequence[Mapping[str, float | None]]) -> Floats:
         """(3, units, numbers): 1 for what there is besides the reference; the numbers, and what is bet on, or 0."""
@@ -174,16 +173,12 @@ class FixedReference:
             x[:, i] = self._ranks(i, raw[:, i]) * seen[:, i]
         return np.array((seen, raw, x))
 
-    def _since_then(self) -> tuple[Floats, Floats]:
-        """By number and rise, when the bets last won nothing, and the tallies since."""
-        if self._placed is None:
-            return self._since, self._tallies
-        first, nows, sums = self._placed
-        start = self._runs.start.reshape(self._since.shape) - first
-        among, at = start >= 0, np.maximum(start, 0)
-        then = sums[:, at, np.arange(len(at))[:, None]]
-        tallies = sums[:, self._count - first, :, None] - np.where(among, then, -self._tallies)
-        return np.where(among, nows[at], self._since), tallies
+    def _since_then(self, placed: _Units) -> tuple[Floats, Floats]:
+        """By number and rise, when the bets last won nothing, and the totals then."""
+        start = self._runs.start.reshape(self._since.shape) - placed.before
+        among, at = start > 0, np.maximum(start, 1)
+        then = placed.totals[:, at, np.arange(len(at))[:, None]]
+        return np.where(among, placed.nows[at - 1], self._since), np.where(among, then, self._began)
 
     def _expected(self, units: ArrayLike = 0.0, total: ArrayLike = 0.0) -> Floats:
         """(..., numbers): the mean of each, given what came before, and so many units of that sum."""
@@ -204,7 +199,11 @@ class FixedReference:
         if np.maximum.reduce(self._runs.r) < least:  # and so are their weighted means
             return []
         moved, kinds, evidence = [], list(self.kinds.items()), self.evidence * self._weights
-        since, tallies = self._since_then()
+        since, began, totals = self._since, self._began, self._totals
+        if self._placed is not None:
+            since, began = self._since_then(self._placed)
+            totals = self._placed.totals[:, self._count - self._placed.before]
+        tallies = totals[..., None] - began
         strongest = self._runs.page.reshape(since.shape).argmax(axis=1)
         for i in np.flatnonzero(evidence >= least).tolist():
             (name, kind), best = kinds[i], (i, strongest[i])
@@ -223,9 +222,9 @@ class FixedReference:
     def reset(self) -> None:
         """An alarm has been dealt with: the evidence begins again at nothing, the reference stays."""
         self._runs.reset(self._count)
-        self._tallies[:] = 0
-        self._units[:] = self._size * self._share
-        self._sum[:] = self._units * self._before
+        self._began[:] = self._totals[..., None]
+        self._units[:] = self._share * (self._size - self._totals[0])
+        self._sum[:] = self._share * (self._size * self._before - self._totals[2])
 
     @property
     def evidence(self) -> Floats:
@@ -283,7 +282,7 @@ class FixedReference:
 
     def restore(self, state: Mapping[str, NDArray]) -> None:
         """Go on where the one was whose `state()` this is. Nothing of one with other numbers: they begin anew."""
-        if "tallies" not in state or state["names"].tolist() != list(self.kinds):
+        if "totals" not in state or state["names"].tolist() != list(self.kinds):
             return
         self.needed, self._count = int(state["needed"]), int(state["units_seen"])
         self._runs.restore(below(state, "runs."))
@@ -298,7 +297,7 @@ class FixedReference:
             columns.update({i: np.array(known[name]) for i, name in enumerate(self.kinds) if name in known})
 
 
-_KEPT = ("ready", "units", "sum", "margin", "higher", "size", "before", "since", "tallies")
+_KEPT = ("ready", "units", "sum", "margin", "higher", "size", "before", "since", "began", "totals")
 
 
 def _rare(values: Floats, common: Floats) -> Floats:

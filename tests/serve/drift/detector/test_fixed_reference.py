@@ -124,6 +124,24 @@ def test_a_rare_share_is_watched_while_it_is_rare():
         assert (came is not None) == rare and (reference.log_evidence > 0) == rare
 
 
+def test_several_units_at_once_are_those_units_one_by_one_to_the_bit():
+    rng = np.random.default_rng(6)
+    units = list(answers(rng, 400, refusal=0.05)) + list(answers(rng, 300, refusal=0.2, factor=1.3))
+    units = [unit | {"loop": 1 / 3} if i % 5 == 0 else unit for i, unit in enumerate(units)]
+    alone, together = FixedReference(KINDS, 300), FixedReference(KINDS, 300)
+    told = []
+    for i, unit in enumerate(units):
+        alone.update(unit, float(i))
+        told.append(alone.moved(LN))
+    blocks = [range(i, min(i + 7, len(units))) for i in range(0, len(units), 7)]
+    assert told == [
+        together.moved(LN) for block in blocks for _ in together.steps([units[i] for i in block], [*map(float, block)])
+    ]
+    assert any(told)
+    for name, kept in alone.state().items():
+        assert np.array_equal(kept, together.state()[name]), name
+
+
 def test_what_is_not_known_of_an_answer_is_left_out():
     reference = FixedReference(KINDS, 10)
     for _ in range(10):
@@ -162,10 +180,11 @@ def test_what_is_missing_leaves_the_evidence_of_its_number_as_it_is():
         missing = now % 3 == 0
         reference.update(unit | {"loop": None} if missing else unit, float(now))
         after = reference.state()
-        runs = [(state["runs.r"].reshape(len(KINDS), -1), state["sum"], state["units"]) for state in (before, after)]
+        runs = [(state["runs.r"].reshape(len(KINDS), -1), state["totals"].T) for state in (before, after)]
         assert all((then[loop] == then_after[loop]).all() for then, then_after in zip(*runs, strict=True)) == missing
         # As it is defined: what is there is multiplied by what is bet on it.
-        expected = (before["sum"][0] + 0.5) / (before["units"][0] + 1)
+        units, _, total = before["totals"][:, 0]
+        expected = (before["sum"][0] + total + 0.5) / (before["units"][0] + units + 1)
         stakes = np.maximum(before["higher"][0] - expected, 0) / (expected * (1 - expected))
         run = (runs[0][0][0] + (stakes > 0)) * (1 + stakes * (unit["refusal"] - expected))
         assert np.allclose(runs[1][0][0], run)
