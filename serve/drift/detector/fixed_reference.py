@@ -104,7 +104,8 @@ class FixedReference:
         # A share is expected to be what it was in so many units of such a sum, those of the reference, and all since; a
         # rank a half; and either by its margin more.
         self._share = np.array([kind in SHARES for kind in self.kinds.values()])
-        self._units, self._sum, self._margin = np.zeros(n), np.zeros(n), np.zeros(n)
+        self._units, self._sum = np.zeros((2, n))
+        self._margin = np.zeros(n)
         # By number and rise: the mean that is bet on, and the bets.
         self._higher, self._runs = np.zeros((n, len(RISES))), Runs(n * len(RISES))
         # In the reference: its size, and the mean, of a rank that of the number.
@@ -198,11 +199,13 @@ class FixedReference:
         least = math.exp(min(log_threshold, 700.0))
         if np.maximum.reduce(self._runs.r) < least:  # and so are their weighted means
             return []
-        moved, kinds, evidence = [], list(self.kinds.items()), self.evidence * self._weights
-        since, began, totals = self._since, self._began, self._totals
+        moved, kinds = [], list(self.kinds.items())
+        evidence = self.evidence * self._weights
+        totals = self._totals
+        since, began = self._since, self._began
         if self._placed is not None:
-            since, began = self._since_then(self._placed)
             totals = self._placed.totals[:, self._count - self._placed.before]
+            since, began = self._since_then(self._placed)
         tallies = totals[..., None] - began
         strongest = self._runs.page.reshape(since.shape).argmax(axis=1)
         for i in np.flatnonzero(evidence >= least).tolist():
