@@ -14,8 +14,10 @@ WEIGHTS = "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
 # What says where it comes from; of each the first bytes are read, and none is kept.
 CARD, MANIFEST = "README.md", "manifest.json"
-NOTES = (CARD, MANIFEST)
-NOTE_BYTES = 64 << 10
+# What says which tokens were added; of those that the base lacks the configuration keeps a list.
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+# So many of their first bytes are read.
+NOTES = {CARD: 64 << 10, MANIFEST: 64 << 10, TOKENIZER: 2 << 20, TOKENIZER_CONFIG: 256 << 10}
 # The `code` of an error that says that a source has no adapter.
 ABSENT = "adapter_files_missing"
 
@@ -94,6 +96,10 @@ class Inspection:
     license: str | None = None
     # What is stated of who trained it, on what (serve.adapters.provenance).
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    # Those that it brings whole, or single rows of (serve.adapters.saved_modules).
+    saved_modules: tuple[str, ...] = ()
+    # Of its classification head.
+    labels: tuple[str, ...] = ()
 
 
 def check_digest(digest: str, limits: Limits) -> str:

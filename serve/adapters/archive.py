@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
 
-from serve.adapters.adapter import CONFIG, FILES, NOTE_BYTES, NOTES, WEIGHTS
+from serve.adapters.adapter import CONFIG, FILES, NOTES, WEIGHTS
 from serve.adapters.file_thread import rest
 from serve.adapters.shards import is_shard
 from serve.adapters.tensors import header_length
@@ -274,7 +274,7 @@ class _Unpacked:
         return rank == self._rank
 
     def write(self, name: str, content: Iterator[bytes]) -> None:
-        room = NOTE_BYTES if name in NOTES else self._limit
+        room = NOTES.get(name, self._limit)
         weights = name == WEIGHTS or is_shard(name)
         with create(self._folder / name) as sink:
             for number, chunk in enumerate(content):

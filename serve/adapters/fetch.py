@@ -14,7 +14,7 @@ from typing import Any
 
 import fsspec
 
-from serve.adapters.adapter import CONFIG, NOTE_BYTES, NOTES, WEIGHTS
+from serve.adapters.adapter import CONFIG, NOTES, WEIGHTS
 from serve.adapters.byte_ledger import Kind, Room
 from serve.adapters.file_thread import take_turn
 from serve.adapters.shards import INDEX, join, names_in
@@ -78,7 +78,7 @@ def _bring(source: Source, files: Transfer, anonymous: bool) -> Source:
     for name in NOTES:
         try:
             with translated(source), _open(system, came, name) as remote:
-                text = remote.read(NOTE_BYTES)
+                text = remote.read(NOTES[name])
         except LoradockError:
             continue  # there is none, or none to be seen
         (files.folder / name).write_bytes(text)

@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 
 from serve.adapters.adapter import CARD, CONFIG, WEIGHTS, Inspection, Limits
 from serve.adapters.peft_config import (
-    MERGE,
     RETRAIN,
     Patterns,
     PeftConfig,
@@ -24,6 +23,7 @@ from serve.adapters.peft_config import (
     scaling_of,
 )
 from serve.adapters.provenance import front_matter, read_license, read_provenance
+from serve.adapters.saved_modules import EMBEDDINGS, MERGE, OUTPUT, Saved, head_of, saved_module, saved_problems
 from serve.adapters.tensors import FLOATS, Tensor, read_header, scan
 from serve.adapters.untrusted import open_plain, rejected
 from serve.names import shown
@@ -36,7 +36,7 @@ _HALVES = {
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
 }
-_TABLES = ("embed_tokens", "wte", "word_embeddings", "lm_head")
+_TABLES = (*EMBEDDINGS, OUTPUT)
 # PEFT saves the base's own embedding beside its LoRA; the engine passes over these two names.
 _BASE_COPIES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 
@@ -54,15 +54,17 @@ def inspect(folder: Path, modules: Mapping[str, tuple[int, int]], limits: Limits
         _raise(problems, config)  # a rank that is no number, or a DoRA, makes everything below it wrong too
 
         pairs: dict[str, dict[str, Tensor]] = {}
-        problems += _match(tensors, modules, pairs)
+        saved: Saved = {}
+        problems += _match(tensors, modules, pairs, saved)
         problems += _shape_problems(pairs, modules, config)
+        problems += saved_problems(saved, config.raw, modules, pairs)
         problems += _target_problems(pairs, modules, config, limits)
         if len(tensors) > limits.max_tensors:
             problems.append(f"{len(tensors)} tensors are more than the {limits.max_tensors} that this server takes")
         if not pairs:
             problems.append(f"{WEIGHTS} has no LoRA tensor for any module of the base, so it would change nothing")
         _raise(problems, config)
-        _raise(list(_value_problems(file, pairs, limits)), config)
+        _raise(list(_value_problems(file, pairs, saved, limits)), config)
         nbytes = (folder / CONFIG).stat().st_size + os.fstat(file.fileno()).st_size
 
     return Inspection(
@@ -73,6 +75,8 @@ def inspect(folder: Path, modules: Mapping[str, tuple[int, int]], limits: Limits
         tensors=len(tensors),
         license=license,
         provenance=read_provenance(folder, config.raw),
+        saved_modules=tuple(sorted({module for module, _ in saved})),
+        labels=head.labels if (head := head_of(saved.values(), config.raw)) else (),
     )
 
 
@@ -93,15 +97,23 @@ def _license_problems(license: str | None, limits: Limits) -> Iterator[str]:
 
 
 def _match(
-    tensors: Iterable[Tensor], modules: Mapping[str, tuple[int, int]], pairs: dict[str, dict[str, Tensor]]
+    tensors: Iterable[Tensor],
+    modules: Mapping[str, tuple[int, int]],
+    pairs: dict[str, dict[str, Tensor]],
+    saved: Saved,
 ) -> Iterator[str]:
-    """Fill `pairs`, module -> its A and B, and its magnitude."""
+    """Fill `pairs`, module -> its A and B, and its magnitude; and `saved`."""
     for tensor in tensors:
         name = tensor.name
         if name.endswith(_BASE_COPIES):
             yield from _base_copy_problems(tensor, modules)
             continue
         ending = next((ending for ending in _HALVES if name.endswith(ending)), None)
+        if ending is None and (place := saved_module(name)):
+            if place in saved:
+                yield f"`{shown(name)}` is the second one for its module"
+            saved[place] = tensor
+            continue
         if ending is None:
             yield f"`{shown(name)}` is not a LoRA tensor (lora_A or lora_B); {MERGE}"
             continue
@@ -188,9 +200,14 @@ def _suffixes(modules: Iterable[str]) -> set[str]:
     return {module.split(".", cut)[-1] for module in modules for cut in range(module.count(".") + 1)}
 
 
-def _value_problems(file: BinaryIO, pairs: Mapping[str, Mapping[str, Tensor]], limits: Limits) -> Iterator[str]:
+def _value_problems(
+    file: BinaryIO, pairs: Mapping[str, Mapping[str, Tensor]], saved: Saved, limits: Limits
+) -> Iterator[str]:
     """NaN, infinity, and an adapter whose every product is zero."""
-    effect = False
+    effect = bool(saved)
+    for tensor in saved.values():
+        if not scan(file, tensor)[0]:
+            yield f"`{shown(tensor.name)}` holds NaN or infinity"
     for pair in pairs.values():
         zeros = set()
         for half, tensor in pair.items():
@@ -198,6 +215,8 @@ def _value_problems(file: BinaryIO, pairs: Mapping[str, Mapping[str, Tensor]], l
             if not finite:
                 yield f"`{shown(tensor.name)}` holds NaN or infinity"
             zeros |= {half} if zero else set()
+            if half == "magnitude" and zero:
+                yield f"`{shown(tensor.name)}` is zero throughout, which silences its module; save the adapter again"
         # A magnitude scales the base's own outputs.
         effect = effect or "magnitude" in pair or not zeros
     if not effect and not limits.may_change_nothing:

@@ -11,13 +11,14 @@ from typing import Any
 
 import regex
 
+from serve.adapters import added_tokens
 from serve.adapters.adapter import CONFIG, Limits
 from serve.adapters.patterns import pattern_problem
+from serve.adapters.saved_modules import served_problems, setting_problems
 from serve.adapters.untrusted import open_plain, parse_json, rejected
 from serve.errors import AdapterRejected
 from serve.names import shown
 
-MERGE = "merge it into its base with `loradock optimize` and serve the result"
 RETRAIN = "train it again as a plain LoRA, without that"
 
 # By PEFT's name of them, how people call the kinds that become LoRA at a push (serve.adapters.conversion). All of them
@@ -56,7 +57,8 @@ class PeftConfig:
 def read_config(path: Path) -> PeftConfig:
     """Parse adapter_config.json; every field that shapes the answer must have its type. Unknown ones are PEFT's."""
     raw = read_settings(path)
-    problems = [*_number_problems(raw), *target_problems(raw), *_other_problems(raw)]
+    problems = [*_number_problems(raw), *target_problems(raw), *_other_problems(raw), *setting_problems(raw)]
+    problems += added_tokens.setting_problems(raw)
     if problems:
         raise rejected(problems, f"{CONFIG} cannot be read as a LoRA configuration")
     targets = raw.get("target_modules")
@@ -119,8 +121,7 @@ def _other_problems(raw: Mapping[str, Any]) -> Iterator[str]:
 def config_problems(config: PeftConfig, limits: Limits) -> Iterator[str]:
     """What is well written, and cannot be served beside other adapters."""
     raw = config.raw
-    if raw.get("modules_to_save"):
-        yield f"it replaces whole modules (modules_to_save: {shown(raw['modules_to_save'])}); {MERGE}"
+    yield from served_problems(raw)
     if raw.get("bias", "none") != "none":
         yield f"it trains biases (bias: {shown(raw['bias'])}; only none is served); train it again with bias none"
     init = raw.get("init_lora_weights")
@@ -128,7 +129,6 @@ def config_problems(config: PeftConfig, limits: Limits) -> Iterator[str]:
         yield f"init_lora_weights is {shown(init)}, which also changes the base's weights; {_init_remedy(init)}"
     for key, what in (
         ("lora_bias", "has a bias in its LoRA layers"),
-        ("trainable_token_indices", "trains single tokens"),
         ("layer_replication", "repeats layers of the base"),
         ("alora_invocation_tokens", "is an activated LoRA that begins at a token"),
         ("use_bdlora", "is block-diagonal"),

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from serve.adapters.adapter import CARD, MANIFEST, NOTE_BYTES, Inspection
+from serve.adapters.adapter import CARD, MANIFEST, NOTES, Inspection
 from serve.adapters.sources.address import Source
 from serve.adapters.untrusted import open_plain
 from serve.errors import AdapterRejected
@@ -62,7 +62,12 @@ def fetched_from(source: Source) -> dict[str, str]:
 
 def kept(inspection: Inspection) -> dict[str, Any]:
     """What was stated, as it is kept among a version's checks."""
-    stated = {"license": inspection.license, KEPT: dict(inspection.provenance)}
+    stated = {
+        "license": inspection.license,
+        KEPT: dict(inspection.provenance),
+        "saved_modules": list(inspection.saved_modules),
+        "labels": list(inspection.labels),
+    }
     return {name: value for name, value in stated.items() if value}
 
 
@@ -144,6 +149,6 @@ def _text(path: Path) -> str:
         return ""
     try:
         with open_plain(path) as file:
-            return file.read(NOTE_BYTES).decode("utf-8", "replace")
+            return file.read(NOTES[path.name]).decode("utf-8", "replace")
     except AdapterRejected:
         return ""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from serve.adapters.adapter import FILES, NOTE_BYTES, NOTES
+from serve.adapters.adapter import FILES, NOTES
 from serve.adapters.archive import HEAD_BYTES, archive_kind, unpack
 from serve.adapters.byte_ledger import Kind, Room
 from serve.adapters.file_thread import in_turn
@@ -115,7 +115,7 @@ class _Files:
             self._room.take(len(data))
             write(file.sink, data)
         elif file.note is not None:
-            file.note += data[: NOTE_BYTES - len(file.note)]
+            file.note += data[: NOTES[file.name] - len(file.note)]
         elif file.head is not None:
             file.head += data
             if len(file.head) >= HEAD_BYTES:

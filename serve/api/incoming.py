@@ -30,7 +30,7 @@ from serve.rollout.admit import VersionAdmission
 from serve.rollout.lifecycle import Lifecycle
 
 # What an upload may have beside the weights that a key's `adapter_bytes` is about: its configuration, and framing.
-NOTES_BYTES = 1 << 20
+NOTES_BYTES = 4 << 20
 _FIELDS = ("name", "visibility", "engine", "why", "probe_min_effect", "conversion_error", "keep")
 _SWITCHES = {"promote": "true", "probe": "true", "dry_run": "false"}  # with what they are by default
 

@@ -190,6 +190,8 @@ class Watch:
 # The request that the current task answers; a lease sets it. A ContextVar goes with it through vLLM's app into the
 # engine.
 watching: ContextVar[Watch | None] = ContextVar("watching", default=None)
+# The adapter that it asks, as the engine knows it; set with it.
+leased: ContextVar[str | None] = ContextVar("leased", default=None)
 
 
 @dataclass(frozen=True, slots=True)

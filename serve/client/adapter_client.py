@@ -22,7 +22,9 @@ __all__ = ["AdapterClient", "Refused", "Retry", "Unreachable", "adapter_files"]
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SHARDS = "adapter_model-*-of-*.safetensors"
+# What comes along, where it is there.
 CARD, MANIFEST = "README.md", "manifest.json"
+NOTES = (CARD, MANIFEST, "tokenizer.json", "tokenizer_config.json")
 ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar.zst")
 GGUF = ".gguf"
 
@@ -295,7 +297,7 @@ def adapter_files(path: str | Path) -> list[Path]:
         raise ConfigError(f"{path} holds a pickle (adapter_model.bin); save it again with safe_serialization=True")
     if missing:
         raise ConfigError(f"{path} is not a PEFT adapter: {' and '.join(missing)} not found in it")
-    return [file for file in (path / PEFT_FILES[0], *weights, path / CARD, path / MANIFEST) if file.is_file()]
+    return [file for file in (path / PEFT_FILES[0], *weights, *(path / note for note in NOTES)) if file.is_file()]
 
 
 def _because(why: str) -> dict[str, str]:

@@ -349,6 +349,13 @@ void loradock_keep_eight_bits(int number) {
 #endif
 }
 
+// What the outputs of a slot's rows are multiplied with in a step, less their bias; null: with nothing.
+void loradock_gains(int number, int slot, const float* gains, int count) {
+  Layer& layer = *layers[number];
+  if (layer.gains.size() <= size_t(slot)) layer.gains.resize(slot + 1);
+  layer.gains[slot].assign(gains, gains ? gains + count : gains);
+}
+
 int loradock_rank(int number, int slot) {
   int rank = 0;
   for (const Slice& slice : layers[number]->slices) rank = std::max(rank, slice.slots[slot].rank);

@@ -72,6 +72,11 @@ struct Layer {
   int max_rank;
   int size;      // bytes of an element
   std::vector<Slice> slices;
+  std::vector<std::vector<float>> gains;  // by slot: what a step multiplies each of its rows' outputs with, or nothing
+
+  const float* gains_of(int slot) const {
+    return size_t(slot) < gains.size() && !gains[slot].empty() ? gains[slot].data() : nullptr;
+  }
 
   // Bytes of t = x A^T: where a slice's begin in a row, and of a row. Of 8 bits it has 8 too, and a `Middle` before.
   int64_t middle_at(size_t slice) const {

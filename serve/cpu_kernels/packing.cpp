@@ -121,6 +121,33 @@ struct Group4 {
 };
 
 
+// Input i of output j of block b, as the products take it; not of GGML.
+inline float weight(const Matrix& m, int b, int j, int i) {
+  const uint8_t* block = m.data.data + b * m.block_bytes;
+  if (m.kind == BF16) return to_float(reinterpret_cast<const bf16*>(block)[(size_t(i / 2) * WIDTH + j) * 2 + i % 2]);
+  const int g = i / m.group, first = i % m.group;
+  if (m.kind != GROUP4) {
+    const auto number = int8_t(block[(size_t(i / 4) * WIDTH + j) * 4 + i % 4] - ZERO8);
+    return float(number) * m.scale.data[(size_t(b) * m.groups() + g) * WIDTH + j];
+  }
+  float scale, offset = 0;
+  const uint8_t* at;
+  if (m.span == 1) {
+    at = m.group4(b, g);
+    scale = to_float(reinterpret_cast<const bf16*>(at)[j]);
+    if (m.offsets) offset = 8 * to_float(reinterpret_cast<const bf16*>(at)[WIDTH + j]);
+    at += m.offsets ? 128 : 64;
+  } else {
+    const int span = g / m.span, place = g % m.span;
+    at = m.span4(b, span);
+    scale = to_float(reinterpret_cast<const bf16*>(at)[j]) *
+            float(reinterpret_cast<const int8_t*>(at + WIDTH * sizeof(bf16))[place * WIDTH + j]);
+    at += Matrix::header(m.span_groups(span)) + size_t(place) * m.group * WIDTH / 2;
+  }
+  const uint8_t two = at[(size_t(first / 8) * WIDTH + j) * 4 + first % 4];
+  return float(int(first % 8 < 4 ? two & 15 : two >> 4) - 8) * scale + offset;
+}
+
 // One group of 16 outputs, a lane for each of them, and the best 4 bits for it.
 struct Fit {
   int n;
@@ -420,6 +447,29 @@ void loradock_rows(int number, const int64_t* which, int rows, bf16* out) {
 #pragma omp parallel for schedule(static) if (rows > 16)
   for (int r = 0; r < rows; r++)
     unpack(m, which[r], [&](int i, uint32_t two) { std::memcpy(out + int64_t(r) * m.k + i, &two, 4); });
+}
+
+// out[n] = of each of W's rows the sum of its squares. Not 0: they cannot be had of this matrix.
+int loradock_row_squares(int number, float* out) {
+  const Matrix& m = *matrices[number];
+  if (m.kind == GGML && m.paired) return 1;
+  outputs(m, [&](int b, int j, int o) {
+    if (o < 0) return;
+    double sum = 0;
+    if (m.kind == GGML) {
+      static thread_local Buffer<float> row;
+      row.need(m.k);
+      ggml_row(m, o, row.data);
+      for (int i = 0; i < m.k; i++) sum += double(row.data[i]) * row.data[i];
+    } else {
+      for (int i = 0; i < m.k; i++) {
+        const double w = weight(m, b, j, i);
+        sum += w * w;
+      }
+    }
+    out[o] = float(sum);
+  });
+  return 0;
 }
 
 // Whether its 4 bits count from offsets, and how many of its groups have scales that are multiples of one.

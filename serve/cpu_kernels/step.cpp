@@ -302,7 +302,19 @@ struct Delta {
         const char *b = w.packed() + size_t(halves[side].output / 16) * parts * 64, *from_t = of_row + layer->middle_at(slice);
         (w.eight() ? EXPANDS8 : EXPANDS)[end - row - 1](b, parts, from_t, t_row, to_row + 16 * side);
       }
+      if (const float* gains = layer->gains_of(slot))
+        for (int side = 0; side < 2 && halves[side].slice >= 0; side++)
+          scale(m, block, side, gains + layer->slices[halves[side].slice].offset + halves[side].output, end - row, to_row);
     });
+  }
+
+  // Of rows of a block, whose bias stays what it is, the outputs of one side, each times its gain.
+  static void scale(const Matrix& m, int block, int side, const float* gains, int rows, float* sums) {
+    const Floats by = load(gains), bias = m.bias.data ? load(m.bias.data + block * WIDTH + 16 * side) : spread(0.f);
+    for (int i = 0; i < rows; i++) {
+      float* at = sums + i * WIDTH + 16 * side;
+      store(at, fma(load(at) - bias, by, bias));
+    }
   }
 
   // What `add` will read: many adapters' pieces are too short for the processor to see them coming.

@@ -158,7 +158,7 @@ class Fused:
             raise Elsewhere("attention")
         views = [GroupView(_at(it.block_table), it.block_table.stride(0), _at(it.slot_mapping)) for it in metas]
         groups = (GroupView * len(metas))(*views)
-        embedded = self.embed(ids) if self.embeds is not None and self.embeds.touched() else None
+        embedded = self.embed(ids) if self._embeds() else None
         out = torch.empty((rows, self.hidden), dtype=torch.bfloat16)
         requests = meta.seq_lens.shape[0]
         # Where each request has one token, vLLM asks for all of their logits next.
@@ -182,6 +182,11 @@ class Fused:
             raise Elsewhere("adapter")
         tally.fused()
         return out
+
+    def _embeds(self) -> bool:
+        """Whether a row of this step has an adapter that changes its embedding, by a LoRA or with rows of its own."""
+        own = getattr(self.runner, "loradock_embeds", None)
+        return (self.embeds is not None and self.embeds.touched()) or (own is not None and own())
 
     def logits(self, hidden: torch.Tensor, ready: torch.Tensor | None = None) -> torch.Tensor | None:
         """(rows, vocabulary) in float32, not rounded on the way; None where vLLM has to compute them.

@@ -149,11 +149,16 @@ class Probe:
             return ANY_EFFECT
         return max(self._min_effect if min_effect is None else min_effect, ABOVE_NOISE * self.noise)
 
-    async def judge(self, adapter_id: str, path: Path, min_effect: float | None = None) -> dict[str, Any]:
-        """What was measured, for the registry; AdapterRejected for an adapter with no effect or a ruinous one."""
+    async def judge(
+        self, adapter_id: str, path: Path, min_effect: float | None = None, *, classifies: bool = False
+    ) -> dict[str, Any]:
+        """What was measured, for the registry; AdapterRejected for an adapter with no effect or a ruinous one.
+
+        One that `classifies` says nothing: its head must tell texts apart.
+        """
         if self._base is None:
             return {}
-        text = bool(self._max_perplexity)
+        text = bool(self._max_perplexity) and not classifies
         async with measuring(self._engine, adapter_id, path) as backend:
             probing = backend.probe(adapter_id, PROMPTS)
             scoring = backend.score(adapter_id, TEXT) if text else _nothing()
@@ -164,6 +169,8 @@ class Probe:
                 "(is lora_alpha right?); train it again with a smaller scale",
                 code="not_finite",
             )
+        if classifies:
+            return _tells_apart(answers, needed=self.needed(min_effect))
         moved = effect(self._base.logprobs, answers)
         needed, noise = self.needed(min_effect), self.noise
         if needed > ANY_EFFECT and moved <= max(DOUBTFUL, NOISY * self.noise) and (moved > needed or self.noise):
@@ -259,6 +266,19 @@ def averaged(readings: Sequence[Sequence[Logprobs]]) -> list[Logprobs]:
             continue
         means.append({token: sum(each[token] for each in same) / len(same) for token in same[0] if token in listed})
     return means
+
+
+def _tells_apart(answers: Sequence[Logprobs], needed: float) -> dict[str, Any]:
+    """The largest difference of a label between the prompts; AdapterRejected, if there is none."""
+    labels = [[answer[label] for answer in answers] for label in answers[0] if all(label in each for each in answers)]
+    moved = max(max(values) - min(values) for values in labels)
+    if moved <= needed:
+        raise AdapterRejected(
+            f"the head of this adapter says the same of every text: its labels move by {moved:.4f} between them; was "
+            "it trained, and for this base?",
+            code="no_effect",
+        )
+    return {"effect": round(moved, 4), "effect_needed": round(max(needed, 0.0), 4)}
 
 
 async def _nothing() -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from serve.asgi.exchange import Watch, count_generated_tokens, count_prompt_tokens, watching
+from serve.asgi.exchange import Watch, count_generated_tokens, count_prompt_tokens, leased, watching
 from serve.engine.admission import Admission
 from serve.engine.backend import Backend
 from serve.engine.dp_ranks import DataParallelRanks
@@ -69,11 +69,12 @@ class Lease:
     @contextmanager
     def watched(self, watch: Watch) -> Iterator[None]:
         """While this lasts, what the backend begins is left with `watch`; at its end the payer is charged for it."""
-        began, token = time.time(), watching.set(watch)
+        began, tokens = time.time(), (watching.set(watch), leased.set(self.model))
         try:
             yield
         finally:
-            watching.reset(token)
+            watching.reset(tokens[0])
+            leased.reset(tokens[1])
             if generations := watch.read():
                 self.engine.account(Work(self.payer, self.adapter, began, generations))
 

@@ -38,6 +38,7 @@ from serve.gateway.reading import Reading
 from serve.gateway.request import (
     COUNTS_TOKENS,
     INVOCATIONS,
+    RENAMED,
     RESPONSES,
     InferenceRequest,
     body_limit,
@@ -164,6 +165,7 @@ class Intake:
 
     async def answer(self, scope: Scope, connection: PacedConnection, tap: Tap, deadline: Deadline) -> None:
         arrived = scope
+        scope = {**scope, "path": RENAMED.get(scope["path"], scope["path"])}
         stored = stored_response(scope["method"], scope["path"])
         headers = Headers(scope=scope)
         caller = self._auth.caller(headers, KeyScope.INFERENCE)

@@ -52,6 +52,11 @@ class InternalRequests:
         """Those of the base behind what a name means to a caller; NotFound."""
         return self._router.base_of(model, caller).backend.special_tokens
 
+    def labels(self, caller: Caller, model: str | None) -> tuple[str, ...]:
+        """Of the classification head behind what a name means to a caller, in order; NotFound."""
+        adapter = self._router.answerer(model, caller)
+        return tuple(adapter.checks.get("labels", ())) if adapter else ()
+
     def payer(self, caller: Caller, cause: Cause) -> Payer:
         """Whoever asks, with their key's meter."""
         return Payer.of(caller, cause, self._meters)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -16,10 +17,12 @@ from serve.engine.payer import Payer
 from serve.engine.plain_text import quoted
 from serve.errors import BadRequest, EngineUnavailable, NotFound
 from serve.gateway.internal_request import InternalAnswer, InternalRequests
-from serve.gateway.request import InferenceRequest
+from serve.gateway.request import CLASSIFY, InferenceRequest
 from serve.names import shown
 
 CHAT = "/v1/chat/completions"
+# The probability from which a label holds.
+LIKELY = 0.5
 # Of one text, in characters, and of one answer, in bytes.
 MAX_TEXT, MAX_ANSWER = 64 << 10, 64 << 10
 # OpenAI's names, which its clients send without meaning a model of this server.
@@ -73,6 +76,8 @@ class Moderator:
             raise BadRequest(f"a text to moderate has up to {MAX_TEXT} characters, not {len(text)}", param="input")
         asked = self._named(model)
         text = quoted(text, self._requests.special_tokens(caller, asked))
+        if labels := self._requests.labels(caller, asked):
+            return await self._classified(caller, payer, text, asked, labels, salt, priority)
         fields = {
             "model": asked,
             "messages": [{"role": "user", "content": self._question(text)}],
@@ -84,6 +89,21 @@ class Moderator:
         request = InferenceRequest(msgspec.json.encode(fields))
         answer = await self._requests.ask(caller, CHAT, request, payer=payer, limit=MAX_ANSWER, priority=priority)
         return _verdict(answer, asked, self.categories)
+
+    async def _classified(
+        self, caller: Caller, payer: Payer, text: str, asked: str, labels: Sequence[str], salt: str, priority: int
+    ) -> Verdict:
+        """By a head of labels: those that are categories, and likelier than not. One pass over the text."""
+        if not set(labels) & set(self.categories):
+            raise BadRequest(
+                f"the labels of the guard {shown(asked)} are {', '.join(labels)}, and none is a category of this "
+                f"server ({', '.join(self.categories)}): name them alike (its `id2label`, moderation_categories)",
+                param="model",
+            )
+        fields = {"model": asked, "input": text, **({"cache_salt": salt} if salt else {})}
+        request = InferenceRequest(msgspec.json.encode(fields))
+        answer = await self._requests.ask(caller, CLASSIFY, request, payer=payer, limit=MAX_ANSWER, priority=priority)
+        return _by_labels(answer, asked, labels, self.categories)
 
     def _named(self, model: str | None) -> str:
         name = self._model if model is None or _THEIRS.fullmatch(model) else model
@@ -101,19 +121,38 @@ class Moderator:
         return _PLACE.sub(lambda place: places[place[1]], self._prompt)
 
 
-def _verdict(answer: InternalAnswer, guard: str, categories: Sequence[str]) -> Verdict:
-    body = answer.recorded.body or b""
+def _by_labels(answer: InternalAnswer, guard: str, labels: Sequence[str], categories: Sequence[str]) -> Verdict:
+    fields = _body(answer, guard)
     try:
-        fields = msgspec.json.decode(body)
+        probabilities = dict(zip(labels, fields["data"][0]["probs"], strict=True))
+        likely = {label for label, probability in probabilities.items() if probability >= LIKELY}
+        return Verdict(frozenset(likely & set(categories)), str(fields["model"]))
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise NoVerdict(f"the guard {shown(guard)} gave no answer that can be read") from error
+
+
+def _body(answer: InternalAnswer, guard: str) -> dict[str, Any]:
+    """What a guard answered; BadRequest if it does not take the text, else NoVerdict."""
+    try:
+        fields: dict[str, Any] = msgspec.json.decode(answer.recorded.body or b"")
         if answer.recorded.status == 200:
-            said = str(fields["choices"][0]["message"]["content"])
-            names = {name.strip() for name in said.split(",")} & set(categories)
-            if not names and said.strip() != "none":
-                raise NoVerdict(f"the guard {shown(guard)} said {shown(said, 80)}: no category and not none")
-            return Verdict(frozenset(names), str(fields["model"]))
+            return fields
         message = str(fields["error"]["message"])
-    except (msgspec.DecodeError, KeyError, IndexError, TypeError) as error:
+    except (msgspec.DecodeError, KeyError, TypeError) as error:
         raise NoVerdict(f"the guard {shown(guard)} gave no answer that can be read") from error
     if answer.recorded.status < 500:
         raise BadRequest(f"the guard {shown(guard)} does not take this text: {shown(message, 300)}", param="input")
     raise NoVerdict(f"the guard {shown(guard)} did not answer: {shown(message, 300)}")
+
+
+def _verdict(answer: InternalAnswer, guard: str, categories: Sequence[str]) -> Verdict:
+    fields = _body(answer, guard)
+    try:
+        said = str(fields["choices"][0]["message"]["content"])
+        model = str(fields["model"])
+    except (KeyError, IndexError, TypeError) as error:
+        raise NoVerdict(f"the guard {shown(guard)} gave no answer that can be read") from error
+    names = {name.strip() for name in said.split(",")} & set(categories)
+    if not names and said.strip() != "none":
+        raise NoVerdict(f"the guard {shown(guard)} said {shown(said, 80)}: no category and not none")
+    return Verdict(frozenset(names), model)

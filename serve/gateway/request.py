@@ -23,10 +23,13 @@ from serve.names import shown
 
 # What a client may reach of vLLM's app; its admin, lora and debugging routes stay unreachable.
 PATHS = re.compile(
-    r"/v1/(chat/completions(/batch)?|completions|responses|messages(/count_tokens)?|embeddings|score|rerank)"
+    r"/v1/(chat/completions(/batch)?|completions|responses|messages(/count_tokens)?|embeddings|score|rerank|classify)"
     r"|/(tokenize|detokenize|pooling|classify|score|rerank|v2/rerank)"
     r"|/inference/v1/generate|/invocations"
 )
+# What vLLM calls without a version, beside the routes that have one.
+CLASSIFY = "/classify"
+RENAMED = {f"/v1{CLASSIFY}": CLASSIFY}
 # SageMaker's one route for all: the first field that a body has says which other route it means, as in vLLM.
 INVOCATIONS = "/invocations"
 INVOKED = {

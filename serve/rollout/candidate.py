@@ -23,3 +23,5 @@ class Candidate:
     path: Path
     # If it came as another kind than LoRA.
     conversion: Conversion | None = None
+    # What whoever pushed it should know.
+    warning: str = ""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from serve.adapters.adapter import CONFIG, WEIGHTS, Adapter, Inspection, Limits, check_digest
+from serve.adapters.added_tokens import check_added, keep_added
 from serve.adapters.file_thread import in_turn
 from serve.adapters.inspection import inspect
 from serve.adapters.provenance import kept
@@ -193,7 +194,9 @@ class Lifecycle:
         model = base.model
         await in_turn(_as_peft, folder, model)
         async with as_lora(self.store, name, folder, base.modules, limits) as (plain, conversion):
+            warning = await in_turn(keep_added, folder, plain, base.backend)
             inspection = await in_turn(inspect, plain, base.modules, limits)
+            await in_turn(check_added, plain, base.backend)
             await self._expect(name, expected)
             digest = await asyncio.to_thread(self.store.admit, plain, keep=True)
             adapter_id = f"{name}@{digest[:12]}"
@@ -201,7 +204,7 @@ class Lifecycle:
                 check_push(self.registry.adapters(), name=name, digest=digest, nbytes=inspection.nbytes, quota=quota)
                 check_digest(digest, limits)
                 path = self.store.path(digest)
-                yield Candidate(base, model, limits, inspection, digest, adapter_id, path, conversion)
+                yield Candidate(base, model, limits, inspection, digest, adapter_id, path, conversion, warning)
             except BaseException:
                 self._let_go(base, adapter_id, digest)
                 raise
@@ -213,8 +216,12 @@ class Lifecycle:
         base = new.base
         model = base.model
         await base.ensure(new.id, new.path)
-        checks = await base.probe.judge(new.id, new.path, min_effect) if base.probe else {}
+        classifies = bool(inspection.labels)
+        judged = base.probe.judge(new.id, new.path, min_effect, classifies=classifies) if base.probe else None
+        checks = await judged if judged is not None else {}
         stated = inspection.base or ""
+        if new.warning:
+            checks["warning"] = new.warning
         if await asyncio.to_thread(is_another_model, stated, model, base.name):
             checks["warning"] = (
                 f"it says that it was trained on {shown(stated)}; its shapes fit {base.name}, which seems to "

@@ -32,18 +32,21 @@ from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.version import __version__ as VLLM_VERSION
 
+from serve.adapters.saved_modules import Head
 from serve.cpu_kernels import pages
 from serve.cpu_kernels.install import VARIABLE, WEIGHTS
 from serve.engine.engine import LOW_PRIORITY, engine_priority
-from serve.errors import AdapterRejected, ConfigError, Conflict, EngineUnavailable
+from serve.errors import AdapterRejected, BadRequest, ConfigError, Conflict, EngineUnavailable
 from serve.models import engine_memory, hardware
 from serve.names import response_owner
 from serve.vllm_backend import announce, building, first_error, forkserver, gpu_memory
+from serve.vllm_backend.adapter_tokenizers import AdapterTokenizers
+from serve.vllm_backend.classification import Classifications, parameters, read_head, scores
 from serve.vllm_backend.coalescing import Coalescing
 from serve.vllm_backend.detokenizer import TokenTexts
 from serve.vllm_backend.engine_arguments import parse
 from serve.vllm_backend.engine_processes import Member, cause_of_death, end, members, processes_of, resident_bytes
-from serve.vllm_backend.output_processor import Outputs
+from serve.vllm_backend.output_processor import OWN, Outputs
 from serve.vllm_backend.patches import applying, response_models, response_store, titles
 from serve.vllm_backend.patches.error_translation import answer_unknown_paths, rejecting, sentence
 from serve.vllm_backend.patches.tokenizer_copies import shared_copy
@@ -96,6 +99,9 @@ class VLLMBackend:
         self._probes = itertools.count(1)
         self._special: frozenset[str] | None = None
         self._reader: Any = None
+        self._tokenizers: AdapterTokenizers | None = None
+        # Of adapters that classify.
+        self._heads: dict[str, Head] = {}
 
     @property
     def max_lora_rank(self) -> int:
@@ -221,6 +227,10 @@ class VLLMBackend:
             # Where vLLM's error handler would ask for the server's end once the engine is dead.
             app.state.server = SimpleNamespace(should_exit=False)
             await init_app_state(llm, app.state, self.args, tasks)
+            if self._generates:
+                self._tokenizers = AdapterTokenizers(llm.renderer)
+                outputs = cast(Outputs, llm.output_processor)
+                outputs.tokenizers, outputs.heads = self._tokenizers, self._heads
             responses = getattr(app.state, "openai_serving_responses", None)  # a pooling model has none
             self.keeps_responses = response_store.bound(responses, response_owner)
         except EngineDeadError as error:
@@ -230,7 +240,7 @@ class VLLMBackend:
                 f"the engine cannot start with this model and these options: {sentence(error)}"
             ) from error
         self._loras = app.state.openai_serving_models.lora_requests
-        self._app = app
+        self._app = Classifications(app, self._heads.get, self._classify) if self._generates else app
         warned = [message for messages in await self._rpc("loradock_notices") for message in messages]
         model = llm.vllm_config.model_config
         kept = str(model.quantization or model.dtype).removeprefix("torch.")
@@ -316,7 +326,7 @@ class VLLMBackend:
         # Nobody waits for it: were a socket still open, this would never return.
         threading.Thread(target=llm.engine_core.resources.ctx.destroy, args=(0,), daemon=True).start()
         if app is not None:
-            cast(Any, app).state._state.clear()
+            cast(Any, getattr(app, "app", app)).state._state.clear()
 
     def _processes(self) -> list[Any]:
         return processes_of(self._llm) if self._llm else []
@@ -341,6 +351,10 @@ class VLLMBackend:
     async def add(self, adapter_id: str, number: int, path: Path) -> None:
         """Bring an adapter into the engine under a name and number that were never used before."""
         request = LoRARequest(lora_name=adapter_id, lora_int_id=number, lora_path=str(path), base_model_name=self.name)
+        if self._tokenizers is not None:
+            await asyncio.to_thread(self._tokenizers.add, adapter_id, path, self)
+            if head := await asyncio.to_thread(read_head, path):
+                self._heads[adapter_id] = head
         with rejecting():
             await self._rpc("loradock_begin", adapter_id, number, str(path))
             began = time.monotonic()
@@ -375,6 +389,9 @@ class VLLMBackend:
     async def remove(self, adapter_id: str) -> None:
         """Free an adapter's weights in the engine; nobody may be using it."""
         request = self._loras.pop(adapter_id, None)
+        self._heads.pop(adapter_id, None)
+        if self._tokenizers is not None:
+            self._tokenizers.remove(adapter_id)
         if request is None or self._llm is None:
             return
         try:
@@ -387,11 +404,16 @@ class VLLMBackend:
         return set(await self._call(self._engine().list_loras()))
 
     async def probe(self, adapter_id: str | None, prompts: Sequence[str]) -> list[dict[int, float]]:
-        """The likeliest next tokens of each prompt, with their log-probabilities; nothing from a pooling model."""
+        """The likeliest next tokens of each prompt, with their log-probabilities; nothing from a pooling model.
+
+        Of an adapter that classifies, its labels' in their place.
+        """
         if not self._generates:
             return []
         count = min(20, int(self._engine().model_config.max_logprobs))
         params = SamplingParams(temperature=0, max_tokens=1, logprobs=count, detokenize=False)
+        if head := self._heads.get(adapter_id or ""):
+            params = parameters(head)
         answers = await asyncio.gather(*(self._ask(adapter_id, prompt, params) for prompt in prompts))
         return [
             {token: value.logprob for token, value in (answer.outputs[0].logprobs or [{}])[0].items()}
@@ -408,11 +430,31 @@ class VLLMBackend:
         ]
         return sum(logprobs) / max(len(logprobs), 1)
 
-    async def _ask(self, adapter_id: str | None, prompt: str, params: SamplingParams) -> RequestOutput:
+    async def _classify(
+        self, adapter_id: str, text: str | list[int], salt: str | None, priority: int
+    ) -> tuple[list[float], int]:
+        """The scores of a text, or of token ids, and how many tokens it is."""
+        head = self._heads[adapter_id]
+        prompt: dict[str, Any] = {"prompt": text} if isinstance(text, str) else {"prompt_token_ids": text}
+        if salt:
+            prompt["cache_salt"] = salt
+        try:
+            answer = await self._ask(adapter_id, prompt, parameters(head), priority)
+        except ValueError as error:
+            raise BadRequest(sentence(error), param="input") from error
+        told = (answer.outputs[0].logprobs or [{}])[0]
+        return scores(head, told), len(answer.prompt_token_ids or [])
+
+    async def _ask(
+        self, adapter_id: str | None, prompt: str | dict[str, Any], params: SamplingParams, priority: int | None = None
+    ) -> RequestOutput:
+        """A request of the server's own, behind those of clients unless it has a place among them."""
         lora = self._loras[adapter_id] if adapter_id else None
-        name = f"probe-{next(self._probes)}"
-        priority = engine_priority(LOW_PRIORITY) if self.prioritizes else 0
-        asked = self._engine().generate({"prompt": prompt}, params.clone(), name, lora_request=lora, priority=priority)
+        name = f"{OWN}{next(self._probes)}"
+        if priority is None:
+            priority = engine_priority(LOW_PRIORITY) if self.prioritizes else 0
+        asked_prompt: Any = {"prompt": prompt} if isinstance(prompt, str) else prompt
+        asked = self._engine().generate(asked_prompt, params.clone(), name, lora_request=lora, priority=priority)
         try:
             answers = [answer async for answer in asked]
         except EngineDeadError as error:
@@ -423,11 +465,26 @@ class VLLMBackend:
 
     @property
     def special_tokens(self) -> frozenset[str]:
-        """What the tokenizer takes for one token wherever it stands in a text: ends of turns and the like."""
+        """`control_tokens`, and the tokens of adapters."""
+        return self.control_tokens | (self._tokenizers.texts if self._tokenizers is not None else set())
+
+    @property
+    def control_tokens(self) -> frozenset[str]:
+        """What the base's tokenizer takes for one token wherever it stands in a text: ends of turns and the like."""
         if self._special is None:
             tokenizer: Any = self._engine().get_tokenizer()
             self._special = frozenset({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
         return self._special
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens its embedding has rows for."""
+        return int(self._engine().model_config.get_vocab_size())
+
+    def token_number(self, token: str) -> int | None:
+        """Of a token of its tokenizer."""
+        number: int | None = self._engine().get_tokenizer().get_vocab().get(token)
+        return number
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """The text of tokens, of special ones too. From any thread: it has a tokenizer of its own."""

@@ -2,9 +2,9 @@
 
     output = g * (W x + B A x) + bias        g = magnitude / ||W + B A||, of each row
 
-The norms are of the weights that are served, in whatever format: the layers' own products say what those are. g of an
-adapter is computed once, when it is loaded, between steps; the base's norms once for all adapters. A step with a row of
-such an adapter goes layer by layer.
+The norms are of the weights that are served, in whatever format. g of an adapter is computed once, when it is loaded,
+between steps; the base's norms once for all adapters. A fused step of our kernels multiplies with g too. Where they do
+not know a layer, a step with a row of such an adapter goes layer by layer.
 
 Not where the layers were compiled or recorded before the first such adapter came, nor where they are spread over
 devices.
@@ -12,6 +12,7 @@ devices.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,14 +25,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from vllm import envs
-from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.utils import parse_fine_tuned_lora_name
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+from serve.adapters.adapter import CONFIG, WEIGHTS
+from serve.vllm_backend.eager_layers import is_eager, slots_of
+
 ENDINGS = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
-# Columns of a base's weights that are looked at in one product, and seconds of such products between two steps.
-COLUMNS, BUDGET = 256, 0.05
+# Columns and rows of a base's weights that are looked at at a time, and seconds of such products between two steps.
+COLUMNS, ROWS, BUDGET = 256, 4096, 0.05
 # Some layers add their bias to every product, which nothing of so large a vector's is lost in.
 LARGE = 2.0**20
 
@@ -102,10 +104,7 @@ class Magnitudes:
             raise ValueError("DoRA is not computed where a model is spread over devices: merge it into its base")
         if envs.VLLM_LORA_ENABLE_DUAL_STREAM:
             raise ValueError("DoRA is not computed beside its base: start without VLLM_LORA_ENABLE_DUAL_STREAM")
-        compilation = config.compilation_config
-        compiled = compilation.mode not in (None, CompilationMode.NONE)
-        recorded = compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE)
-        if not config.model_config.enforce_eager and (compiled or recorded):
+        if not is_eager(config):
             raise ValueError("DoRA needs layers that are not compiled: start the engine with enforce_eager")
 
     def _module(self, name: str) -> str:
@@ -149,7 +148,8 @@ class Magnitudes:
             if isinstance(module, BaseLinearLayerWithLoRA):
                 self._layers[name] = Scaled(module, adapters.lora_slots)
         adapters.activate_adapter = partial(self._activate, adapters.activate_adapter)
-        self._runner.loradock_layerwise = self.in_use
+        if not all(layer.is_fused for layer in self._layers.values()):
+            self._runner.loradock_layerwise = self.in_use
 
     def _activate(self, original: Callable[[int], bool], lora_id: int) -> bool:
         adapters = self._worker._adapter_manager
@@ -177,13 +177,23 @@ class Scaled:
         # The last row is of those without an adapter, whose slot is -1.
         device = module.lora_b_stacked[0].device
         self._gains = torch.ones(slots + 1, sum(module.output_slices), device=device)
+        # Where our kernels know the layer, a fused step multiplies its outputs with the gains itself.
+        self._kernels = _kernels(module)
         self._original = module._apply_lora_to_output
         module._apply_lora_to_output = self.apply
 
     def put(self, slot: int, gains: torch.Tensor | None) -> None:
         """What the slot holds from now on; None is of an adapter that scales nothing here."""
         self._gains[slot] = 1.0 if gains is None else gains.to(self._gains.device)
+        if self._kernels is not None:
+            values = torch.empty(0) if gains is None else gains.float().contiguous()
+            place = ctypes.c_void_p(values.data_ptr() if len(values) else None)
+            self._kernels.loradock_gains(self._module.punica_wrapper.number, slot, place, len(values))
         (self._slots.discard if gains is None else self._slots.add)(slot)
+
+    @property
+    def is_fused(self) -> bool:
+        return self._kernels is not None
 
     @property
     def indices(self) -> torch.Tensor:
@@ -196,9 +206,7 @@ class Scaled:
         if not self._slots:
             return output
         rows = output.reshape(-1, output.shape[-1])
-        indices = self.indices[: rows.shape[0]]
-        # What pads a batch has no adapter.
-        gains = self._gains[torch.nn.functional.pad(indices, (0, rows.shape[0] - indices.shape[0]), value=-1)]
+        gains = self._gains[slots_of(self._module.punica_wrapper, rows.shape[0])]
         base = self._module.base_layer
         bias = None if getattr(base, "skip_bias_add", False) else getattr(base, "bias", None)
         scaled = rows.float() * gains if bias is None else (rows.float() - bias) * gains + bias
@@ -206,13 +214,47 @@ class Scaled:
         return torch.where(gains == 1.0, rows, scaled.to(rows.dtype)).view(output.shape)
 
 
+def _kernels(module: Any) -> Any:
+    """Ours, if they know the adapters of a layer; else None."""
+    if not hasattr(module.punica_wrapper, "number"):
+        return None
+    from serve.cpu_kernels.build import library
+
+    return library()
+
+
 def _squares(module: Any) -> Iterator[torch.Tensor]:
-    """Of each row of the served weights the sum of its squares, some columns at a time."""
+    """Of each row of the served weights the sum of its squares, in parts that add up.
+
+    Where the weights cannot be read, products with unit vectors say what they are: so many as the layer has inputs.
+    """
+    weight, count = getattr(module.base_layer, "weight", None), sum(module.output_slices)
+    if (packed := _packed_squares(module.base_layer, count)) is not None:
+        yield packed
+        return
+    if weight is not None and weight.shape == (count, module.input_size) and weight.is_floating_point():
+        for begin in range(0, count, ROWS):
+            part = torch.zeros(count)
+            part[begin : begin + ROWS] = weight[begin : begin + ROWS].detach().float().square().sum(1).cpu()
+            yield part
+        return
     for begin in range(0, module.input_size, COLUMNS):
         count = min(COLUMNS, module.input_size - begin)
         unit = torch.zeros(count, module.input_size)
         unit[torch.arange(count), begin + torch.arange(count)] = 1
         yield _product(module, unit).square().sum(0)
+
+
+def _packed_squares(layer: Any, count: int) -> torch.Tensor | None:
+    """Of weights that our kernels have packed."""
+    if getattr(layer, "loradock_matrix", -1) < 0:
+        return None
+    from serve.cpu_kernels.build import library
+    from serve.cpu_kernels.packing import at
+
+    kernels, squares = library(), torch.empty(count)
+    refused = kernels is None or kernels.loradock_row_squares(layer.loradock_matrix, at(squares))
+    return None if refused else squares
 
 
 def _product(module: Any, rows: torch.Tensor) -> torch.Tensor:

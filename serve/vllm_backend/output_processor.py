@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from copy import copy
 from functools import partial
+from types import MappingProxyType
 from typing import Any, cast
 
 from vllm.entrypoints.generate.base.protocol import DeltaMessage
@@ -22,6 +24,7 @@ from vllm.v1.metrics.stats import IterationStats, RequestStateStats
 from serve.asgi.exchange import Generation, Parameters, watching
 from serve.asgi.fast_stream import FastStream
 from serve.errors import LoradockError
+from serve.vllm_backend.adapter_tokenizers import AdapterTokenizers
 from serve.vllm_backend.coalescing import Coalescing
 from serve.vllm_backend.detokenizer import TokenTexts, look_up
 from serve.vllm_backend.parsed_stream import Handover, ParsedDeltas
@@ -31,6 +34,8 @@ log = logging.getLogger(__name__)
 
 # vLLM's own way gets the first token and the last; see serve.asgi.fast_stream.
 NEVER = 1 << 30
+# How the engine's names of the server's own requests begin; no client's does.
+OWN = "probe-"
 # So many tokens may wait for vLLM's first chunk. Then it makes none that the fast stream could learn from.
 PATIENCE = 64
 # What shapes an answer beside length, temperature and structure. `n` and `seed` do not.
@@ -69,6 +74,10 @@ class Outputs(OutputProcessor):
     texts: TokenTexts | None = None
     # Whether a token is counted here, without vLLM's look into the environment for each; its backend knows.
     lean_stats = False
+    # Of adapters that add tokens; its backend hands it in.
+    tokenizers: AdapterTokenizers | None = None
+    # Adapters that classify, and say nothing; its backend hands them in.
+    heads: Mapping[str, Any] = MappingProxyType({})
     # Where the tokens of streams wait for one another, if they do; its backend knows.
     coalescing: Coalescing | None = None
 
@@ -79,14 +88,21 @@ class Outputs(OutputProcessor):
                 watch.gate(request.prompt_token_ids if request.prompt_embeds is None else None)
             except LoradockError as error:
                 raise VLLMValidationError(error.message) from error
-        super().add_request(request, *args, **kwargs)
+        self._check_says(request)
+        own = self._tokenizer_of(request)
+        base = getattr(self, "tokenizer")  # noqa: B009  vLLM's, of no known type
+        self.tokenizer = own or base
+        try:
+            super().add_request(request, *args, **kwargs)
+        finally:
+            self.tokenizer = base
         state = cast(Any, self.request_states.get(request.request_id))
         if state is None or hasattr(state, "background"):
             return
         state.background = watch is None or watch.background
         state.watched = None
         state.fast_stream = None
-        if self.texts is not None:
+        if self.texts is not None and own is None:
             look_up(state.detokenizer, self.texts)
         if watch is None:
             return
@@ -99,6 +115,22 @@ class Outputs(OutputProcessor):
             self._take_stream(state, watch.fast_stream)
         if self.coalescing is not None and state.fast_stream is None:
             self.coalescing.collect(state.queue)
+
+    def _check_says(self, request: EngineCoreRequest) -> None:
+        lora = request.lora_request
+        if lora is not None and lora.lora_name in self.heads and not str(request.external_req_id).startswith(OWN):
+            raise VLLMValidationError(f"{lora.lora_name} classifies texts and writes none: ask it by /v1/classify")
+
+    def _tokenizer_of(self, request: EngineCoreRequest) -> Any:
+        """Its adapter's, if that adds tokens."""
+        if self.tokenizers is None or request.lora_request is None:
+            return None
+        own = self.tokenizers.of(request.lora_request.lora_name)
+        if own is not None and request.sampling_params and request.sampling_params.structured_outputs is not None:
+            raise VLLMValidationError(
+                "this adapter adds tokens to the base's, which a grammar does not know: ask without structured outputs"
+            )
+        return own
 
     def _take_stream(self, state: Any, stream: FastStream) -> None:
         """Have the stream send a sequence's tokens, if it can. vLLM's way looks for strings that end an answer."""

@@ -13,7 +13,7 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -37,8 +37,8 @@ SPELL, REST = 0.0008, 0.01
 RESTS = 0.3
 
 
-class Magnitudes(Protocol):
-    """What an adapter needs of the layers before it is registered (serve.vllm_backend.dora)."""
+class Computed(Protocol):
+    """What is computed of an adapter and the base's layers before it is registered (dora, saved_modules)."""
 
     def advance(self, lora: Any) -> bool: ...
 
@@ -46,14 +46,14 @@ class Magnitudes(Protocol):
 class Loader:
     """One worker's adapters on their way in. `manager` is vLLM's LRUCacheWorkerLoRAManager.
 
-    `busy` says whether answers are being computed.
+    `busy` says whether answers are being computed, and `computed` is what adapters need of the layers.
     """
 
     def __init__(
-        self, manager: Any, busy: Callable[[], bool] = lambda: False, magnitudes: Magnitudes | None = None
+        self, manager: Any, busy: Callable[[], bool] = lambda: False, computed: Sequence[Computed] = ()
     ) -> None:
         self._manager = manager
-        self._magnitudes = magnitudes
+        self._computed = computed
         self._busy = busy
         self._coming: dict[int, Future[Any]] = {}
         self._again: dict[int, Callable[[], Any]] = {}
@@ -92,7 +92,7 @@ class Loader:
     def _unfinished(self, lora: Any) -> BaseException | None:
         """UNFINISHED while an adapter that was read needs more of the steps' time; or what is wrong with it."""
         try:
-            return None if self._magnitudes is None or self._magnitudes.advance(lora) else UNFINISHED
+            return None if all(part.advance(lora) for part in self._computed) else UNFINISHED
         except (ValueError, RuntimeError) as error:
             return error
 
@@ -160,10 +160,12 @@ class Worker:
         loader: Loader | None = getattr(self, "_loradock_loader", None)
         if loader is None:
             from serve.vllm_backend.dora import Magnitudes
+            from serve.vllm_backend.saved_modules import SavedModules
 
             runner = self.model_runner  # type: ignore[attr-defined]
-            magnitudes = Magnitudes(runner.lora_manager, runner)
-            loader = self._loradock_loader = Loader(runner.lora_manager, lambda: _answering(runner), magnitudes)
+            # The last reads first, and leaves the rest to those before it.
+            computed = [kind(runner.lora_manager, runner) for kind in (Magnitudes, SavedModules)]
+            loader = self._loradock_loader = Loader(runner.lora_manager, lambda: _answering(runner), computed)
         return loader
 
 

@@ -96,6 +96,8 @@ class FakeBackend:
         self.generate: Callable[[dict[str, Any]], Generation] | None = None
         # What an answer says, a stream word by word if it has a prompt; without it an answer has no choices.
         self.say: Callable[[dict[str, Any]], str] | None = None
+        # Of a text that is classified, what the labels' probabilities are.
+        self.classify: Callable[[str], list[float]] | None = None
         # Cleared, a stream stops after its first chunk until this is set.
         self.flow = asyncio.Event()
         self.flow.set()
@@ -202,7 +204,14 @@ class FakeBackend:
                 return JSONResponse(error.body(), status_code=error.status)
         return None
 
-    special_tokens = frozenset({"<|im_end|>", "<|im_start|>"})
+    control_tokens = special_tokens = frozenset({"<|im_end|>", "<|im_start|>"})
+
+    # Its tokenizer's tokens beside those: words.
+    words: Mapping[str, int] = MappingProxyType({"<|im_start|>": 0, "<|im_end|>": 1})
+    vocabulary = 32
+
+    def token_number(self, token: str) -> int | None:
+        return self.words.get(token)
 
     def rendered(self, body: dict[str, Any]) -> list[list[int] | None]:
         """Its prompts, a character a token: whatever is in the body and says nothing of how to answer."""
@@ -225,7 +234,9 @@ class FakeBackend:
             text = self.say(body) if self.say and ("messages" in body or "prompt" in body) else ""
             return StreamingResponse(self._stream(model, counted, text), media_type="text/event-stream")
         answer = {"model": model} if self.usage is None else {"model": model, "usage": self.usage}
-        if self.say:
+        if self.classify and "input" in body:
+            answer["data"] = [{"probs": self.classify(body["input"])}]
+        elif self.say:
             text = self.say(body)
             answer["choices"] = [{"text": text} if "prompt" in body else {"message": {"content": text}}]
         return JSONResponse(answer)

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from serve.adapters.adapter import NOTE_BYTES, NOTES, WEIGHTS, Limits
+from serve.adapters.adapter import NOTES, WEIGHTS, Limits
 from serve.adapters.child_program import running
 from serve.adapters.conversion.kinds import check, linears
 from serve.adapters.fair_threads import FairThreads
@@ -106,7 +106,7 @@ def _convert(
     for name in NOTES:
         if (folder / name).exists():
             with open_plain(folder / name) as source, create(into / name) as copy:
-                write(copy, source.read(NOTE_BYTES))
+                write(copy, source.read(NOTES[name]))
     remainder = into / REMAINDER
     facts = {"kind": kind, **answer["facts"], "allowed_error": limits.conversion_error}
     return Conversion(facts, remainder if remainder.is_dir() else None)

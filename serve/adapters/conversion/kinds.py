@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from serve.adapters.adapter import CONFIG, WEIGHTS, Limits
-from serve.adapters.peft_config import CONVERTED, MERGE, Patterns, read_settings, target_problems
+from serve.adapters.peft_config import CONVERTED, Patterns, read_settings, target_problems
+from serve.adapters.saved_modules import MERGE
 from serve.adapters.tensors import FLOATS, read_header, scan
 from serve.adapters.untrusted import open_plain, rejected
 from serve.errors import AdapterRejected

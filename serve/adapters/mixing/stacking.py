@@ -17,9 +17,11 @@ import numpy as np
 from serve.adapters.adapter import CONFIG, WEIGHTS
 from serve.adapters.mixing.pruning import Pruning, factors
 from serve.adapters.peft_config import Patterns, PeftConfig, read_config, scaling_of
+from serve.adapters.saved_modules import saved_module
 from serve.adapters.tensors import Tensor, read_header
 from serve.adapters.untrusted import create, open_plain, write
 from serve.errors import AdapterRejected
+from serve.names import shown
 
 PREFIX = "base_model.model."
 # How lora_A and lora_B end, by the kind of module.
@@ -52,9 +54,15 @@ class _Source:
             )
         self.weight = weight
         self.file: BinaryIO = open_plain(folder / WEIGHTS)
+        tensors = read_header(self.file)
+        if saved := [tensor.name for tensor in tensors if saved_module(tensor.name)]:
+            raise AdapterRejected(
+                f"one of these adapters brings a table or a head of its own (`{shown(saved[0])}`), which adds up with "
+                "no other: leave it out of the mixture"
+            )
         self.modules: dict[str, _Half] = {}
         self.dtypes: set[str] = set()
-        for tensor in read_header(self.file):
+        for tensor in tensors:
             for ending in ENDINGS:
                 for number, half in enumerate(ending):
                     if tensor.name.endswith(half):

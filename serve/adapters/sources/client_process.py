@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from serve.adapters.adapter import CONFIG, FILES, NOTES
+from serve.adapters.adapter import CARD, CONFIG, FILES, MANIFEST
 from serve.adapters.child_program import running
 from serve.adapters.sources.address import Source
 from serve.adapters.sources.transfer import Transfer, absent, forbidden, not_installed, unreachable
@@ -48,7 +48,7 @@ def bring(source: Source, files: Transfer) -> Source:
         if place := _on_this_machine(str(found.get("place", ""))):
             return replace(source, scheme="file", path=place, version=version)
         _judge(found, source)
-        client.say({"names": [*FILES, *NOTES]})
+        client.say({"names": [*FILES, CARD, MANIFEST]})
         client.answer()
     if not (files.folder / CONFIG).is_file():
         raise absent(source.shown)

@@ -18,7 +18,7 @@ from urllib.parse import urljoin, urlsplit
 
 import httpx
 
-from serve.adapters.adapter import CONFIG, FILES, NOTES
+from serve.adapters.adapter import CARD, CONFIG, FILES, MANIFEST
 from serve.adapters.archive import HEAD_BYTES, archive_kind, unpack
 from serve.adapters.byte_ledger import Kind
 from serve.adapters.file_thread import take_turn
@@ -62,7 +62,7 @@ class Layer:
     @property
     def name(self) -> str | None:
         *folders, name = self.title.split("/")
-        known = name in FILES or name in NOTES or is_shard(name)
+        known = name in (*FILES, CARD, MANIFEST) or is_shard(name)
         return name if known and len(folders) <= 1 and not self.archived else None
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from serve.adapters.adapter import NOTE_BYTES
+from serve.adapters.adapter import NOTES
 from serve.adapters.provenance import front_matter, read_license
 from serve.config import load
 from serve.errors import ConfigError
@@ -67,7 +67,7 @@ async def test_the_license_is_read_from_the_card_and_shown(connect, config, make
 async def test_a_card_is_no_part_of_the_bytes_and_its_size_does_not_matter(client, config, make_adapter, pack):
     folder = make_adapter()
     bare = (await client.post("/v1/adapters", **pack(folder))).json()
-    (folder / "README.md").write_text(CARD + "x" * 3 * NOTE_BYTES)
+    (folder / "README.md").write_text(CARD + "x" * 3 * NOTES["README.md"])
     again = await client.post("/v1/adapters", **pack(folder))
     assert (again.status_code, again.json()["digest"]) == (200, bare["digest"])
     assert not list((config.data_dir / "quarantine").iterdir())

@@ -120,6 +120,95 @@ def test_what_peft_itself_saves_is_taken(tmp_path):
     assert found.target_modules == ("down_proj", "embed_tokens", "q_proj")
 
 
+TABLE, TOKENS = (
+    f"base_model.model.model.embed_tokens.{name}" for name in ("weight", "token_adapter.trainable_tokens_delta")
+)
+
+
+def test_an_embedding_or_the_rows_of_tokens_may_come_beside_a_lora(pack):
+    whole = weights() | {TABLE: torch.randn(40, 16)}
+    assert inspect(pack(config(modules_to_save=["embed_tokens"]), whole), MODULES, LIMITS).saved_modules == (
+        "model.embed_tokens",
+    )
+    # PEFT saves an embedding that was resized without naming it.
+    assert inspect(pack(config(), whole), MODULES, LIMITS).saved_modules
+    assert inspect(pack(config(), weights() | {TABLE: torch.randn(43, 16)}), MODULES, LIMITS), "three tokens were added"
+    rows = weights() | {TOKENS: torch.randn(2, 16)}
+    for indices in ([3, 39], {"embed_tokens": [3, 39]}):
+        folder = pack(config(trainable_token_indices=indices), rows)
+        assert inspect(folder, MODULES, LIMITS).saved_modules == ("model.embed_tokens",)
+    # The base's output layer takes no LoRA here: the engine compares the sizes.
+    head = weights() | {"base_model.model.lm_head.weight": torch.randn(40, 16)}
+    assert inspect(pack(config(modules_to_save=["lm_head"]), head), MODULES, LIMITS).saved_modules == ("lm_head",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensors", "reason"),
+    [
+        ({"modules_to_save": ["embed_tokens"]}, {}, "the file has no weight of it"),
+        ({"modules_to_save": "embed_tokens"}, {}, "a list of module names"),
+        ({}, {TABLE: torch.randn(1065, 16)}, "at most 1024 beyond those are served"),
+        ({}, {TABLE: torch.randn(39, 16)}, "trained on another vocabulary"),
+        ({}, {TABLE: torch.randn(40, 8)}, "wants 16 columns"),
+        ({}, {TABLE: torch.randn(40)}, "a row for each token"),
+        ({}, {TABLE: torch.ones(40, 16, dtype=torch.int8)}, "is I8"),
+        ({}, {TABLE: torch.full((40, 16), torch.nan)}, "NaN or infinity"),
+        ({}, {"base_model.model.other.embed_tokens.weight": torch.randn(40, 16)}, "fits no module"),
+        ({}, {TOKENS: torch.randn(2, 16)}, "names no tokens of it"),
+        ({"trainable_token_indices": [1, 2]}, {}, "the file has no rows of tokens"),
+        ({"trainable_token_indices": [1, 1]}, {TOKENS: torch.randn(2, 16)}, "names 1 tokens"),
+        ({"trainable_token_indices": [1, 1064]}, {TOKENS: torch.randn(2, 16)}, "names token 1064, and the base has 40"),
+        ({"trainable_token_indices": [-1]}, {}, "a list of token numbers"),
+        ({"trainable_token_indices": {"embed_tokens": 5}}, {}, "a list of token numbers"),
+        ({"ensure_weight_tying": 1}, {}, "it must be true or false"),
+        (
+            {"target_modules": ["embed_tokens"]},
+            {
+                TABLE: torch.randn(40, 16),
+                TABLE.replace("weight", "lora_embedding_A"): torch.randn(4, 40),
+                TABLE.replace("weight", "lora_embedding_B"): torch.randn(16, 4),
+            },
+            "adapted in two ways",
+        ),
+    ],
+)
+def test_a_saved_module_that_does_not_fit_is_refused_with_the_reason(pack, changes, tensors, reason):
+    assert reason in refused(pack(config(**changes), weights() | tensors))
+
+
+SCORE = "base_model.model.score.weight"
+
+
+def test_a_classification_head_has_its_labels_names(pack):
+    settings = config(task_type="SEQ_CLS", modules_to_save=["classifier", "score"])
+    tensors = weights() | {SCORE: torch.randn(3, 16)}
+    assert inspect(pack(settings, tensors), MODULES, LIMITS).labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    named = {**settings, "id2label": {"0": "good", "2": "bad"}}
+    assert inspect(pack(named, tensors), MODULES, LIMITS).labels == ("good", "LABEL_1", "bad")
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensors", "reason"),
+    [
+        ({}, {SCORE: torch.randn(128, 16)}, "has 128 labels; up to 127 are served"),
+        ({}, {SCORE: torch.zeros(1_000_000, 1)}, "has 1000000 labels; up to 127 are served"),
+        ({}, {SCORE: torch.randn(16)}, "a row for each label"),
+        ({}, {SCORE: torch.zeros(0, 16)}, "a row for each label"),
+        ({}, {SCORE: torch.full((2, 16), torch.inf)}, "NaN or infinity"),
+        ({}, {SCORE.replace("weight", "bias"): torch.zeros(2)}, "0 classification heads with a weight"),
+        ({}, {SCORE: torch.ones(2, 16), SCORE.replace("score", "classifier"): torch.ones(2, 16)}, "one is served"),
+        ({"modules_to_save": ["score"]}, {}, "the file has no weight of it"),
+        ({"id2label": ["a"]}, {SCORE: torch.ones(2, 16)}, "id2label is"),
+        ({"id2label": {"0": "a", "1": "a"}}, {SCORE: torch.ones(2, 16)}, "different printable names"),
+        ({"id2label": {"0": "\u202e"}}, {SCORE: torch.ones(2, 16)}, "different printable names"),
+        ({"id2label": {str(n): str(n) for n in range(1000)}}, {SCORE: torch.ones(2, 16)}, "up to 127 numbers"),
+        ({"problem_type": 5}, {SCORE: torch.ones(2, 16)}, "it must be a text"),
+    ],
+)
+def test_a_head_that_is_not_served_is_refused_with_the_reason(pack, changes, tensors, reason):
+    assert reason in refused(pack(config(**changes), weights() | tensors))
+
+
 def magnitudes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same adapter as a DoRA."""
     stems = [name.removesuffix(".lora_B.weight") for name in tensors if name.endswith(".lora_B.weight")]
@@ -136,6 +225,9 @@ def test_a_dora_has_a_magnitude_for_each_output_of_every_module(pack):
         (torch.ones(7), "is [7]; the base wants [16]"),
         (torch.ones(16, 1), "is [16, 1]; the base wants [16]"),
         (torch.full((16,), torch.inf), "holds NaN or infinity"),
+        (torch.full((16,), torch.nan), "holds NaN or infinity"),
+        (torch.zeros(16), "is zero throughout"),
+        (torch.zeros(0), "is [0]; the base wants [16]"),
         (torch.ones(16, dtype=torch.int32), "is I32"),
     ):
         assert sentence in refused(pack(config(use_dora=True), tensors | {name: wrong}))
@@ -176,7 +268,7 @@ def test_an_initialization_that_leaves_the_base_alone_is_taken(pack, init):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"modules_to_save": ["lm_head", "norm"]}, "alone are served"),
     ],
 )
 def test_what_can_be_merged_is_refused_with_that_way_out(pack, change, reason):
@@ -194,7 +286,6 @@ def test_what_can_be_merged_is_refused_with_that_way_out(pack, change, reason):
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "pissa_niter_16"}, "base's weights"),
         ({"init_lora_weights": "loftq"}, "train it again with init_lora_weights true"),
-        ({"trainable_token_indices": [1, 2]}, "single tokens"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "repeats layers"),
         ({"alora_invocation_tokens": [5]}, "activated LoRA"),
         ({"use_qalora": True}, "QA-LoRA"),
@@ -270,7 +361,7 @@ def test_all_that_does_not_fit_is_named_at_once(pack):
     tensors["base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"] = torch.ones(4, 16)
     tensors["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"] = torch.ones(4, 32)
     tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(4, 17)
-    tensors["base_model.model.lm_head.weight"] = torch.ones(40, 16)
+    tensors["base_model.model.model.norm.weight"] = torch.ones(16)
     tensors["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"] = torch.ones(8, 4, dtype=torch.int32)
     folder = pack(config(target_modules=["q_proj", "v_proj", "gate_proj"]), tensors)
     with pytest.raises(AdapterRejected) as caught:
@@ -282,7 +373,7 @@ def test_all_that_does_not_fit_is_named_at_once(pack):
     assert "layers.7.self_attn.q_proj.lora_A.weight` fits no module of the base" in text
     assert "`model.layers.0.mlp.down_proj` has lora_A and no lora_B" in text
     assert "is [4, 17]; the base and rank 4 want [4, 16]" in text
-    assert "lm_head.weight` is not a LoRA tensor" in text
+    assert "norm.weight` is not a LoRA tensor" in text
     assert "is I32; save the adapter as BF16" in text
     assert "`gate_proj`, and that matches no module of the base" in text
 
@@ -427,6 +518,8 @@ fields = st.sampled_from(
         "alpha_pattern",
         "bias",
         "modules_to_save",
+        "trainable_token_indices",
+        "ensure_weight_tying",
         "use_dora",
         "use_rslora",
         "init_lora_weights",

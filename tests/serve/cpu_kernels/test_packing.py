@@ -17,6 +17,7 @@ if not current_platform.is_cpu():
 from vllm.scalar_type import scalar_types
 
 from serve.cpu_kernels import build, packing
+from serve.cpu_kernels.operators import packed_linear
 from tests.serve.cpu_kernels.test_step import multiply, stepwise
 from tests.support.quantized import packed
 
@@ -217,3 +218,19 @@ def test_every_step_of_every_format_is_vllms_up_to_rounding(steps, name):
     assert max(step["worst"] for step in fused) < 0.15 * more
     assert max(step["middle"] for step in fused) < 0.05 * more
     assert max(step["logits"] for step in fused) < (0.03 if name == "int4" else 2**-7)
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["plain", "paired"])
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int8 for each output", "int4"])
+def test_the_squares_of_rows_are_those_of_the_weights_that_are_multiplied(kind, paired):
+    torch.manual_seed(0)
+    inputs, outputs = 192, 96
+    weight, scale = torch.randn(outputs, inputs).bfloat16(), None
+    if kind == "int8 for each output":
+        weight, scale = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8), torch.rand(outputs) + 0.5
+    kinds = {"bfloat16": packing.BF16, "int8": packing.GROUP8, "int4": packing.GROUP4}
+    number = packing.matrix(weight, kinds.get(kind, packing.CHANNEL8), scale, paired=paired)
+    multiplied = packed_linear(torch.eye(inputs).bfloat16(), number, outputs).float()
+    squares = torch.empty(outputs)
+    assert build.library().loradock_row_squares(number, packing.at(squares)) == 0
+    torch.testing.assert_close(squares, multiplied.square().sum(0), rtol=0.01, atol=0)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import openai
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from serve.config import keys_hashed, load
 from serve.errors import ConfigError
@@ -62,6 +65,28 @@ async def test_an_adapter_can_be_the_guard_within_the_callers_rights(guarded, sa
     await sdk(limited).moderations.create(input="x")
     with pytest.raises(openai.RateLimitError):
         await sdk(limited).moderations.create(input="x")
+
+
+async def test_a_guard_with_a_head_is_asked_for_its_labels_once(guarded, says, make_adapter, sdk):
+    acme = await issued(guarded, "acme")
+    folder = make_adapter()
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    save_file(tensors | {"base_model.model.score.weight": torch.ones(3, 16)}, folder / "adapter_model.safetensors")
+    for name, labels in (("watch", ["violence", "fine", "harassment"]), ("mood", ["good", "bad", "odd"])):
+        named = {**settings, "id2label": {str(number): label for number, label in enumerate(labels)}}
+        (folder / "adapter_config.json").write_text(json.dumps(named))
+        (await acme.post("/v1/adapters", **upload(folder, name=name, probe="false"))).raise_for_status()
+    says.classify = lambda text: [0.7, 0.1, 0.6] if "knife" in text else [0.1, 0.8, 0.49]
+    first, second = (await sdk(acme).moderations.create(input=["a knife", "a flower"], model="watch")).results
+    assert first.categories.violence and first.categories.harassment and not first.categories.hate
+    assert not second.flagged
+    assert says.paths[-2:] == ["/classify", "/classify"]
+    with pytest.raises(openai.BadRequestError, match="labels of the guard mood are good, bad, odd"):
+        await sdk(acme).moderations.create(input="a knife", model="mood")
+    says.classify = lambda text: [0.7]
+    with pytest.raises(openai.InternalServerError, match="no answer that can be read"):
+        await sdk(acme).moderations.create(input="a knife", model="watch")
 
 
 async def test_a_guard_that_says_something_else_is_no_verdict(guarded, sdk):

@@ -1,0 +1,81 @@
+"""One of vLLM's models with its LoRA layers in this process: no engine, no cache, steps only as the layers see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from serve.vllm_backend.dora import Magnitudes
+from serve.vllm_backend.patches.applying import apply
+from serve.vllm_backend.patches.table import named
+from serve.vllm_backend.saved_modules import SavedModules
+from serve.vllm_backend.worker_extension import LOADED, LOADING, Loader
+
+
+@contextmanager
+def one_worker(folder: Path) -> Iterator[None]:
+    """vLLM's state of a process that is the only worker."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state
+
+    for name in ("lora-rows", "lora-device"):
+        apply(named(name))
+    with set_current_vllm_config(VllmConfig()):
+        parallel_state.init_distributed_environment(1, 0, f"file://{folder / 'init'}", 0, backend="gloo")
+        parallel_state.initialize_model_parallel(1, 1)
+        yield
+    parallel_state.destroy_model_parallel()
+    parallel_state.destroy_distributed_environment()
+
+
+class LayersOnly:
+    """A model of the folder in vLLM's layers, on a CPU, with slots for two adapters."""
+
+    def __init__(self, folder: Path, dtype: str = "float32") -> None:
+        from vllm.config import set_current_vllm_config
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+        from vllm.model_executor.model_loader import get_model
+
+        self.config = EngineArgs(
+            model=str(folder), skip_tokenizer_init=True, dtype=dtype, max_model_len=64, enforce_eager=True,
+            enable_lora=True, max_lora_rank=8, max_loras=4, max_cpu_loras=8, max_num_seqs=16,
+        ).create_engine_config()  # fmt: skip
+        with set_current_vllm_config(self.config):
+            self.model = get_model(vllm_config=self.config)
+            manager = LRUCacheWorkerLoRAManager(self.config, torch.device("cpu"), self.model.embedding_modules)
+            manager.create_lora_manager(self.model, self.config)
+        self.adapters = manager._adapter_manager
+        self.runner = SimpleNamespace(vllm_config=self.config)
+        self.saved = SavedModules(manager, self.runner)
+        self.loader = Loader(manager, computed=[Magnitudes(manager, self.runner), self.saved])
+
+    def load(self, adapter: Path, number: int) -> str:
+        request = SimpleNamespace(
+            lora_name=str(number), lora_int_id=number, lora_path=str(adapter), is_3d_lora_weight=False
+        )
+        self.loader.begin(request)
+        while (state := self.loader.finish(number)) == LOADING:
+            pass
+        if state == LOADED:
+            self.adapters.activate_adapter(number)
+        return state
+
+    def step(self, adapters: Sequence[int]) -> None:
+        """The rows of the step that comes, by their adapters' numbers; 0 for none."""
+        from vllm.lora.layers import LoRAMapping
+
+        self.adapters.set_adapter_mapping(LoRAMapping(tuple(adapters), tuple(adapters), is_prefill=True))
+
+    def embedded(self, tokens: torch.Tensor) -> Any:
+        with torch.no_grad():
+            return self.model.model.embed_tokens(tokens)
+
+    def logits(self, hidden: torch.Tensor) -> Any:
+        with torch.no_grad():
+            return self.model.compute_logits(hidden)
