@@ -136,4 +136,4 @@ class Context:
 
 def beyond_low_rank(config: Mapping[str, Any]) -> bool:
     """Whether an adapter is more than a low-rank update."""
-    return bool(config.get("use_dora") or config.get("modules_to_save"))
+    return bool(config.get("use_dora") or config.get("modules_to_save") or config.get("trainable_token_indices"))

@@ -42,6 +42,7 @@ class Start:
     rslora: bool
     dtype: str
     device: str
+    dora: bool = False
 
 
 class Learner:
@@ -154,7 +155,7 @@ def _adapted(base: Any, start: Start, settings: Settings) -> Any:
             raise Refused(f"the model has no linear layer {unknown[0]!r}; its layers have {', '.join(there)}")
         config = LoraConfig(
             r=settings.rank, lora_alpha=settings.alpha, target_modules=targets, use_rslora=start.rslora,
-            task_type="CAUSAL_LM",
+            use_dora=start.dora, task_type="CAUSAL_LM",
         )  # fmt: skip
         return get_peft_model(base, config)
 

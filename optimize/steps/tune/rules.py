@@ -43,6 +43,7 @@ class Tune(Step, frozen=True, kw_only=True, tag="tune"):
     alpha: float = 0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     rslora: bool = False
+    dora: bool = False
     learning_rate: float | Literal["auto"] = "auto"
     learning_rate_multiplier: float = 1.0
     epochs: int | Literal["auto"] = "auto"
@@ -123,12 +124,24 @@ def refuse(step: Tune, context: Context) -> None:
     config = context.adapters.get(step.adapter)
     if config is not None and beyond_low_rank(config):
         raise Refused(
-            f"the adapter {step.adapter!r} is more than a low-rank update (DoRA or modules_to_save), which the engine "
-            "does not serve: merge it into the base, and train a new one"
+            f"the adapter {step.adapter!r} is more than a low-rank update (DoRA or modules_to_save), from which no "
+            "training goes on: merge it into the base, and train a new one"
         )
+    if step.dora:
+        _refuse_after_dora(step, context)
     there = {name.rpartition(".")[2] for name in _linears(context.base)}
     if step.targets != "all-linear" and (unknown := sorted(set(step.targets) - there)):
         raise Refused(f"the model has no linear layer {unknown[0]!r}; its layers have {', '.join(sorted(there))}")
+
+
+def _refuse_after_dora(step: Tune, context: Context) -> None:
+    """A DoRA scales the base's own outputs: what changes the base, or writes other formats, does not follow it."""
+    recipe = context.recipe
+    later = recipe.steps[recipe.steps.index(step) + 1 :]
+    if other := next((other for other in later if other.kind != "merge" or step.name not in other.consumed), None):
+        raise Refused(f"{other.kind} does not follow a DoRA adapter: tune {step.name!r} after it, or say `dora: false`")
+    if recipe.export.format != "vllm":
+        raise Refused(f"a {recipe.export.format} export takes no DoRA adapter: say `dora: false`, or merge it")
 
 
 def _found(file: str, method: str, fewest: int = FEWEST) -> Found:

@@ -70,7 +70,8 @@ def _given(options: dict[str, Any]) -> list[str]:
 
 def _start(job: Job, parent: Path | None) -> Start:
     options = job.options
-    return Start(Path(job.model), parent, job.seed, options["targets"], options["rslora"], options["dtype"], job.device)
+    kind = {name: options[name] for name in ("targets", "rslora", "dora", "dtype")}
+    return Start(base=Path(job.model), parent=parent, seed=job.seed, device=job.device, **kind)
 
 
 def _objective(options: dict[str, Any], learner: Learner, encoded: Encoded, file: Path, row_tokens: int) -> Objective:

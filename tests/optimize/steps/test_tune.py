@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.checkpoint.model import settle
@@ -361,6 +362,15 @@ def test_an_adapter_is_gone_on_from(tuning, model, tmp_path):
     second = tuning(out="second", epochs=1, adapters={"first": folder}, adapter="first", rank=64)
     notes = tune.run(second, silent)
     assert notes["rank"] == 4 and notes["losses"][0] < began[0] / 2
+
+
+def test_a_dora_is_trained_with_its_magnitudes(tuning):
+    made = tuning(dora=True, epochs=2)
+    notes = tune.run(made, silent)
+    assert notes["losses"][-1] < notes["losses"][0]
+    folder = made.folder / "adapters/adapter"
+    assert json.loads((folder / "adapter_config.json").read_text())["use_dora"]
+    assert any("lora_magnitude_vector" in name for name in load_file(folder / "adapter_model.safetensors"))
 
 
 def test_a_rate_that_is_too_high_is_a_sentence(tuning):

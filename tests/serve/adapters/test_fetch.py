@@ -14,6 +14,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import load_file, save
 
+from serve.adapters.adapter import NOTES
 from serve.adapters.sources import transfer
 from serve.adapters.sources.address import Source, address_of, parse
 from serve.adapters.sources.kind import offered
@@ -98,7 +99,7 @@ async def test_two_files_and_their_notes_come_from_object_storage(client, bucket
     put(bucket, make_adapter(), "models/team/tone")
     bucket.pipe_file("models/team/tone/README.md", b"---\nlicense: mit\n---")
     assert (await push(client, "s3://models/team/tone")).status_code == 201
-    files = {"adapter_config.json", "adapter_model.safetensors", "README.md", "manifest.json"}
+    files = {"adapter_config.json", "adapter_model.safetensors", *NOTES}
     assert {Path(path).name for path in bucket.opened} <= files
 
 
@@ -285,7 +286,7 @@ async def test_two_files_come_from_a_host_that_may_be_named(connect, config, web
         done = await push(client, "https://models.example.org/models/tone/")
         assert (done.status_code, done.json()["live"]) == (201, True), done.text
         assert (await push(client, "https://other:8443/models/tone")).status_code == 200
-    assert [request.url.host for request in web.asked] == ["models.example.org"] * 4 + ["other"] * 4
+    assert [request.url.host for request in web.asked] == ["models.example.org"] * 6 + ["other"] * 6
     assert not any("authorization" in request.headers for request in web.asked)
 
 

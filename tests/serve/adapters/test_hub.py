@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from serve.adapters.adapter import NOTES
+
 REPOSITORY = "team/tone"
 
 
@@ -32,7 +34,7 @@ async def test_an_adapter_comes_from_a_hub_and_its_history_names_the_commit(clie
     assert {event["why"] for event in history} == {f"from hf://team/tone (commit {sha})"}
     assert (await push(client, "hf://team/tone@main")).status_code == 200
     assert {path for path in hub.asked if "/resolve/" in path} == {
-        f"/{REPOSITORY}/resolve/{sha}/{name}" for name in (*bytes_in(make_adapter()), "README.md", "manifest.json")
+        f"/{REPOSITORY}/resolve/{sha}/{name}" for name in (*bytes_in(make_adapter()), *NOTES)
     }
 
 
