@@ -17,7 +17,8 @@ MERGE = "merge it into its base with `loradock optimize` and serve the result"
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
 OUTPUT = "lm_head"
 HEADS = ("score", "classifier")
-WHOLE, BIAS, ROWS = ".weight", ".bias", ".token_adapter.trainable_tokens_delta"
+WHOLE, BIAS = ".weight", ".bias"
+ROWS = ".token_adapter.trainable_tokens_delta"
 PREFIX = "base_model.model."
 # How PEFT calls a table that was resized and below the rows that were trained.
 BELOW = ".token_adapter.base_layer.weight"

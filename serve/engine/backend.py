@@ -9,6 +9,8 @@ from typing import Protocol
 from prometheus_client.metrics_core import Metric
 from starlette.types import ASGIApp
 
+from serve.adapters.added_tokens import Tokenizer
+
 
 class Backend(Protocol):
     """What an engine needs from whoever computes."""
@@ -18,6 +20,7 @@ class Backend(Protocol):
     model: str
     keeps_responses: bool
     weights: str
+    tokens: Tokenizer
 
     @property
     def max_lora_rank(self) -> int: ...
@@ -54,12 +57,7 @@ class Backend(Protocol):
     @property
     def stalled(self) -> float: ...
     @property
-    def control_tokens(self) -> frozenset[str]: ...
-    @property
     def special_tokens(self) -> frozenset[str]: ...
-    @property
-    def vocabulary(self) -> int: ...
-    def token_number(self, token: str) -> int | None: ...
     def text_of(self, tokens: Sequence[int]) -> str: ...
     def check_room(self) -> None: ...
     def another(self, model: str | None = None) -> Backend: ...

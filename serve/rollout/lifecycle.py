@@ -194,9 +194,9 @@ class Lifecycle:
         model = base.model
         await in_turn(_as_peft, folder, model)
         async with as_lora(self.store, name, folder, base.modules, limits) as (plain, conversion):
-            warning = await in_turn(keep_added, folder, plain, base.backend)
+            warning = await in_turn(keep_added, folder, plain, base.backend.tokens)
             inspection = await in_turn(inspect, plain, base.modules, limits)
-            await in_turn(check_added, plain, base.backend)
+            await in_turn(check_added, plain, base.backend.tokens)
             await self._expect(name, expected)
             digest = await asyncio.to_thread(self.store.admit, plain, keep=True)
             adapter_id = f"{name}@{digest[:12]}"

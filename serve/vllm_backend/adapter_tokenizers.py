@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,31 @@ from serve.vllm_backend.patches.tokenizer_copies import shared_copy
 
 # Copies that are used at a time; vLLM makes more where they do not do.
 COPIES = 2
+
+
+class BaseTokens:
+    """What an engine's tokenizer knows; `engine` is there once it has started."""
+
+    def __init__(self, engine: Callable[[], Any]) -> None:
+        self._engine = engine
+        self._control: frozenset[str] | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the embedding has rows for."""
+        return int(self._engine().model_config.get_vocab_size())
+
+    @property
+    def control_tokens(self) -> frozenset[str]:
+        """What is one token wherever it stands in a text: ends of turns and the like."""
+        if self._control is None:
+            tokenizer = self._engine().renderer.tokenizer
+            self._control = frozenset({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
+        return self._control
+
+    def token_number(self, token: str) -> int | None:
+        number: int | None = self._engine().renderer.tokenizer.get_vocab().get(token)
+        return number
 
 
 class AdapterTokenizers:

@@ -32,6 +32,7 @@ from vllm.utils.gc_utils import freeze_gc_heap
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.version import __version__ as VLLM_VERSION
 
+from serve.adapters.added_tokens import Tokenizer
 from serve.adapters.saved_modules import Head
 from serve.cpu_kernels import pages
 from serve.cpu_kernels.install import VARIABLE, WEIGHTS
@@ -40,7 +41,7 @@ from serve.errors import AdapterRejected, BadRequest, ConfigError, Conflict, Eng
 from serve.models import engine_memory, hardware
 from serve.names import response_owner
 from serve.vllm_backend import announce, building, first_error, forkserver, gpu_memory
-from serve.vllm_backend.adapter_tokenizers import AdapterTokenizers
+from serve.vllm_backend.adapter_tokenizers import AdapterTokenizers, BaseTokens
 from serve.vllm_backend.classification import Classifications, parameters, read_head, scores
 from serve.vllm_backend.coalescing import Coalescing
 from serve.vllm_backend.detokenizer import TokenTexts
@@ -97,7 +98,7 @@ class VLLMBackend:
         self._seats = 0
         self.weights = ""  # what is multiplied, in words, known once it has started
         self._probes = itertools.count(1)
-        self._special: frozenset[str] | None = None
+        self.tokens: Tokenizer = BaseTokens(self._engine)
         self._reader: Any = None
         self._tokenizers: AdapterTokenizers | None = None
         # Of adapters that classify.
@@ -352,7 +353,7 @@ class VLLMBackend:
         """Bring an adapter into the engine under a name and number that were never used before."""
         request = LoRARequest(lora_name=adapter_id, lora_int_id=number, lora_path=str(path), base_model_name=self.name)
         if self._tokenizers is not None:
-            await asyncio.to_thread(self._tokenizers.add, adapter_id, path, self)
+            await asyncio.to_thread(self._tokenizers.add, adapter_id, path, self.tokens)
             if head := await asyncio.to_thread(read_head, path):
                 self._heads[adapter_id] = head
         with rejecting():
@@ -465,26 +466,8 @@ class VLLMBackend:
 
     @property
     def special_tokens(self) -> frozenset[str]:
-        """`control_tokens`, and the tokens of adapters."""
-        return self.control_tokens | (self._tokenizers.texts if self._tokenizers is not None else set())
-
-    @property
-    def control_tokens(self) -> frozenset[str]:
-        """What the base's tokenizer takes for one token wherever it stands in a text: ends of turns and the like."""
-        if self._special is None:
-            tokenizer: Any = self._engine().get_tokenizer()
-            self._special = frozenset({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})
-        return self._special
-
-    @property
-    def vocabulary(self) -> int:
-        """How many tokens its embedding has rows for."""
-        return int(self._engine().model_config.get_vocab_size())
-
-    def token_number(self, token: str) -> int | None:
-        """Of a token of its tokenizer."""
-        number: int | None = self._engine().get_tokenizer().get_vocab().get(token)
-        return number
+        """What a tokenizer takes for one token wherever it stands in a text: the base's, and those of adapters."""
+        return self.tokens.control_tokens | (self._tokenizers.texts if self._tokenizers is not None else set())
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """The text of tokens, of special ones too. From any thread: it has a tokenizer of its own."""

@@ -33,7 +33,8 @@ from serve.vllm_backend.eager_layers import is_eager, slots_of
 
 ENDINGS = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 # Columns and rows of a base's weights that are looked at at a time, and seconds of such products between two steps.
-COLUMNS, ROWS, BUDGET = 256, 4096, 0.05
+COLUMNS, ROWS = 256, 4096
+BUDGET = 0.05
 # Some layers add their bias to every product, which nothing of so large a vector's is lost in.
 LARGE = 2.0**20
 

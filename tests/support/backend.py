@@ -34,6 +34,16 @@ UNREAD = (
 )
 
 
+class FakeTokens:
+    """A tokenizer of two control tokens, and an embedding of 32 rows."""
+
+    vocabulary = 32
+    control_tokens = frozenset({"<|im_end|>", "<|im_start|>"})
+
+    def token_number(self, token: str) -> int | None:
+        return {"<|im_start|>": 0, "<|im_end|>": 1}.get(token)
+
+
 @dataclass
 class FakeSequence:
     generation: Generation
@@ -204,14 +214,8 @@ class FakeBackend:
                 return JSONResponse(error.body(), status_code=error.status)
         return None
 
-    control_tokens = special_tokens = frozenset({"<|im_end|>", "<|im_start|>"})
-
-    # Its tokenizer's tokens beside those: words.
-    words: Mapping[str, int] = MappingProxyType({"<|im_start|>": 0, "<|im_end|>": 1})
-    vocabulary = 32
-
-    def token_number(self, token: str) -> int | None:
-        return self.words.get(token)
+    special_tokens = frozenset({"<|im_end|>", "<|im_start|>"})
+    tokens = FakeTokens()
 
     def rendered(self, body: dict[str, Any]) -> list[list[int] | None]:
         """Its prompts, a character a token: whatever is in the body and says nothing of how to answer."""

@@ -14,9 +14,9 @@ from serve.adapters.adapter import CONFIG, NOTES, TOKENIZER, TOKENIZER_CONFIG, W
 from serve.adapters.added_tokens import KEPT, AddedToken, added_tokens, check_added, keep_added
 from serve.adapters.peft_config import read_config
 from serve.errors import AdapterRejected
-from tests.support.backend import FakeBackend
+from tests.support.backend import FakeTokens
 
-BASE = FakeBackend()  # its tokens are <|im_start|> and <|im_end|>, 0 and 1
+BASE = FakeTokens()  # its tokens are <|im_start|> and <|im_end|>, 0 and 1
 
 
 def token(content: str, number: int, **flags: Any) -> dict[str, Any]:
