@@ -152,6 +152,7 @@ def main() -> None:
             ["git", "archive", options.before], cwd=ROOT, stdout=subprocess.PIPE, check=True
         ).stdout
         subprocess.run(["tar", "x"], cwd=old, input=archive, check=True)
+        (work / "model").mkdir()
         tiny.model(work / "model")
         registry = f"sqlite:///{work}/registry.db"
         if options.postgres:

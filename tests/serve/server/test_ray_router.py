@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import sys
 from collections import defaultdict
@@ -18,6 +19,7 @@ from serve.fleet.routed import Stats
 from serve.models import hardware
 from serve.server import ray_serve
 from tests.support.app import CHAT, upload
+from tests.support.server import ROOT
 
 NAMES = [f"adapter-{number}" for number in range(12)]
 
@@ -42,11 +44,11 @@ def router(monkeypatch):
     for name in ("ray", "ray.serve"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace())
     monkeypatch.setitem(sys.modules, "ray.serve.request_router", fake)
-    monkeypatch.delitem(sys.modules, "serve.server.ray_router", raising=False)
-    from serve.server.ray_router import HomesRouter
-
-    router = HomesRouter()
-    monkeypatch.delitem(sys.modules, "serve.server.ray_router")
+    # Under another name: the module itself stays Ray's.
+    spec = importlib.util.spec_from_file_location("ray_router_without_ray", ROOT / "serve/server/ray_router.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    router = module.HomesRouter()
     stats = [msgspec.structs.asdict(Stats(f"server-{number}", ["base"], 8, 16, 4.0, [])) for number in range(3)]
     replicas = [
         SimpleNamespace(replica_id=SimpleNamespace(unique_id=f"replica-{number}"), routing_stats=told)
