@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-without-engine test-engine check lint types chaos kills cluster recovery overload watch watch-cost equality socket front-end drift-proof drift-time drift-delays upgrade drift-real drift-streams auto bench monitoring clean setup setup-dev first-hour clients tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed real-models memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base vllm-diff cuda-wheel probe-noise as-on-a-gpu gpu gpu-wheels gpu-torch gpu-torch-wheels arm64
+.PHONY: help serve test test-without-engine test-engine check lint types chaos kills cluster recovery overload watch watch-cost equality socket front-end drift-proof drift-time drift-delays upgrade drift-real drift-streams auto mixtures bench monitoring clean setup setup-dev first-hour clients tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits cpu-speed real-models memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base vllm-diff cuda-wheel probe-noise as-on-a-gpu gpu gpu-wheels gpu-torch gpu-torch-wheels arm64
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -146,6 +146,9 @@ canary-aa: setup-dev ## canaries that are no different, slower, and much slower,
 
 drift-real: setup-dev ## chats, windowed clients, agents, retrieval, batch jobs and hot topics of real texts raise no false alarm (ARGS=--changes: delays); an hour
 	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.drift_real --streams $(or $(STREAMS),50) --finished .campaigns/drift-real.jsonl $(ARGS)
+
+mixtures: setup-dev ## the processor's time that the first request for a mixture of three adapters pays; seconds
+	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.mixtures $(ARGS)
 
 auto: setup-dev ## how often the model `auto` is right over adapters of eight real tasks, ARGS=--near with near ones; some minutes
 	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.auto $(ARGS)
