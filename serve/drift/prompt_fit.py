@@ -26,6 +26,8 @@ from serve.drift.watched_version import WatchedVersion
 
 # What single tokens and pairs say of a prompt: pairs are rarer, and more of them were never counted.
 WEIGHTS = (0.75, 0.25)
+# Versions whose mean stands for all other prompts, at most.
+MOST_POOLED = 16
 # Versions whose counts are in memory for this, 100 KB each; the oldest make room.
 MOST = 512
 
@@ -70,6 +72,16 @@ class PromptFit:
                     nats[one], strangeness[one] = self._judged(own, one)
         return nats, strangeness
 
+    def rest(self, places: Sequence[int]) -> Rest:
+        """What stands for all other prompts where nothing else does: the mean of these versions' probabilities."""
+        pooled = list(places[:MOST_POOLED])
+        means = []
+        for table, norms in zip(self._tables, self._norms, strict=True):
+            chances = np.exp(-table[pooled].astype(np.float32) - norms[pooled, None]).mean(axis=0)
+            chances[-1] = 1  # of what is missing
+            means.append(np.log(chances))
+        return Rest(means)
+
     def _judged(self, tokens: ArrayLike, which: slice) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         ids = sketch(tokens).astype(np.intp).reshape(2, SAMPLED)
         counts = np.add.reduce(ids >= 0, axis=1)
@@ -80,6 +92,21 @@ class PromptFit:
             nats = nats - (surprise + counts[kind] * self._norms[kind][which]) * WEIGHTS[kind]
             strangeness = strangeness + surprise / (self._spread[which, kind] * np.sqrt(max(counts[kind], 1))) / 2
         return nats, strangeness
+
+
+class Rest:
+    """logs: (buckets + 1,) ln of the probability of single tokens and of pairs, 0 of what is missing."""
+
+    def __init__(self, logs: Sequence[NDArray[np.float32]]) -> None:
+        self._logs = logs
+
+    def __call__(self, tokens: ArrayLike) -> float:
+        """nats, as of a version."""
+        ids = sketch(tokens).astype(np.intp).reshape(2, SAMPLED)
+        return sum(
+            weight * float(np.add.reduce(logs.take(kind)))
+            for weight, logs, kind in zip(WEIGHTS, self._logs, ids, strict=True)
+        )
 
 
 def _log_sums(table: NDArray[np.float16]) -> NDArray[np.float32]:

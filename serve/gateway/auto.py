@@ -5,7 +5,8 @@
 
 A prompt goes to the adapter whose reference it fits best (`serve.drift.prompt_fit`), if it fits that one better than
 the next by MARGIN, and is no stranger to it than all but few of its own. The base's reference is among them, with a
-PRIOR: what it is asked by name stands for all that is no adapter's. What fits none is answered by the adapter whose
+PRIOR: what it is asked by name stands for all that is no adapter's. Until it has one, the mean of the adapters' own
+does: less of what is foreign is told by that. What fits none is answered by the adapter whose
 policy says `auto: default`, or by the base. A conversation is judged by its first message, as references are made
 of first messages: so all of it goes to one adapter, and nothing has to be remembered.
 """
@@ -34,7 +35,7 @@ from serve.adapters.adapter import Adapter
 from serve.asgi.exchange import AutoChoice
 from serve.auth.auth import Caller
 from serve.drift.features.last_turn import first_message, last_turn
-from serve.drift.prompt_fit import Counts, PromptFit, PromptFits
+from serve.drift.prompt_fit import Counts, PromptFit, PromptFits, Rest
 from serve.errors import BadRequest, NotFound
 from serve.gateway.fan_out import GENERATE
 from serve.gateway.request import RESPONSES, InferenceRequest
@@ -57,6 +58,8 @@ MOST_ADAPTERS = 256
 # Characters, or tokens, of a prompt that are looked at, half of them at its end.
 MOST = 1024
 MAX_PATTERN = 200
+# Of callers' tenants and patterns, what is worked out for them.
+MOST_SCOPES = 100
 MARGINS = (0.5, 1, 2, 4, 8, 16, 32, 64)
 _PATHS = frozenset(
     ("/v1/chat/completions", "/v1/completions", RESPONSES, "/v1/messages", "/v1/messages/count_tokens", "/tokenize")
@@ -65,12 +68,14 @@ _PATHS = frozenset(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Scope:
-    """Whom a caller's `auto` may choose: the places in `fit`, and who answers the rest. prior: of each, in nats."""
+    """Whom a caller's `auto` may choose: the places in `fit`, and who answers the rest. prior: of each, in nats. rest:
+    what stands for what is no adapter's, where the base has no reference."""
 
     default: str
     fit: PromptFit | None
     places: NDArray[np.intp]
     prior: NDArray[np.float32]
+    rest: Rest | None
 
 
 class Auto(Collector):
@@ -159,9 +164,11 @@ class Auto(Collector):
             nats = nats + scope.prior
             order = scope.places[np.argsort(nats[scope.places])]
             place = int(order[-1])
-            if len(order) > 1:
-                margin = float(nats[place] - nats[order[-2]])
-            is_foreign = scope.prior[place] or strangeness[place] > STRANGEST
+            others = [nats[order[-2]]] if len(order) > 1 else []
+            others += [scope.rest(tokens)] if scope.rest else []
+            if others:
+                margin = float(nats[place] - max(others))
+            is_foreign = scope.prior[place] or strangeness[place] > STRANGEST or (margin or 0) < 0
             reason = FOREIGN if is_foreign else FITS
             if margin is not None and margin < MARGIN and reason == FITS:
                 reason = CLOSE
@@ -175,7 +182,7 @@ class Auto(Collector):
         self._refresh()
         key = (caller.tenant, caller.operator, pattern)
         if key not in self._scopes:
-            if len(self._scopes) >= 1000:
+            if len(self._scopes) >= MOST_SCOPES:
                 self._scopes.clear()
             self._scopes[key] = self._scope_of(caller, pattern)
         return self._scopes[key]
@@ -204,7 +211,9 @@ class Auto(Collector):
         known = fit.adapters if fit else ()
         places = np.array([place for place, full in enumerate(known) if may(full)], np.intp)
         prior = np.array([PRIOR if full in self._fleet else 0 for full in known], np.float32)
-        return _Scope(defaults[0] if defaults else base, fit, places, prior)
+        alone = len(places) < 2 or prior[places].any()
+        rest = None if fit is None or alone else fit.rest(places.tolist())
+        return _Scope(defaults[0] if defaults else base, fit, places, prior, rest)
 
     def _public(self, full: str, caller: Caller) -> str:
         """A name that means this adapter, or base, to the caller, whatever the caller's own are called."""

@@ -58,6 +58,19 @@ def test_what_an_adapters_prompts_begin_with_alike_is_taken_as_given():
     assert nats[0] < without[0][0] and strangeness[0] > without[1][0], "to others it is strange"
 
 
+def test_the_mean_of_some_stands_for_all_others():
+    each, rng = [counts(language) for language in range(3)], np.random.default_rng(9)
+    fit = PromptFit(each)
+    rest = fit.rest([0, 1, 2])
+    for language in range(3):
+        tokens = text(rng, language)
+        nats, _ = fit(tokens)
+        assert nats.min() < rest(tokens) < nats[language]
+    alone = fit.rest([1])
+    assert abs(alone(tokens) - fit(tokens)[0][1]) < 0.05
+    assert rest([]) == 0
+
+
 def test_nothing_fits_all_alike():
     nats, strangeness = PromptFit([counts(0), counts(1)])([])
     assert (nats == 0).all() and (strangeness == 0).all()
