@@ -207,24 +207,25 @@ const Part* part_of(const std::vector<Part>& parts, int row) {
 
 // ---- scales ----------------------------------------------------------------------------------------------------------------
 
-// Of each group of a span: its scales and offsets.
-typedef float SpanScales[16][2][WIDTH];
+// Of each group of a span: its scales, and its offsets where there are minima.
+constexpr int scales_of(bool minima) { return minima ? 2 * WIDTH : WIDTH; }
+typedef float SpanScales[16 * scales_of(true)];
 
 // Those of 16 N outputs.
 template <int N>
-inline void read_scales(const Format& f, const uint8_t* at, int side, SpanScales& to) {
-  const Floats zero = spread(float(-f.zero));
+inline void read_scales(const Format& f, const uint8_t* at, int side, float* to) {
   for (int j = side; j < side + N; j++) {
-    const Floats scale = wide_half(load32(at + 32 * j)), minimum = f.minima ? wide_half(load32(at + 64 + 32 * j)) : zero;
+    const Floats scale = wide_half(load32(at + 32 * j)), minimum = f.minima ? wide_half(load32(at + 64 + 32 * j)) : spread(0.f);
+    float* own = to + 16 * j;
     if (f.groups == 1) {
-      store(to[0][0] + 16 * j, scale), store(to[0][1] + 16 * j, f.minima ? minimum : scale * zero);
+      store(own, scale);
+      if (f.minima) store(own + WIDTH, minimum);
       continue;
     }
     const int8_t *by = reinterpret_cast<const int8_t*>(at + f.scales()) + 16 * j, *less = by + f.groups * WIDTH;
-    for (int g = 0; g < f.groups; g++) {
-      const Floats own = scale * wide(by + g * WIDTH);
-      store(to[g][0] + 16 * j, own);
-      store(to[g][1] + 16 * j, f.minima ? spread(0.f) - minimum * wide(less + g * WIDTH) : own * zero);
+    for (int g = 0; g < f.groups; g++, own += scales_of(f.minima)) {
+      store(own, scale * wide(by + g * WIDTH));
+      if (f.minima) store(own + WIDTH, spread(0.f) - minimum * wide(less + g * WIDTH));
     }
   }
 }
@@ -234,10 +235,14 @@ inline void read_scales(const Format& f, const uint8_t* at, int side, SpanScales
 // What a panel says of 32 inputs.
 template <int M>
 struct PanelPair {
-  const float *scale, *sum, *sums;  // sums: of the first 16, then of the others
+  const float *scale, *sum;
+  const int32_t* sums;  // of the first 16, then of the others, as whole numbers
   const int8_t* q;
   ALWAYS explicit PanelPair(const uint8_t* at)
-      : scale(reinterpret_cast<const float*>(at)), sum(scale + M), sums(sum + M), q(reinterpret_cast<const int8_t*>(at + 16 * M)) {}
+      : scale(reinterpret_cast<const float*>(at)),
+        sum(scale + M),
+        sums(reinterpret_cast<const int32_t*>(at + 8 * M)),
+        q(reinterpret_cast<const int8_t*>(at + 16 * M)) {}
 };
 
 // How often dot4 may add numbers of so many bits to zeros: what it adds up is 2 x the largest x 127.
@@ -257,36 +262,52 @@ ALWAYS Ints with_high(Ints low, Ints high) {
   return either(low, masked<MASK>(high));
 }
 
-template <int M, int N>
+// of_sums: of the inputs, where weights have minima.
+template <bool MINIMA, int M, int N>
 ALWAYS void add_scaled(Floats (&f)[M][N], const Ints (&s)[M][N], const float* of_rows, const float* of_sums, const float* scales) {
   Floats by[N], offset[N];
 #pragma GCC unroll 2
-  for (int j = 0; j < N; j++) by[j] = load(scales + 16 * j), offset[j] = load(scales + WIDTH + 16 * j);
+  for (int j = 0; j < N; j++) {
+    by[j] = load(scales + 16 * j);
+    if constexpr (MINIMA) offset[j] = load(scales + WIDTH + 16 * j);
+  }
 #pragma GCC unroll 12
   for (int i = 0; i < M; i++) {
-    const Floats of_row = spread(of_rows[i]), of_sum = spread(of_sums[i]);
+    const Floats of_row = spread(of_rows[i]);
 #pragma GCC unroll 2
-    for (int j = 0; j < N; j++) f[i][j] = fma(of_sum, offset[j], fma(to_floats(s[i][j]), of_row * by[j], f[i][j]));
+    for (int j = 0; j < N; j++) {
+      f[i][j] = fma(to_floats(s[i][j]), of_row * by[j], f[i][j]);
+      if constexpr (MINIMA) f[i][j] = fma(spread(of_sums[i]), offset[j], f[i][j]);
+    }
   }
 }
 
-// 32 inputs of M rows, and 16 N outputs. SCALES: how many their weights have.
-template <int M, int BITS, bool TABLE, int SCALES, bool READY>
+// 32 inputs of M rows, and 16 N outputs. SCALES: how many their weights have. READY: numbers are bytes, in order.
+template <int M, int BITS, bool TABLE, int SCALES, bool MINIMA, bool READY>
 struct Group {
-  static constexpr int N = sides(M, 1), ROUNDS = TABLE ? 0 : rounds<BITS>();
+  static constexpr int N = sides(M, 1), ROUNDS = TABLE ? 0 : rounds<BITS>(), EACH = scales_of(MINIMA);
   static constexpr bool BYTES = BITS == 8 || READY;
   Ints s[M][N], part[M][N], second[1][N], high[N], low[N], upper[N];
 
+  // zero: the number that stands for 0, where there are no minima.
   template <class Fetched>
-  ALWAYS const uint8_t* add(Floats (&f)[M][N], const uint8_t* w, int side, const uint8_t* panel, const float* scales, Fetched&& fetched) {
+  ALWAYS const uint8_t* add(Floats (&f)[M][N], const uint8_t* w, int side, const uint8_t* panel, const float* scales, int zero,
+                            Fetched&& fetched) {
     const PanelPair<M> of(panel);
-    fill(s, spread(0)), fill(second, spread(0)), fill(part, spread(0));
+    fill(second, spread(0)), fill(part, spread(0));
     w += 64 * side;
     if constexpr (BITS == 5 && !READY) w = take_high(w, fetched);
+    begin(zero, [&](int i) { return SCALES == 2 ? of.sums[i] : of.sums[i] + of.sums[M + i]; });
     w = half<0>(w, of.q, fetched);
-    if constexpr (SCALES == 2) finish(f, of.scale, of.sums, scales);
+    if constexpr (SCALES == 2) {
+      finish(f, of.scale, of.sums, scales);
+      begin(zero, [&](int i) { return of.sums[M + i]; });
+    }
     w = half<1>(w, of.q + 16 * M, fetched);
-    finish(f, of.scale, SCALES == 2 ? of.sums + M : of.sum, scales + (SCALES == 2 ? 2 * WIDTH : 0));
+    if constexpr (SCALES == 2)
+      finish(f, of.scale, of.sums + M, scales + EACH);
+    else
+      finish(f, of.scale, of.sum, scales);
     return w - 64 * side;
   }
 
@@ -299,10 +320,26 @@ struct Group {
     return w + 128;
   }
 
+  // What products become too large by, since numbers have no sign: exact in integers.
+  template <class Sum>
+  ALWAYS void begin(int zero, Sum&& sum) {
+#pragma GCC unroll 12
+    for (int i = 0; i < M; i++) {
+      const Ints owed = MINIMA ? spread(0) : spread(-zero * sum(i));
+#pragma GCC unroll 2
+      for (int j = 0; j < N; j++) s[i][j] = owed;
+    }
+  }
+
   ALWAYS void finish(Floats (&f)[M][N], const float* of_rows, const float* of_sums, const float* scales) {
     flush();
-    add_scaled(f, s, of_rows, of_sums, scales);
-    fill(s, spread(0));
+    add_scaled<MINIMA>(f, s, of_rows, of_sums, scales);
+  }
+  ALWAYS void finish(Floats (&f)[M][N], const float* of_rows, const int32_t* sums, const float* scales) {
+    float of_sums[M];
+#pragma GCC unroll 12
+    for (int i = 0; MINIMA && i < M; i++) of_sums[i] = of_rows[i] * float(sums[i]);
+    finish(f, of_rows, of_sums, scales);
   }
 
   template <int HALF, class Fetched>
@@ -356,49 +393,46 @@ struct Group {
     if constexpr (TABLE) low[j] = looked_up(table(), low[j]), upper[j] = looked_up(table(), upper[j]);
   }
 
-  static ALWAYS Ints dot(Ints sum, Ints w, Ints x) { return BITS == 8 || TABLE || READY ? dot8(sum, w, x) : dot4(sum, w, x); }
+  static ALWAYS Ints dot(Ints sum, Ints w, Ints x) { return BITS == 8 || TABLE ? dot8(sum, w, x) : dot4(sum, w, x); }
 
  public:
   static ALWAYS Ints table() { return load64(TABLE_BYTES.at); }
 };
 
-// READY blocks have their scales in float32 beside them.
-template <int M, int BITS, bool TABLE, int SCALES, Fetch FETCH>
+// PACKED: the block was unpacked (`unpack_ggml`).
+template <int M, int BITS, bool TABLE, int SCALES, bool MINIMA, Fetch FETCH>
 void tile_ggml(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
   constexpr bool READY = FETCH == PACKED;
-  constexpr int N = sides(M, 1);
-  const uint8_t* const begin = READY ? m.data.data : m.block(block);
+  constexpr int N = sides(M, 1), EACH = scales_of(MINIMA);
+  const Format& format = *m.formats[block];
   const int pairs = m.k / 32;
   for (int side = 0; side < 2; side += N) {
-    const uint8_t* w = begin;
+    const uint8_t* w = READY ? m.data.data : m.block(block);
     auto fetched = [&](int lines) {
-      if constexpr (FETCH == OWN) return fetch_own<N>(w + 64 * side, lines);
-      if constexpr (FETCH == NEXT)
-        for (int i = 0; i < lines && !side; i++) ahead.follow(w - begin + 64 * i);
+      if constexpr (FETCH == OWN) fetch_own<N>(w + 64 * side, lines);
     };
     Floats f[M][N];
     fill(f, spread(0.f));
     const uint8_t* panel = in.panel(m, row);
     alignas(64) SpanScales own;
-    const float* scales = READY ? m.scale.data + 16 * side : own[0][0] + 16 * side;
-    Group<M, BITS, TABLE, SCALES, READY> group;
+    const float* scales = READY ? m.scale.data + 16 * side : own + 16 * side;
+    Group<M, BITS, TABLE, SCALES, MINIMA, READY> group;
     auto take = [&] {
-      w = group.add(f, w, side, panel, scales, fetched);
-      panel += size_t(M) * 48, scales += SCALES * 2 * WIDTH;
+      w = group.add(f, w, side, panel, scales, format.zero, fetched);
+      panel += size_t(M) * 48, scales += SCALES * EACH;
     };
     if constexpr (READY) {
-      for (int pair = 0; pair < pairs; pair++) {
+      for (int pair = 0; pair < pairs; pair++, w += m.block_bytes) {
         if (!side) ahead.beside(pair, pairs);
         take();
       }
     } else {
-      const Format& format = *m.formats[block];
       const size_t header = format.header();
       const int span = format.inputs() / 32;
       for (int left = pairs; left > 0; left -= span) {
         fetched(int(header / 64));
         read_scales<N>(format, w, side, own);
-        w += header, scales = own[0][0] + 16 * side;
+        w += header, scales = own + 16 * side;
         for (int pair = 0; pair < span; pair++) take();
       }
     }
@@ -406,16 +440,19 @@ void tile_ggml(const Matrix& m, int block, const Input& in, int row, const Ahead
   }
 }
 
-template <int BITS, bool TABLE, int SCALES, Fetch FETCH, int... I>
+template <int BITS, bool TABLE, int SCALES, bool MINIMA, Fetch FETCH, int... I>
 const Tile* tiles_of_rows(std::integer_sequence<int, I...>) {
-  static const Tile all[] = {tile_ggml<I + 1, BITS, TABLE, SCALES, FETCH>...};
+  static const Tile all[] = {tile_ggml<I + 1, BITS, TABLE, SCALES, MINIMA, FETCH>...};
   return all;
 }
 
-template <int BITS, bool TABLE, int SCALES>
-const Tile* fetching_tiles(Fetch fetch) {
+// Where sums are of 32 bits, all numbers are multiplied alike once they are bytes.
+template <int BITS, bool TABLE, int SCALES, bool MINIMA>
+const Tile* tiles_of_format(bool unpacked) {
   constexpr std::make_integer_sequence<int, GROUP_TILE> rows;
-  return fetch == OWN ? tiles_of_rows<BITS, TABLE, SCALES, OWN>(rows) : tiles_of_rows<BITS, TABLE, SCALES, NEXT>(rows);
+  constexpr int OF_BYTES = ROUNDS4 && !TABLE ? BITS : 8;
+  return unpacked ? tiles_of_rows<OF_BYTES, false, SCALES, MINIMA, PACKED>(rows)
+                  : tiles_of_rows<BITS, TABLE, SCALES, MINIMA, OWN>(rows);
 }
 
 float to_float_of_half(uint16_t bits) {
@@ -430,37 +467,29 @@ float to_float_of_half(uint16_t bits) {
 
 namespace loradock {
 
-const Tile* ggml_tiles(const Format& format, Fetch fetch) {
-  constexpr std::make_integer_sequence<int, GROUP_TILE> rows;
-  const bool two = format.each == 16;
-  if (fetch == PACKED) {
-    if constexpr (ROUNDS4) return nullptr;  // nothing is unpacked
-    return two ? tiles_of_rows<8, false, 2, PACKED>(rows) : tiles_of_rows<8, false, 1, PACKED>(rows);
-  }
-  if (format.table) return fetching_tiles<4, true, 1>(fetch);
-  if (format.bits == 8) return fetching_tiles<8, false, 1>(fetch);
-  if (format.bits == 5) return fetching_tiles<5, false, 1>(fetch);
-  if (format.bits == 6) return fetching_tiles<6, false, 2>(fetch);
-  return two ? fetching_tiles<4, false, 2>(fetch) : fetching_tiles<4, false, 1>(fetch);
+const Tile* ggml_tiles(const Format& format, bool unpacked) {
+  if (format.table) return tiles_of_format<4, true, 1, false>(unpacked);
+  if (format.bits == 8) return tiles_of_format<8, false, 1, false>(unpacked);
+  if (format.bits == 6) return tiles_of_format<6, false, 2, false>(unpacked);
+  if (format.bits == 5) return format.minima ? tiles_of_format<5, false, 1, true>(unpacked) : tiles_of_format<5, false, 1, false>(unpacked);
+  if (format.each == 16) return format.minima ? tiles_of_format<4, false, 2, true>(unpacked) : tiles_of_format<4, false, 2, false>(unpacked);
+  return format.minima ? tiles_of_format<4, false, 1, true>(unpacked) : tiles_of_format<4, false, 1, false>(unpacked);
 }
 
-// Its numbers as bytes, its scales as float32.
-void unpack_ggml(const Matrix& m, int block, Matrix& to) {
+// Its numbers as bytes, its scales as float32. Numbers that are bytes stay where they are, each 32 behind their scales.
+void unpack_ggml(const Matrix& m, int block, Matrix& to, uint8_t* bytes) {
   const Format& f = *m.formats[block];
   const uint8_t* w = m.block(block);
-  uint8_t* bytes = to.data.data;
   float* scales = to.scale.data;
-  alignas(64) SpanScales own;
-  const Ints table = Group<1, 4, true, 1, false>::table();
+  to.formats.assign(1, &f);
+  to.block_bytes = f.bits == 8 ? f.header() : 0;
+  to.data.data = f.bits == 8 ? const_cast<uint8_t*>(w) + f.header() : bytes;
+  const Ints table = Group<1, 4, true, 1, false, false>::table();
   for (int done = 0; done < m.k; done += f.inputs()) {
-    read_scales<2>(f, w, 0, own);
-    w += f.header();
-    std::memcpy(scales, own, sizeof(own[0]) * f.groups), scales += size_t(f.groups) * 2 * WIDTH;
-    for (int i = 0; i < f.inputs(); i += 32, w += f.numbers(), bytes += 1024) {
-      if (f.bits == 8) {
-        std::memcpy(bytes, w, 1024);
-        continue;
-      }
+    read_scales<2>(f, w, 0, scales);
+    w += f.header(), scales += size_t(f.groups) * scales_of(f.minima);
+    if (f.bits == 8) w += f.inputs() / 32 * f.numbers();
+    for (int i = 0; i < f.inputs() && f.bits < 8; i += 32, w += f.numbers(), bytes += 1024) {
       for (int side = 0; side < 128; side += 64) {
         const uint8_t* from = w + side;
         Ints high = f.bits == 5 ? load64(from) : spread(0);

@@ -49,8 +49,8 @@ struct Cut {
 //   int8: for each group of inputs, of each row its scale, what products are too large by (below 0), and where weights have
 //   offsets both multiplied; then sixteen inputs of each row, and the next. In spans the scale comes once, with what
 //   the products with all of a span's weights are too large by where they are multiplied in 8 bits
-//   int8 for GGML: for each 32 inputs, of each row their scale, and it times their sum, that of the first 16 and of the others;
-//   then sixteen inputs of each row, and the others
+//   int8 for GGML: for each 32 inputs, of each row their scale, it times their sum, and the sums of the first 16 and of the
+//   others; then sixteen inputs of each row, and the others
 struct Input {
   const bf16* x;
   int64_t stride;
@@ -155,7 +155,7 @@ struct InPairs {
   uint8_t* begin;
   size_t tile;
   int row;
-  float of_first = 0;
+  int32_t of_first = 0;
 
   InPairs(const Matrix& m, const Input& in, int row) {
     const auto [from, to] = tile_of(m, in, row);
@@ -169,13 +169,14 @@ struct InPairs {
   }
   ALWAYS void sum(int g, int32_t its) {
     uint8_t* at = pair(g) + 4 * row;
+    InPanel::put(at + 4 * tile * (2 + (g & 1)), its);
+    if (!(g & 1)) {
+      of_first = its;
+      return;
+    }
     float scale;
     std::memcpy(&scale, at, 4);
-    InPanel::put(at + 4 * tile * (2 + (g & 1)), scale * float(its));
-    if (g & 1)
-      InPanel::put(at + 4 * tile, of_first + scale * float(its));
-    else
-      of_first = scale * float(its);
+    InPanel::put(at + 4 * tile, scale * float(of_first + its));
   }
 };
 

@@ -434,9 +434,9 @@ void tile_group4(const Matrix& m, int block, const Input& in, int row, const Ahe
 
 typedef void (*Tile)(const Matrix&, int, const Input&, int, const Ahead&, float*);
 
-// Of a block of GGML; PACKED: once it is unpacked, which `unpack_ggml` does.
-const Tile* ggml_tiles(const Format& format, Fetch fetch);
-void unpack_ggml(const Matrix& m, int block, Matrix& to);
+// Of a block of GGML, also once it is unpacked, which `unpack_ggml` does: into `bytes` if they are none.
+const Tile* ggml_tiles(const Format& format, bool unpacked);
+void unpack_ggml(const Matrix& m, int block, Matrix& to, uint8_t* bytes);
 
 // How the scales of groups are given.
 enum Scales { PLAIN, OFFSETS, SPANS };
@@ -480,19 +480,19 @@ class Unpacked {
 
   // For so many tiles.
   Unpacked(const Matrix& m, int tiles) {
-    if ((m.kind != GROUP4 && m.kind != GGML) || ROUNDS4 || tiles < TILES) return;
+    if (m.kind == GGML ? tiles == 1 : m.kind != GROUP4 || ROUNDS4 || tiles < TILES) return;
     static thread_local Buffer<uint8_t> bytes;
     static thread_local Buffer<float> scales;
     bytes.need(size_t(m.k) * WIDTH), scales.need(size_t(m.groups()) * (m.offsets || m.kind == GGML ? 2 : 1) * WIDTH);
     block.n = m.n, block.k = m.k, block.blocks = 1, block.kind = m.kind == GGML ? GGML : GROUP8, block.group = m.group;
-    block.span = m.span, block.offsets = m.offsets, block.data = bytes, block.scale = scales;
+    block.span = m.span, block.offsets = m.offsets, block.data = bytes, block.scale = scales, room_ = bytes.data;
   }
 
   explicit operator bool() const { return block.data.data; }
   const Tile* tiles() const { return block.kind == GGML ? nullptr : grouped_tiles<GROUP8, PACKED>(block); }
 
   void take(const Matrix& m, int b) {
-    if (m.kind == GGML) return unpack_ggml(m, b, block);
+    if (m.kind == GGML) return unpack_ggml(m, b, block, room_);
     if (m.span > 1) return take_spans(m, b);
     uint8_t* to = block.data.data;
     float* scale = block.scale.data;
@@ -545,6 +545,7 @@ class Unpacked {
     store64(to, either(one, up<16>(one)));
   }
 
+  uint8_t* room_ = nullptr;
   static constexpr int TILES = 5;  // as was measured on Zen 5
 };
 
@@ -582,7 +583,7 @@ void multiply(const Matrix& m, const Input& in, int first, int last, Out&& out, 
         continue;
       }
       if (unpacked) unpacked.take(m, b);
-      if (m.kind == GGML) tiles = ggml_tiles(*m.formats[b], unpacked ? PACKED : parts == 1 ? OWN : NEXT);
+      if (m.kind == GGML) tiles = ggml_tiles(*m.formats[b], bool(unpacked));
       const size_t bytes = m.bytes(b);
       for (int part = 0; part < parts; part++) {
         const int from = cut.tile(pass, part), to = cut.tile(pass, part + 1);
