@@ -47,6 +47,7 @@ from tests.support.event_lines import async_event_lines
 from tests.support.server import ROOT, Server, done, free_port
 
 IN, OUT, LONG, STREAMS, RANK = 128, 64, 1024, 16, 8
+CONTEXT = 2048  # tokens of each stream
 CASES = ("ms a token, 1 stream", f"tok/s, {STREAMS} streams", f"s to the first of {LONG:,} in")
 ALONE = 3  # times that one stream is measured in a round
 
@@ -131,7 +132,7 @@ async def measure(choice: Choice, up: Up, *cases: str) -> None:
 def loradock(
     model: Path, weights: str, adapters: list[Path], folder: Path, cache: str, root: Path = ROOT
 ) -> Iterator[Up]:
-    words = ["--cpu-weights", weights, "--no-probe", "--max-model-len", "2048", "--no-enable-prefix-caching"]
+    words = ["--cpu-weights", weights, "--no-probe", "--max-model-len", str(CONTEXT), "--no-enable-prefix-caching"]
     words += ["--max-loras", str(max(1, len(adapters))), "--kv-cache-memory-bytes", cache]
     own = Path(tempfile.mkdtemp(dir=folder))
     with Server(own / "data", own / "log", *words, model=str(model), root=root) as server:
@@ -145,7 +146,7 @@ def loradock(
 @contextmanager
 def llama(binary: Path, file: Path, adapters: list[Path], folder: Path) -> Iterator[Up]:
     port = free_port()
-    command = [str(binary), "-m", str(file), "--port", str(port), "-np", str(STREAMS), "-c", str(2048 * STREAMS)]
+    command = [str(binary), "-m", str(file), "--port", str(port), "-np", str(STREAMS), "-c", str(CONTEXT * STREAMS)]
     if adapters:
         command += ["--lora", ",".join(map(str, adapters)), "--lora-init-without-apply"]
     with (folder / f"{file.name}.log").open("wb") as log:

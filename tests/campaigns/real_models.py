@@ -33,7 +33,19 @@ import gguf
 import httpx
 import numpy as np
 
-from tests.campaigns.cpu_speed import CASES, RANK, STREAMS, Choice, Up, against, llama, loradock, measure, processor
+from tests.campaigns.cpu_speed import (
+    CASES,
+    CONTEXT,
+    RANK,
+    STREAMS,
+    Choice,
+    Up,
+    against,
+    llama,
+    loradock,
+    measure,
+    processor,
+)
 from tests.support.server import ROOT, done, free_port
 
 TOKENS = 512  # of a window of text
@@ -75,6 +87,20 @@ def ends(file: Path) -> list[int]:
     fields = gguf.GGUFReader(file).fields
     keys = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "bos", "padding")]
     return sorted({int(fields[key].contents()) for key in keys if key in fields})
+
+
+def cache_size(file: Path) -> int:
+    """Bytes of a KV cache for as many tokens as llama.cpp's holds, of as many bits."""
+    fields = gguf.GGUFReader(file).fields
+    architecture = fields["general.architecture"].contents()
+
+    def of(key: str, default: int = 0) -> int:
+        field = fields.get(f"{architecture}.{key}")
+        return int(field.contents()) if field else default
+
+    heads = of("attention.head_count")
+    head = of("attention.key_length", of("embedding_length") // heads)
+    return 2 * 2 * of("block_count") * of("attention.head_count_kv", heads) * head * CONTEXT * STREAMS
 
 
 def adapters_of(file: Path, count: int, folder: Path) -> list[Path]:
@@ -192,7 +218,8 @@ def peers(file: Path, adapters: list[Path], given: argparse.Namespace, folder: P
 def measured(file: Path, given: argparse.Namespace, folder: Path) -> None:
     print(f"## {file.name}, {file.stat().st_size / 1e6:.0f} MB\n")
     adapters = adapters_of(file, given.adapters, folder)
-    ours = Choice("loradock", partial(loradock, file, "auto", adapters, folder, given.kv_cache))
+    cache = given.kv_cache or str(cache_size(file))
+    ours = Choice("loradock", partial(loradock, file, "auto", adapters, folder, cache))
     with ExitStack() as stack:
         up = {ours.name: stack.enter_context(ours.start())}
         print(f"weights: {up[ours.name].weights}\n")
@@ -219,7 +246,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--no-speed", action="store_true")
-    parser.add_argument("--kv-cache", default="1G", help="of loradock's server")
+    parser.add_argument("--kv-cache", help="of loradock's server, as 1G; else for as many tokens as llama.cpp's")
     given = parser.parse_args()
     if given.adapters and given.llama_python and not given.llama_server:
         parser.error("--adapters is compared with --llama-server")
