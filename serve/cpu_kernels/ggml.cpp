@@ -404,7 +404,7 @@ template <int M, int BITS, bool TABLE, int SCALES, bool MINIMA, Fetch FETCH>
 void tile_ggml(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
   constexpr bool READY = FETCH == PACKED;
   constexpr int N = sides(M, 1), EACH = scales_of(MINIMA);
-  const Format& format = *m.formats[block];
+  const Format& format = READY ? *m.unpacked : *m.formats[block];
   const int pairs = m.k / 32;
   for (int side = 0; side < 2; side += N) {
     const uint8_t* w = READY ? m.data.data : m.block(block);
@@ -481,7 +481,7 @@ void unpack_ggml(const Matrix& m, int block, Matrix& to, uint8_t* bytes) {
   const Format& f = *m.formats[block];
   const uint8_t* w = m.block(block);
   float* scales = to.scale.data;
-  to.formats.assign(1, &f);
+  to.unpacked = &f;
   to.block_bytes = f.bits == 8 ? f.header() : 0;
   to.data.data = f.bits == 8 ? const_cast<uint8_t*>(w) + f.header() : bytes;
   const Ints table = Group<1, 4, true, 1, false, false>::table();
