@@ -43,6 +43,7 @@ Examples:
   loradock optimize verify ./my-model-int8 --model ./my-model
   loradock optimize check train.jsonl
   loradock optimize tune ./job
+  loradock optimize validate ./my-adapter --train train.jsonl
   loradock optimize run-onnx ./my-model-onnx "What is the capital of France?" --adapter tone
   loradock optimize setup-optimum
 """
@@ -58,7 +59,7 @@ def run(arguments: Sequence[str], embedded: Embedded, served: Served = dict) -> 
     )
     others: dict[str, Callable[..., None]] = {
         "run-onnx": run_onnx, "check": check, "tune": _tune_command(embedded), "setup-optimum": setup_optimum,
-        "verify": _verify_command(embedded, served),
+        "verify": _verify_command(embedded, served), "validate": _validate_command(embedded),
     }  # fmt: skip
     if arguments and (command := others.get(arguments[0])):
         app.command(arguments[0], help=command.__doc__)(command)
@@ -389,6 +390,42 @@ def check(
         typer.echo(reason if line is None else f"Line {line}: {reason}", err=True)
     if found.problem_count:
         raise typer.Exit(2)
+
+
+def _validate_command(embedded: Embedded) -> Callable[..., None]:
+    def validate(
+        adapter: Annotated[Path, typer.Argument(metavar="DIR", help="The adapter's folder.")],
+        model: Annotated[str, typer.Option("--model", help="What it was trained on.")] = "smollm2",
+        train: Annotated[Path | None, typer.Option("--train", help="The examples it was trained on.")] = None,
+        validation: Annotated[Path | None, typer.Option("--validation", help="Held-out examples.")] = None,
+        method: Annotated[Literal["supervised", "dpo", "kto"], typer.Option(help="What they are for.")] = "supervised",
+        suite: Annotated[
+            str, typer.Option("--suite", help="A JSON file in the place of the suite that comes along.")
+        ] = "default",
+        json_: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
+    ) -> None:
+        """Report what an adapter did to its base: what it forgot, whether it refuses as before, what it leaks.
+
+        Exit code 3 when a check failed or is undecided.
+        """
+        from optimize.steps.tune.validation import PASSED, of_files
+
+        learned, unseen = (str(file) if file else "" for file in (train, validation))
+        report = of_files(find(model, embedded), adapter, learned, unseen, method, suite)
+        if json_:
+            _say(report)
+        else:
+            for check in report["checks"]:
+                interval = f"({check['low']:.3f} to {check['high']:.3f}), at most {check['limit']:g}"
+                numbers = f"{check['measured']:8.3f} {interval}"
+                typer.echo(f"  {check['name']:<13} {check['verdict']:<9} {numbers:<44} {check['what']}")
+            for each in report.get("lost", []):
+                typer.echo(f"    {each['question']} {each['says']}, not {each['answer']}")
+        if report["verdict"] != PASSED:
+            bad = [f"{check['name']} {check['verdict']}" for check in report["checks"] if check["verdict"] != PASSED]
+            raise Differs(f"{adapter}: {'; '.join(bad) or report.get('problem', 'nothing was measured')}")
+
+    return validate
 
 
 def _tune_command(embedded: Embedded) -> Callable[..., None]:

@@ -48,9 +48,9 @@ def of_share(yes: int, count: int) -> Interval:
 
 
 def student(freedom: int) -> float:
-    """Student's t for `CONFIDENCE`, two-sided (Abramowitz and Stegun 26.7.5; the first two exactly)."""
-    if freedom < 3:
-        return (12.7062, 4.30265)[freedom - 1]
+    """Student's t for `CONFIDENCE`, two-sided (Abramowitz and Stegun 26.7.5; the first four from the table)."""
+    if freedom < 5:
+        return (12.7062, 4.30265, 3.18245, 2.77645)[freedom - 1]
     first = (Z**3 + Z) / 4
     second = (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96
     third = (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384

@@ -164,12 +164,26 @@ def _of_step(done: Done) -> list[str]:
         rows: list[Row] = [("", "largest difference of a logit", "greedy tokens the same")]
         rows += [(name, f"{of['logits_off']:.2g}", str(of["greedy_same"])) for name, of in checked.items()]
         lines += _section(f"{runtime} against PyTorch", _table(rows))
+    if report := notes.get("validation"):
+        lines += _section("Validation", _validation(report))
     if kept := notes.get("kept"):
         layers = ", ".join(f"{layer} {level}" for layer, level in kept.items())
         lines += ["", f"Layers that kept more bits: {layers}."]
     if (adapters := notes.get("adapters")) and isinstance(adapters, dict):
         lines += ["", "Adapters: " + "; ".join(f"{name} {_plain(what)}" for name, what in adapters.items()) + "."]
     return lines
+
+
+def _validation(report: Mapping[str, Any]) -> list[str]:
+    """What an adapter did to its base."""
+    rows: list[Row] = [("check", "measured", "from", "to", "at most", "", "")]
+    for check in report["checks"]:
+        numbers = (f"{check[name]:.3g}" for name in ("measured", "low", "high", "limit"))
+        rows.append((check["name"], *numbers, check["verdict"], check["what"]))
+    lines = _table(rows) if report["checks"] else []
+    lost = [f"- {each['question']} {each['says']}, not {each['answer']}" for each in report.get("lost", [])]
+    problem = [f"It could not be measured: {report['problem']}"] if "problem" in report else []
+    return [*lines, *([""] if lost else []), *lost, *problem]
 
 
 def _sentence(done: Done) -> str:

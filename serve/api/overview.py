@@ -324,6 +324,7 @@ class Overview:
                     "recent": recent[each.version],
                     "drift": _drift(reports.get(f"v{each.version}")),
                     "golden": self._score(each),
+                    "validation": each.checks.get("validation"),
                 }
                 for each in versions
             ],

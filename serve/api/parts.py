@@ -28,6 +28,7 @@ from serve.gateway.router import Router
 from serve.jobs.batches.batches import Batches
 from serve.jobs.batches.files import Files
 from serve.jobs.finetuning.finetuning import FineTuning
+from serve.jobs.finetuning.validation import Validation
 from serve.loop.loops import Loops
 from serve.rollout.admit import VersionAdmission
 from serve.rollout.alertmanager import Alerts
@@ -69,6 +70,7 @@ TheRecent = Annotated[Recent, part("recent")]
 TheCaptures = Annotated[Captures, part("captures")]
 TheLoops = Annotated[Loops, part("loops")]
 TheFineTuning = Annotated[FineTuning, part("fine_tuning")]
+TheValidation = Annotated[Validation, part("validation")]
 TheBatches = Annotated[Batches, part("batches")]
 TheFiles = Annotated[Files, part("files")]
 TheConfig = Annotated[Config, part("config")]

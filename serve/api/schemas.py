@@ -83,6 +83,13 @@ class Promote(Struct, frozen=True, forbid_unknown_fields=True):
     why: str = ""
 
 
+class Validate(Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of a validation: ids of examples, if they are at hand."""
+
+    training_file: str | None = None  # those that the version was trained on
+    validation_file: str | None = None  # held-out ones
+
+
 class LoopAnswer(Struct, frozen=True, forbid_unknown_fields=True):
     """The body of a person's no."""
 

@@ -96,6 +96,19 @@ def pinned(answer: dict[str, Any]) -> str:
     return f"{answer.get('name')}@{numbered(versions[0])} is pinned"
 
 
+def validated(answer: dict[str, Any], target: str) -> str:
+    """What a validation measured."""
+    report = (answer.get("checks") or {}).get("validation") or {}
+    rows: list[tuple[str, ...]] = [("check", "verdict", "measured", "from", "to", "at most", "")]
+    for name, check in (report.get("checks") or {}).items():
+        numbers = (f"{check[part]:.3g}" for part in ("measured", "low", "high", "limit"))
+        rows.append((name, check["verdict"], *numbers, check["what"]))
+    told = [f"cannot be measured: {report['problem']}"] if report.get("problem") else []
+    lost = [f"lost: {each}" for each in report.get("lost") or []]
+    shown = "\n".join([table(rows), *told, *lost])
+    return "\n".join([f"{target}: {report.get('verdict')}", *_indented(shown)])
+
+
 def removed(answer: dict[str, Any], target: str) -> str:
     """Which versions are gone."""
     versions = ", ".join(map(numbered, answer.get("deleted") or []))

@@ -337,6 +337,40 @@ def replay(
     say(answer, as_json, replayed)
 
 
+@adapters_app.command(
+    cls=VersionedCommand,
+    rich_help_panel=TRY,
+    epilog=example(
+        "loradock adapters validate support@v3", "loradock adapters validate support@v3 --train train.jsonl"
+    ),
+)
+def validate(
+    name: Name,
+    version: Version,
+    train: Annotated[
+        Path | None, typer.Option("--train", help="The examples that it was trained on: which does it say again?")
+    ] = None,
+    held_out: Annotated[Path | None, typer.Option("--validation", help="Examples that it was not trained on.")] = None,
+    url: Url = URL,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what a version did to its base.
+
+    What it forgot, whether it refuses as before, and with examples what it leaks of them. Exit code 1 unless it passed.
+    """
+    from serve.client.fine_tuning_client import FineTuningClient
+
+    number = version_number(version)
+    given = {"training_file": train, "validation_file": held_out}
+    with told("adapters"), FineTuningClient(url, key, timeout=PATIENCE) as client:
+        files = {param: client.send(file) for param, file in given.items() if file}
+        answer = client.validate(name, number, files)
+    say(answer, as_json, lambda body: adapter_pages.validated(body, f"{name}@v{number}"))
+    if answer["checks"]["validation"]["verdict"] != "passed":
+        raise typer.Exit(1)
+
+
 def _asks() -> bool:
     """Whether somebody can answer a question."""
     return sys.stdin.isatty()

@@ -50,6 +50,11 @@ class FineTuningClient(ApiClient):
         """`cancel`, `pause` or `resume` a job."""
         return self._call("POST", f"{_path(id)}/{verb}")
 
+    def validate(self, name: str, version: int, files: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Measure what a version did to its base; `files` are ids of examples (`training_file`, `validation_file`)."""
+        path = f"/v1/adapters/{quote(name, safe='/')}/versions/{version}/validate"
+        return self._call("POST", path, json=dict(files or {}))
+
     def ended(self, id: str, told: Callable[[str], None] = lambda message: None) -> dict[str, Any]:
         """The job at its end; `told` hears its events meanwhile."""
         seen: set[str] = set()

@@ -5,6 +5,8 @@ Uploads, runtime LoRA loads, fine-tuning jobs, promotes, held versions with a go
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 from serve.adapters.adapter import Adapter
 from serve.adapters.registry.registry import Registry
 from serve.errors import Conflict
+from serve.rollout import validation
 from serve.rollout.canary.canary_monitor import CanaryMonitor
 from serve.rollout.golden.golden_verdicts import GoldenVerdicts
 from serve.rollout.lifecycle import Lifecycle
@@ -24,6 +27,7 @@ class Place(StrEnum):
 
     STORED = "stored"
     HELD = "waits for golden set"
+    UNVALIDATED = "waits for validation"
     CANARY = "canary"
     LIVE = "live"
 
@@ -45,10 +49,12 @@ class VersionAdmission:
         self._canaries = canaries
         self.policies = policies
 
-    async def place(self, name: str, *, promote: bool = True) -> Place:
-        """What a new version of this name becomes, if it is to be live or not."""
+    async def place(self, name: str, *, promote: bool = True, checks: Mapping[str, Any] | None = None) -> Place:
+        """What a new version of this name becomes, if it is to be live or not; `checks` are those that came with it."""
         if not promote:
             return Place.STORED
+        if validation.problem(checks or {}, self.policies[name].validation):
+            return Place.UNVALIDATED
         if await self._golden.holds(name):
             return Place.HELD
         tried = self.policies[name].canary_weight > 0 and self._live(name) is not None
@@ -58,7 +64,7 @@ class VersionAdmission:
         self, name: str, folder: Path, *, by: str, promote: bool, why: str = "", **more: Any
     ) -> tuple[Adapter, bool]:
         """`Lifecycle.push`, with traffic as the policy has it for what is to be live."""
-        place = await self.place(name, promote=promote)
+        place = await self.place(name, promote=promote, checks=more.get("notes"))
         adapter, created = await self._lifecycle.push(name, folder, by=by, promote=place is Place.LIVE, why=why, **more)
         if self._live(name) == adapter.version:
             return adapter, created
@@ -66,6 +72,8 @@ class VersionAdmission:
             await self._try(adapter, self.policies[name], by, why)
         elif place is Place.HELD:
             await self._golden.hold(adapter, by, why)
+        elif place is Place.UNVALIDATED:
+            await self._hold(adapter, by, why, more.get("expected"))
         return adapter, created
 
     async def admit(
@@ -94,6 +102,20 @@ class VersionAdmission:
                 'policy holds it back: see its /drift, and promote it with "at_once": true if you want it all the same'
             )
         await self._golden.check(version, policy)
+        if bad := validation.problem(version.checks, policy.validation):
+            raise Conflict(
+                f"version {version.version} {bad}, which this adapter's policy asks for: `loradock adapters validate "
+                f'{version.tag}` measures it; or promote it with "at_once": true if you want it all the same'
+            )
+
+    async def _hold(self, version: Adapter, by: str, why: str, expected: int | None) -> None:
+        """Pushed again it may have been validated meanwhile; otherwise its history says what it waits for."""
+        policy = self.policies[version.name]
+        if bad := validation.problem(version.checks, policy.validation):
+            note = self._registry.note
+            await asyncio.to_thread(note, version.name, "validation_hold", version.version, by=by, why=bad)
+        else:
+            await self.admit(version, policy, by, why=why, expected=expected)
 
     async def _try(self, version: Adapter, policy: Policy, by: str, why: str, expected: int | None = None) -> None:
         share = (version.name, "canary", version.version, policy.canary_weight)

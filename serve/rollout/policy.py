@@ -9,6 +9,7 @@
         canary_weight: 0      # 10%: a promote gives the version a tenth of the traffic first
         alpha: 0.01           # probability of a false verdict, ever, of one canary
         golden_min: 0         # 0.9: a version with a lower score on its golden set gets no traffic; 0 only reports
+        validation: []        # all, or [questions, leaks]: which checks of a version must have passed before traffic
         train_on_traffic: false   # whether requests and answers are kept as examples to train it on
         guard: {}             # {prompt: NAME, answer: NAME, action: refuse}: models that look at them; or flag, count
         verdicts: {}          # {tenants: [acme], ratings_per_key: 10}: whose requests and ratings decide beside its own
@@ -28,6 +29,7 @@ from serve.errors import ConfigError
 from serve.names import tenant_of
 from serve.rollout import loop_policy
 from serve.rollout.loop_policy import DRIFT, LoopPolicy
+from serve.rollout.validation import ALL, CHECKS
 
 EVERY = "*"
 NOTIFY = "notify"
@@ -86,6 +88,7 @@ class Policy:
     canary_weight: float = 0.0
     alpha: float = 0.01
     golden_min: float = 0.0
+    validation: tuple[str, ...] = ()
     guard: Guard = Guard()
     verdicts: Say = Say()
     loop: LoopPolicy = LoopPolicy()
@@ -95,7 +98,7 @@ class Policy:
     @property
     def at_once(self) -> Policy:
         """Nothing is held back and no canary comes first: somebody wants it all the same."""
-        return replace(self, worse=NOTIFY, golden_min=0.0, canary_weight=0.0)
+        return replace(self, worse=NOTIFY, golden_min=0.0, validation=(), canary_weight=0.0)
 
     @property
     def proven(self) -> Policy:
@@ -162,7 +165,7 @@ def _policy(base: Policy, adapter: Any, fields: Any) -> Policy:
         raise ConfigError(
             f"the policy of {adapter}: golden_min takes a score from 0 to 1, not {fields['golden_min']!r}"
         )
-    parsers = {"guard": _guard, "verdicts": _say}
+    parsers = {"guard": _guard, "verdicts": _say, "validation": _validation}
     parts: dict[str, Any] = {name: parse(adapter, fields[name]) for name, parse in parsers.items() if name in fields}
     if "loop" in fields:
         parts["loop"] = loop_policy.parse(adapter, base.loop, fields["loop"])
@@ -188,6 +191,15 @@ def _guard(adapter: str, fields: Any) -> Guard:
     if (action := fields.get("action", REFUSE)) not in _ACTIONS:
         raise ConfigError(f"the policy of {adapter}: guard.action takes {' or '.join(_ACTIONS)}, not {action!r}")
     return Guard(**fields)
+
+
+def _validation(adapter: str, checks: Any) -> tuple[str, ...]:
+    names = [checks] if checks == ALL else checks
+    if not isinstance(names, list | tuple) or not set(map(str, names)) <= {ALL, *CHECKS}:
+        raise ConfigError(
+            f"the policy of {adapter}: validation takes all, or a list of {', '.join(CHECKS)}, not {checks!r}"
+        )
+    return tuple(names)
 
 
 def _say(adapter: str, fields: Any) -> Say:

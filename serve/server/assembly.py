@@ -77,6 +77,7 @@ from serve.jobs.batches import build as batches
 from serve.jobs.batches.files import Files
 from serve.jobs.finetuning import build as finetuning
 from serve.jobs.finetuning.admission import Admission
+from serve.jobs.finetuning.validation import Validation
 from serve.loop import build as loop
 from serve.loop.loop_rows import LoopRows
 from serve.loop.metrics import LoopMetrics
@@ -346,6 +347,7 @@ class Server:
             lambda base: upload_limits(config, base.backend).max_rank,
             self._me.id,
         )
+        self.validation = Validation(self.router, self.store, self.files, self.fine_tuning.runner.process)
         self._loop_metrics = LoopMetrics(self.metrics.labelled)
         self.loops = loop.build(
             config,

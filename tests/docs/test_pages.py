@@ -81,7 +81,7 @@ def test_every_command_on_a_page_exists_with_its_flags(page, commands):
 
 
 OPTIMIZE_FLAGS = {"--list", "--plan", "--out", "--adapter", "--set", "--model", "--resume", "--keep-rejected", "--json",
-                  "--method"}  # fmt: skip
+                  "--method", "--train"}  # fmt: skip
 
 
 @each

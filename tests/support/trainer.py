@@ -2,10 +2,11 @@
 
     python -m tests.support.trainer tune FOLDER
     python -m tests.support.trainer check FILE --method M --json        (the real one)
+    python -m tests.support.trainer validate FOLDER --model M --json
 
 STAND_IN in the environment, as JSON: `seconds` a step, `die` (exit code by step, negative for a signal, once), `hang`
 (after this step), `hold` (it waits behind its first step while this file is there), `error`, `nothing` (the adapter
-changes nothing), `rank`.
+changes nothing), `rank`, `validation` (the report on the adapter).
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class Trainer:
             self._save(state, step)
             if self.stopped:
                 return 4
+        if "validation" in self.how:
+            (self.folder / "validation.json").write_text(json.dumps(self.how["validation"]))
         self._write(self.folder / "adapter.part", epochs)
         (self.folder / "adapter.part").rename(self.folder / "adapter")
         return 0
@@ -112,6 +115,9 @@ class Trainer:
 if __name__ == "__main__":
     if sys.argv[1] == "tune":
         sys.exit(Trainer(Path(sys.argv[2])).run())
+    if sys.argv[1] == "validate":
+        print(json.dumps(json.loads(os.environ["STAND_IN"])["validation"]))
+        sys.exit(0)
     from optimize.cli import run
 
     sys.exit(run(sys.argv[1:], lambda name: Path(name)))

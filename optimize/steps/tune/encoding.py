@@ -58,7 +58,7 @@ class Encoder:
     """Tokenizes examples for the model in `folder`, at most `longest` tokens each."""
 
     def __init__(self, folder: Path, longest: int) -> None:
-        self._words = tokenizer(folder)
+        self.words = tokenizer(folder)
         self._longest = longest
         self._ends = self._turn_ends(folder)
 
@@ -109,6 +109,22 @@ class Encoder:
         cut = [tuple(self._cut(tokens) for tokens in unit) for unit in units]
         return [unit for unit in cut if all(any(tokens.learned[1:]) for tokens in unit)]
 
+    def text(self, text: str) -> list[int]:
+        """Plain text, as the engine begins it."""
+        ids = list(self.words(text, verbose=False).input_ids)
+        if ids and ids[-1] == self.words.eos_token_id != getattr(self.words, "bos_token_id", None):
+            ids.pop()  # a tokenizer that ends every text
+        return ids
+
+    def answer(self, prompt: str, answer: str) -> tuple[list[int], int]:
+        """A prompt with an answer, as a chat where the model has one, and where the answer begins."""
+        if self.words.chat_template:
+            chat = Chat(({"role": "user", "content": prompt},), (False,))
+            before, said = self._ids(self._text(chat, 1, True)), self._ids(answer)
+        else:
+            before, said = self.text(f"Question: {prompt}\nAnswer:"), self._ids(f" {answer}")
+        return [*before, *said], len(before)
+
     def units(self, example: Example) -> list[Unit]:
         if isinstance(example, Completion):
             return [(self._completion(example),)]
@@ -119,16 +135,13 @@ class Encoder:
         return [(tokens,) for tokens in self._chat(example)]
 
     def _completion(self, example: Completion) -> Tokens:
-        prompt = list(self._words(example.prompt, verbose=False).input_ids)
-        end = self._words.eos_token_id
-        if prompt and prompt[-1] == end != getattr(self._words, "bos_token_id", None):
-            prompt.pop()  # a tokenizer that ends every text
-        answer = [*self._ids(example.completion), end]
+        prompt = self.text(example.prompt)
+        answer = [*self._ids(example.completion), self.words.eos_token_id]
         return Tokens(array("i", prompt + answer), array("b", [0] * len(prompt) + [1] * len(answer)))
 
     def _chat(self, chat: Chat) -> list[Tokens]:
         """A sequence for the turns whose prompts continue one another."""
-        if not self._words.chat_template:
+        if not self.words.chat_template:
             raise Refused("the model has no chat template, which `messages` need: give `prompt` and `completion`")
         sequences: list[list[Span]] = []
         so_far = ""
@@ -152,14 +165,14 @@ class Encoder:
 
     def _text(self, chat: Chat, count: int, prompt: bool) -> str:
         """The chat template's text of the first `count` messages."""
-        known = "developer" in str(self._words.chat_template)
+        known = "developer" in str(self.words.chat_template)
         messages = [
             message if known or message["role"] != "developer" else {**message, "role": "system"}
             for message in chat.messages[:count]
         ]
         tools = list(chat.tools) or None
         try:
-            text: str = self._words.apply_chat_template(
+            text: str = self.words.apply_chat_template(
                 messages, tools=tools, tokenize=False, add_generation_prompt=prompt
             )
         except Exception as error:  # jinja's, and raise_exception of templates
@@ -171,7 +184,7 @@ class Encoder:
         bare = answer.rstrip()
         if any(bare.endswith(end) for end in self._ends):
             return bare
-        return answer + (self._words.eos_token or "")
+        return answer + (self.words.eos_token or "")
 
     def _spans(self, spans: Sequence[Span]) -> Tokens:
         """Tokenized as one text, as a server does, unless a token would lie on both sides of a border."""
@@ -184,9 +197,9 @@ class Encoder:
         return Tokens(array("i", made[0]), array("b", made[1]))
 
     def _aligned(self, whole: str, spans: Sequence[Span]) -> tuple[list[int], list[int]] | None:
-        if not getattr(self._words, "is_fast", False):
+        if not getattr(self.words, "is_fast", False):
             return None
-        encoded = self._words(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = self.words(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         borders: list[tuple[int, int]] = []
         end = 0
         for text, learned in spans:
@@ -205,18 +218,18 @@ class Encoder:
         return Tokens(tokens.ids[: self._longest], tokens.learned[: self._longest])
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._words(text, add_special_tokens=False, verbose=False).input_ids
+        ids: list[int] = self.words(text, add_special_tokens=False, verbose=False).input_ids
         return ids
 
     def _turn_ends(self, folder: Path) -> set[str]:
         """The tokens at which generation stops, as text."""
         from transformers import GenerationConfig
 
-        ids = {self._words.eos_token_id}
+        ids = {self.words.eos_token_id}
         if (folder / "generation_config.json").is_file():
             more = GenerationConfig.from_pretrained(folder).eos_token_id
             ids |= set(more if isinstance(more, list) else [more])
-        return {text for token in ids if token is not None and (text := self._words.decode([token]))}
+        return {text for token in ids if token is not None and (text := self.words.decode([token]))}
 
 
 def _with_answer_of(mine: Tokens, other: Tokens) -> Tokens:

@@ -52,7 +52,7 @@ class Learner:
         dtype = compute_dtype(start.device) if start.dtype == "auto" else DTYPES[start.dtype]
         self._start = start
         self._device = start.device
-        self._alive = alive
+        self.alive = alive
         base: Any = opened(start.base, dtype, rounds=False).to(start.device)
         text = base.config.get_text_config()
         if text._attn_implementation == attention.REPLACED:  # else the model needs more of it, such as a soft cap
@@ -68,7 +68,7 @@ class Learner:
 
     def logps(self, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities in nats of the learned tokens (answers,) in float32, and whether each is the likeliest."""
-        self._alive()
+        self.alive()
         logits = self._logits(row.ids, row.positions, row.at, row.borders)
         right = row.right.to(self._device)
         return -cross_entropy(logits, right, reduction="none"), logits.detach().argmax(-1) == right

@@ -19,6 +19,7 @@ from optimize.steps.tune.settings import ROW, activations, max_length, settled
 
 TOKEN_BYTES = 4  # of JSON, roughly
 TEMPLATE = 256  # tokens that a chat template adds to an example
+VALIDATED = 30_000  # tokens that a validation reads, roughly
 
 
 class Tune(Step, frozen=True, kw_only=True, tag="tune"):
@@ -28,7 +29,7 @@ class Tune(Step, frozen=True, kw_only=True, tag="tune"):
 
     With `validation` the adapter of the least held-out loss is kept, and `patience` evaluations without a better one
     end the training. `alpha` 0 is twice the rank; `max_length` 0 is the model's, up to 2,048 tokens; `threads` 0 is
-    every core.
+    every core. `validate` reports what the adapter did to the base, and which examples it says again.
     """
 
     reads_text: ClassVar[bool] = False
@@ -54,6 +55,7 @@ class Tune(Step, frozen=True, kw_only=True, tag="tune"):
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     threads: int = 0
+    validate: bool = True
 
     @property
     def consumed(self) -> tuple[str, ...]:
@@ -100,7 +102,7 @@ def estimate(step: Tune, context: Context) -> Estimate:
     kept = activations(config, row) // (context.layers if settings.gradient_checkpointing else 1)
     logits = row * context.vocabulary * 14
     memory = PROCESS + weight_bytes() * base.parameters + 24 * learned + kept + logits
-    seconds = STARTING + 6 * tokens * context.token_seconds
+    seconds = STARTING + (6 * tokens + VALIDATED * step.validate) * context.token_seconds
     return Estimate("tune", what, memory, 20 * learned, seconds)
 
 
@@ -171,6 +173,8 @@ def sentence(options: Mapping[str, Any], notes: Mapping[str, Any]) -> str:
     best = f"; the adapter is that of step {notes['best_step']}" if "best_step" in notes else ""
     cut = sum(of["cut"] for of in notes["data"].values())
     longer = f" {cut} examples were cut at {notes['max_length']} tokens." if cut else ""
+    if report := notes.get("validation"):
+        longer += f" Validation: {report['verdict']}."
     return (
         f"{options['name']}: {options['method']}, {data}; {notes['steps']} steps{early}, "
         f"{notes['trained_tokens']:,} tokens, rank {notes['rank']}, "

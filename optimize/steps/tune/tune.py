@@ -25,6 +25,7 @@ from optimize.steps.tune.objectives import DPO, KTO, Objective, Supervised, sums
 from optimize.steps.tune.packing import rows
 from optimize.steps.tune.settings import ROW, Settings, max_length, settled
 from optimize.steps.tune.training import Examples, State, Training
+from optimize.steps.tune.validation import validated
 
 ALIVE = "alive"
 KEPT = 3  # epochs whose adapters stay in job.watched
@@ -60,8 +61,18 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         lambda line: _tell(line, progress, watched), lambda step, state: _publish(learner, watched, step, state),
     )  # fmt: skip
     state = training.run(partial / "state.pt")
-    learner.save(state, job.folder / "adapters" / options["name"])
-    return _notes(chosen, training)
+    adapter_folder = job.folder / "adapters" / options["name"]
+    learner.save(state, adapter_folder)
+    notes = _notes(chosen, training)
+    if options["validate"]:
+        alive = learner.alive
+        del learner, training, parts, state  # the model is opened anew
+        progress(0, 1, "validating the adapter")
+        given = files["train"], files.get("validation")
+        notes["validation"] = validated(Path(job.model), adapter_folder, encoder, *given, seed=job.seed, alive=alive)
+        if watched is not None:
+            artifact.write_json(watched / "validation.json", notes["validation"])
+    return notes
 
 
 def _given(options: dict[str, Any]) -> list[str]:

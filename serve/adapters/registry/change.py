@@ -20,7 +20,7 @@ _TRAIL = 64
 KINDS = frozenset((
     "add", "delete", "promote", "rollback", "fallback", "unload", "share", "unshare", "canary", "canary_end", "shadow",
     "shadow_end", "pin", "unpin", "alias", "alias_end", "tag", "drift", "drift_accepted", "golden_hold",
-    "golden_fell", "rename", "rename_end", "loop",
+    "golden_fell", "rename", "rename_end", "loop", "validated", "validation_hold",
 ))  # fmt: skip
 
 

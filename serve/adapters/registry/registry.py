@@ -361,9 +361,22 @@ class Registry(SnapshotReader):
         with self._change(target) as change:
             change.end_move(name, by)
 
-    def note(self, name: str, what: str, version: int, *, by: str, why: str = "") -> None:
-        """Write something that happened to a version into the history; it changes nothing."""
+    def note(
+        self,
+        name: str,
+        what: str,
+        version: int,
+        *,
+        by: str,
+        why: str = "",
+        checks: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write something that happened to a version into the history; `checks` are kept beside those that it has."""
         with self._change(name) as change:
+            if checks:
+                row = (versions.c.name_id == change.id) & (versions.c.version == version)
+                both = json.dumps({**change.version(version).checks, **checks})
+                change.connection.execute(update(versions).where(row).values(checks=both))
             change.log(what, by, why, version, None)
 
     # Reads, from the database; they wait for no change that is under way

@@ -52,7 +52,7 @@ function versionRow(adapter, version, scale, on) {
     make("div", { class: "charts" },
       version.recent && requestsChart(version.recent, scale), version.recent && firstTokenChart(version.recent, scale),
       traffic(version.recent)),
-    make("div", { class: "evidence" }, ...drift(adapter, version, on), golden(version)),
+    make("div", { class: "evidence" }, ...drift(adapter, version, on), golden(version), validation(version)),
     actions(adapter, version, on));
 }
 
@@ -95,6 +95,15 @@ function golden(version) {
     + `confidence, ${counted(row.cases, "case")}`;
   return make("div", { class: "signal" }, interval(text, row.score, row.low, row.high),
     make("p", { class: "note" }, text, left ? `; ${left} without a score` : ""));
+}
+
+function validation(version) {
+  const report = version.validation;
+  if (!report) return null;
+  const checks = Object.values(report.checks), bad = checks.filter((check) => check.verdict !== "passed");
+  return make("p", { class: "note" }, make("b", { class: bad.length ? "moved" : "" }, `Validation: ${report.verdict}`),
+    bad.length ? bad.map((check) => `; ${check.name} ${check.verdict}: ${check.what}`).join("")
+      : `, ${counted(checks.length, "check")}`, report.problem ? `; ${report.problem}` : "");
 }
 
 function shadow(row) {

@@ -7,7 +7,7 @@ import { difference } from "/dashboard/verdicts.js";
 const WORDS = {
   add: "pushed", fallback: "fell back", unshare: "made private", promote: "promoted", rollback: "rolled back", canary: "canary",
   canary_end: "canary ended", shadow: "shadow", shadow_end: "shadow ended", delete: "deleted", pin: "pinned", unpin: "unpinned",
-  share: "shared", drift: "drifted", drift_accepted: "drift accepted", golden_hold: "held by its golden score", unload: "unloaded",
+  share: "shared", drift: "drifted", drift_accepted: "drift accepted", golden_hold: "held by its golden score", validated: "validated", validation_hold: "held: not validated", unload: "unloaded",
   rename: "was renamed", rename_end: "is no longer asked as", alias: "has the alias", alias_end: "lost the alias", tag: "tagged", golden_fell: "scores less", loop: "loop",
 };
 const ALIASES = ["alias", "alias_end"];

@@ -1,4 +1,4 @@
-"""One version of an adapter: its files, and what people call it, which are aliases (`tone@stable`) and tags."""
+"""One version of an adapter: its files, its validation, and what people call it: aliases (`tone@stable`) and tags."""
 
 import asyncio
 from typing import Annotated, Any, Literal
@@ -7,9 +7,9 @@ from fastapi import APIRouter, Path, Request
 from fastapi.responses import FileResponse
 
 from serve.api.json_body import JsonBody
-from serve.api.parts import TheLifecycle, TheRecent, TheRegistry
+from serve.api.parts import TheLifecycle, TheRecent, TheRegistry, TheValidation
 from serve.api.routes.callers import Expected, Manager, TheAdapter
-from serve.api.schemas import Alias, Tags
+from serve.api.schemas import Alias, Tags, Validate
 from serve.names import ALIAS_PATTERN
 
 router = APIRouter()
@@ -36,6 +36,27 @@ async def version_file(
     adapter.about(f"@v{number} {file}")
     folder = await lifecycle.adapters.path(adapter.version(number))
     return FileResponse(folder / file, media_type="application/octet-stream", filename=file)
+
+
+@router.post("/v1/adapters/{name:path}/versions/{number}/validate")
+async def validate(
+    number: int,
+    caller: Manager,
+    adapter: TheAdapter,
+    validation: TheValidation,
+    body: Annotated[Validate, JsonBody(Validate, required=False)],
+) -> dict[str, Any]:
+    """Measure what a version did to its base, and answer when that is done, within minutes; the body may be left out.
+
+    The report stands among the version's checks as `validation`: what the base could and the version cannot, whether it
+    refuses as before, how sure it is, and with ids of examples its loss and what it says again of them. A policy can
+    ask for it before a version gets traffic.
+    """
+    version = adapter.version(number)
+    adapter.about(f"@v{number}")
+    given = {"training_file": body.training_file, "validation_file": body.validation_file}
+    await validation.run(version, caller, {name: id for name, id in given.items() if id})
+    return adapter.described(adapter.version(number))
 
 
 @router.put("/v1/adapters/{name:path}/versions/{number}/tags")

@@ -26,6 +26,8 @@ from serve.rollout.lifecycle import Lifecycle
 
 log = logging.getLogger(__name__)
 
+NO_CHECKS: Mapping[str, Any] = {}
+
 
 class Admission:
     def __init__(self, versions: VersionAdmission, lifecycle: Lifecycle, store: Store, auth: Auth) -> None:
@@ -48,8 +50,10 @@ class Admission:
         async with self._copied(job, adapter, _provenance(job, {})) as folder:
             await self._lifecycle.try_push(job.asked.name, folder, quota=caller.limits, engine=job.asked.base)
 
-    async def admit(self, job: Job, adapter: Path, settled: Mapping[str, Any], *, final: bool) -> str:
-        """The public name of the version; these bytes a second time are the same version.
+    async def admit(
+        self, job: Job, adapter: Path, settled: Mapping[str, Any], *, final: bool, checks: Mapping[str, Any] = NO_CHECKS
+    ) -> str:
+        """The public name of the version; these bytes a second time are the same version. `checks` are kept with it.
 
         The final one is to be live if no version of its name is: what answers today is a person's or a policy's to
         replace.
@@ -57,7 +61,7 @@ class Admission:
         caller, name = self.caller(job), job.asked.name
         first = final and (name not in self._registry or self._registry.live(name) is None)
         why = f"fine-tuning job {job.id}"
-        notes = {"fine_tuning_job": job.id, **({"parent": job.asked.parent} if job.asked.parent else {})}
+        notes = {"fine_tuning_job": job.id, **({"parent": job.asked.parent} if job.asked.parent else {}), **checks}
         try:
             async with self._copied(job, adapter, _provenance(job, settled)) as folder:
                 version, _ = await self._versions.push(
@@ -75,7 +79,7 @@ class Admission:
             if not first:
                 raise
             # A version went live meanwhile, which stays.
-            return await self.admit(job, adapter, settled, final=False)
+            return await self.admit(job, adapter, settled, final=False, checks=checks)
         return public_name(version, job.tenant)
 
     async def admitted(self, job: Job, adapter: Path, settled: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ parent/              the adapter to go on from, if there is one
 progress.jsonl       a line a step; after a kill steps are repeated, and the last line of a step counts
 alive                touched with every forward pass, between steps too
 settings.json        the hyperparameters as numbers, before the first step
+validation.json      what the adapter did to its base, before it is there
 checkpoints/step-N/  the adapter at the end of an epoch
 adapter/             the result, which appears at once
 incoming/            what a worker has sent of its folder so far
@@ -30,6 +31,7 @@ from serve.adapters.adapter import FILES
 from serve.files import write_whole
 from serve.jobs.finetuning.objects import Job
 from serve.names import shown
+from serve.rollout import validation
 
 # OpenAI's names of a method's numbers, and the recipe's.
 OPTIONS = {
@@ -156,6 +158,14 @@ class JobFolder:
             return {}
         names = {"n_epochs": "epochs", "batch_size": "batch", "rank": "rank", "learning_rate": "learning_rate"}
         return {name: notes[ours] for name, ours in names.items() if _is_number(notes.get(ours))}
+
+    def validation(self) -> dict[str, Any]:
+        """What is kept of the adapter's validation report; nothing without one."""
+        try:
+            report = validation.read((self.path / "validation.json").read_bytes())
+        except OSError:
+            return {}
+        return report.kept() if report else {}
 
     def results(self) -> Iterator[bytes]:
         """What each step measured, as lines of CSV."""

@@ -240,10 +240,11 @@ class JobRunner:
         assert adapter is not None
         await asyncio.to_thread(self._check_base, job)
         settled = await asyncio.to_thread(folder.settled)
+        validation = await asyncio.to_thread(folder.validation)
         try:
             await self._admission.try_out(job, adapter)
             # First, so that its number is the next one; the versions of earlier epochs stand behind it.
-            model = await self._admission.admit(job, adapter, settled, final=True)
+            model = await self._admission.admit(job, adapter, settled, final=True, checks=validation)
             checkpoints = await self._checkpoints(job, folder, settled)
         except (EngineUnavailable, OutOfSpace):
             raise

@@ -237,6 +237,7 @@ class Worker:
         assert adapter is not None
         epochs = [there[step] for step in sorted(there)[-CHECKPOINTS:]]
         files = [folder.path / name for name in ("progress.jsonl", "settings.json")]
+        files += filter(Path.is_file, [folder.path / "validation.json"])
         files += [path / name for path in (*epochs, adapter) for name in FILES]
         for file in files:
             self._client.bring(job.id, file.relative_to(folder.path).as_posix(), file)

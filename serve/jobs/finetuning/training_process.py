@@ -2,6 +2,7 @@
 
     COMMAND tune FOLDER                                 trains, or goes on; SIGTERM saves and stops
     COMMAND check FILE --method M --fewest N --json     says what is wrong with examples
+    COMMAND validate FOLDER --model M --json            says what an adapter did to its base
 
 It is `optimize`'s own command line: the two packages do not import one another.
 """
@@ -27,13 +28,15 @@ import serve
 from serve.errors import LoradockError
 from serve.jobs.finetuning import lowest_priority, process_tree
 from serve.models import hardware
+from serve.rollout import validation
+from serve.rollout.validation import Report
 
 LOOK_SECONDS = 0.1
 # After the load is gone the training goes on once it was gone for so long.
 QUIET_SECONDS = 1.0
 # What SIGTERM leaves it to save a checkpoint; a stop of the server waits no longer either.
 SAVE_SECONDS = 10.0
-CHECK_SECONDS = 600.0
+CHECK_SECONDS, VALIDATION_SECONDS = 600.0, 3600.0
 COMMAND = (sys.executable, "-m", "optimize.cli")
 # Variables that are not handed on, by how they begin.
 _KEPT_BACK = ("LORADOCK_", "VLLM_", "OMP_", "KMP_", "LD_PRELOAD")
@@ -115,35 +118,60 @@ class TrainingProcess:
         set. Blocks."""
         command = [*self.command, "check", str(file), "--method", method, "--fewest", str(fewest), "--json"]
         command += ["--model", str(model)]
+        said = self._answered(command, stop)
+        if said is None:
+            return None
+        try:
+            return msgspec.json.decode(said[0], type=Checked)
+        except msgspec.DecodeError as error:
+            raise CannotCheck(f"the examples cannot be checked (exit code {said[2]}): {_last_line(said[1])}") from error
+
+    def _answered(
+        self, command: Sequence[str], stop: threading.Event, seconds: float | None = None
+    ) -> tuple[bytes, bytes, int] | None:
+        """What a program wrote until its end, and its exit code; None once `stop` is set."""
         pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         # Its group is its own, so that Ctrl+C at the server's terminal is the server's alone.
         with hardware.every_core():
             started = subprocess.Popen(self._behind(command), **pipes, env=_environ(), process_group=0)
         with started as process:
             try:
-                said = self._said(process, stop)
+                said = self._said(process, stop, CHECK_SECONDS if seconds is None else seconds)
             finally:
                 process.kill()
+        return None if said is None else (*said, process.returncode)
+
+    def validate(
+        self,
+        adapter: Path,
+        model: Path,
+        files: Mapping[str, Path],
+        stop: threading.Event,
+    ) -> Report | None:
+        """What an adapter did to its base; `files` are the examples that it was trained on (`train`), and held-out ones
+        (`validation`). None once `stop` is set. Blocks."""
+        command = [*self.command, "validate", str(adapter), "--model", str(model), "--json"]
+        for name, file in files.items():
+            command += [f"--{name}", str(file)]
+        said = self._answered(command, stop, VALIDATION_SECONDS)
         if said is None:
             return None
-        try:
-            return msgspec.json.decode(said[0], type=Checked)
-        except msgspec.DecodeError as error:
-            why = said[1].decode("utf-8", "replace").strip().splitlines()[-1:]
-            raise CannotCheck(
-                f"the examples cannot be checked (exit code {process.returncode}): {''.join(why)}"
-            ) from error
+        if (report := validation.read(said[0])) is None:
+            raise CannotCheck(f"the adapter cannot be validated: {_last_line(said[1])}")
+        return report
 
-    def _said(self, process: subprocess.Popen[bytes], stop: threading.Event) -> tuple[bytes, bytes] | None:
+    def _said(
+        self, process: subprocess.Popen[bytes], stop: threading.Event, seconds: float
+    ) -> tuple[bytes, bytes] | None:
         """What it wrote until its end; seconds in which clients need the machine do not count."""
-        left = CHECK_SECONDS
+        left = seconds
         while not stop.is_set():
             try:
                 return process.communicate(timeout=LOOK_SECONDS)
             except subprocess.TimeoutExpired as slow:
                 left -= 0.0 if self.is_busy() else LOOK_SECONDS
                 if left < 0:
-                    raise CannotCheck(f"the examples were not checked within {CHECK_SECONDS:g} s: send fewer") from slow
+                    raise CannotCheck(f"it took longer than {seconds:g} s: send fewer examples") from slow
         return None
 
     def run(
@@ -217,6 +245,10 @@ class TrainingProcess:
 
     def _behind(self, command: Sequence[str]) -> list[str]:
         return [sys.executable, "-S", "-E", lowest_priority.__file__, str(os.getpid()), str(self.nice), *command]
+
+
+def _last_line(output: bytes) -> str:
+    return "".join(output.decode("utf-8", "replace").strip().splitlines()[-1:])
 
 
 def _environ() -> Mapping[str, str]:

@@ -21,16 +21,18 @@ from serve.jobs.finetuning.job_folder import JobFolder
 from serve.jobs.finetuning.job_folders import JobFolders
 from serve.jobs.finetuning.objects import Job
 from serve.names import shown
+from serve.rollout.validation import REPORT_BYTES
 
 # A result has a few; another worker may have brought others before.
 MOST_CHECKPOINTS = 10
 # Of what a worker brings besides adapters.
-_MOST_BYTES = {"progress.jsonl": 256 << 20, "settings.json": 64 << 10}
+_MOST_BYTES = {"progress.jsonl": 256 << 20, "settings.json": 64 << 10, "validation.json": REPORT_BYTES}
 TRAINING = "training.jsonl"
 VALIDATION = "validation.jsonl"
 PARENT = "parent/"
 _RESULT = re.compile(
-    rf"(?:adapter|checkpoints/step-[0-9]{{6,9}})/(?:{'|'.join(map(re.escape, FILES))})|progress\.jsonl|settings\.json"
+    rf"(?:adapter|checkpoints/step-[0-9]{{6,9}})/(?:{'|'.join(map(re.escape, FILES))})|progress\.jsonl"
+    r"|settings\.json|validation\.json"
 )
 
 
@@ -103,7 +105,8 @@ class WorkerFiles:
                 "servers without `blobs` have one address, give the worker the address of one of them"
             )
         fsync_tree(incoming)
-        for name in ("checkpoints", "progress.jsonl", "settings.json", "adapter"):  # the adapter says that all is
+        # The adapter says that all is there.
+        for name in ("checkpoints", "progress.jsonl", "settings.json", "validation.json", "adapter"):
             _replace(incoming / name, folder.path / name)
         self._folders.count(job)
         return passed
@@ -140,7 +143,7 @@ class WorkerFiles:
                 if self._contents.receive(passed := _passed_as(id, name), incoming / name, room):
                     fetched.append(passed)
 
-        receive("progress.jsonl", "settings.json", *(f"adapter/{name}" for name in FILES))
+        receive("progress.jsonl", "settings.json", "validation.json", *(f"adapter/{name}" for name in FILES))
         checkpoints = {str(line["checkpoint"]) for line in JobFolder(incoming).lines() if line.get("checkpoint")}
         receive(*(f"{checkpoint}/{name}" for checkpoint in sorted(checkpoints)[-MOST_CHECKPOINTS:] for name in FILES))
         return fetched

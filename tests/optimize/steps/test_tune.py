@@ -118,7 +118,7 @@ def learned_text(encoder: Encoder, chat: Chat) -> list[list[str]]:
                 if not at or not tokens.learned[at - 1]:
                     found.append([])
                 found[-1].append(token)
-        runs.append([encoder._words.decode(ids) for ids in found])
+        runs.append([encoder.words.decode(ids) for ids in found])
     return runs
 
 
@@ -144,7 +144,7 @@ def test_the_answer_and_the_token_that_ends_it_are_learned_and_nothing_else(embe
 def test_the_prompt_of_an_answer_is_the_one_that_a_server_sends(embedded):
     encoder = Encoder(embedded, 2048)
     ((tokens,),) = encoder.units(Chat(TURNS[:2], (False, True)))
-    sent = encoder._words.apply_chat_template(list(TURNS[:1]), add_generation_prompt=True, return_dict=False)
+    sent = encoder.words.apply_chat_template(list(TURNS[:1]), add_generation_prompt=True, return_dict=False)
     assert list(tokens.ids[: tokens.learned.index(1)]) == sent
 
 
@@ -159,7 +159,7 @@ THINKING = (
 
 def test_a_template_that_rewrites_earlier_turns_makes_a_sequence_of_each(embedded):
     encoder = Encoder(embedded, 2048)
-    encoder._words.chat_template = THINKING
+    encoder.words.chat_template = THINKING
     thoughtful = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>Hm</think>\n\nHello"},
                   {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Farewell"})  # fmt: skip
     assert learned_text(encoder, Chat(thoughtful, (False, True, False, True))) == [
@@ -171,7 +171,7 @@ def test_a_template_that_rewrites_earlier_turns_makes_a_sequence_of_each(embedde
 
 def test_a_template_without_an_end_of_turn_learns_to_stop(embedded):
     encoder = Encoder(embedded, 2048)
-    encoder._words.chat_template = (
+    encoder.words.chat_template = (
         "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] "
         "{% endif %}"
     )
@@ -180,7 +180,7 @@ def test_a_template_without_an_end_of_turn_learns_to_stop(embedded):
 
 def test_a_template_that_answers_elsewhere_is_refused(embedded):
     encoder = Encoder(embedded, 2048)
-    encoder._words.chat_template = (
+    encoder.words.chat_template = (
         "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}?{% endif %}"
     )
     with pytest.raises(Refused, match="otherwise than behind its generation prompt"):

@@ -65,6 +65,7 @@ async def test_the_openapi_document_describes_every_body(client):
         "post /v1/adapters": "Fetch",
         "put /v1/adapters/{name}/aliases/{alias}": "Alias",
         "put /v1/adapters/{name}/versions/{number}/tags": "Tags",
+        "post /v1/adapters/{name}/versions/{number}/validate": "Validate",
         "post /v1/engines/{engine}/swap": "Swap",
         "post /v1/batches": "NewBatch",
         "post /v1/moderations": "Moderations",
@@ -105,6 +106,7 @@ async def test_the_openapi_document_describes_every_body(client):
         "post /v1/adapters/{name}/golden/run",
         "post /v1/adapters/{name}/data",
         "post /v1/adapters/{name}/versions/{number}/replay",
+        "post /v1/adapters/{name}/versions/{number}/validate",
         "post /v1/adapters/{name}/loop/reject",
     }
     components = document["components"]["schemas"]

@@ -40,3 +40,12 @@ def test_an_adapter_takes_part_in_auto_or_is_its_default():
         parse({"tone": {"auto": "maybe"}})
     with pytest.raises(ConfigError, match="one adapter is auto's default"):
         parse({"*": {"auto": "default"}})
+
+
+def test_a_policy_names_the_checks_of_a_validation():
+    (every, own) = parse({"*": {"validation": "all"}, "tone": {"validation": ["questions", "leaks"]}})
+    assert every.validation == ("all",) and own.validation == ("questions", "leaks") and own.at_once.validation == ()
+    assert parse({"*": {"validation": []}})[0].validation == ()
+    for wrong in ("some", ["leaks", "speed"], 3):
+        with pytest.raises(ConfigError, match="validation takes all, or a list of questions, text"):
+            parse({"*": {"validation": wrong}})
