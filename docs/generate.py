@@ -76,7 +76,7 @@ def commands() -> Iterator[tuple[list[str], Any]]:
             yield from below([*words, name], child)
 
     yield from below(["loradock"], typer.main.get_command(command_line))
-    for name in ("verify", "check", "tune", "run-onnx", "setup-optimum"):
+    for name in ("verify", "validate", "check", "tune", "run-onnx", "setup-optimum"):
         yield ["loradock", "optimize", name], None
 
 

@@ -20,7 +20,7 @@ GENERATE = "/inference/v1/generate"
 TOKENS_PER_SEAT = 64
 BYTES_PER_TOKEN = 4
 # Those that generate nothing, and take a batch of inputs.
-_POOLING = re.compile(r"/v1/(embeddings|score|rerank)|/(pooling|classify|score|rerank|v2/rerank)")
+_POOLING = re.compile(r"/v1/(embeddings|classify|score|rerank)|/(pooling|classify|score|rerank|v2/rerank)")
 _PAIRS = ("queries", "documents", "items", "data_1", "data_2", "text_1", "text_2")
 
 

@@ -26,6 +26,7 @@ from contextlib import suppress
 from typing import Any
 
 import msgspec
+import setproctitle
 from pydantic_core import to_json
 
 OPEN, GIVE_BACK = 0, 1
@@ -151,6 +152,7 @@ def main(channel: socket.socket, descriptors: socket.socket) -> None:
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):  # it ends with the server, whose last answers it writes
         signal.signal(number, signal.SIG_IGN)
+    setproctitle.setproctitle("loradock: front end")
     gc.disable()  # nothing here refers to itself
     with suppress(ConnectionError):  # a server that was killed
         main(*(socket.socket(fileno=int(word)) for word in sys.argv[1:]))

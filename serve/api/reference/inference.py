@@ -9,7 +9,7 @@ from serve.adapters.mixing.mixture import MAX_PARTS
 from serve.api.openapi import REFERENCE, errors, security
 from serve.asgi.error_shapes import is_anthropic
 from serve.auth.auth import Scope
-from serve.gateway.request import INVOCATIONS, INVOKED, MAX_MODELS
+from serve.gateway.request import INVOCATIONS, INVOKED, MAX_MODELS, RENAMED
 
 SUMMARIES = {
     "/v1/chat/completions": "Answer a chat, whole or as a stream",
@@ -21,6 +21,7 @@ SUMMARIES = {
     "/v1/embeddings": "Embed texts",
     "/pooling": "The pooled output of a model",
     "/classify": "Classify texts",
+    "/v1/classify": "Classify texts",
     "/score": "Score pairs of texts",
     "/v1/score": "Score pairs of texts",
     "/rerank": "Order documents by a query",
@@ -84,7 +85,8 @@ _TIMEOUT = {
 def inference_paths(schemas: Mapping[str, Any]) -> dict[str, Any]:
     """OpenAPI's `paths` of inference; `schemas` has the body of each path."""
     invoked = {"anyOf": [schemas[path] for path in INVOKED.values()]}
-    schemas = {**schemas, INVOCATIONS: invoked}
+    renamed = {path: schemas[own] for path, own in RENAMED.items()}
+    schemas = {**schemas, **renamed, INVOCATIONS: invoked}
     paths: dict[str, Any] = {path: {"post": _asks(path, schemas[path])} for path in SUMMARIES}
     id = {"name": "response_id", "in": "path", "required": True, "schema": {"type": "string"}}
     for path, method, summary in (
