@@ -70,7 +70,7 @@ KINDS: dict[str, dict[str, Any]] = {
 OPTIONS = ("--max-model-len", "8192", "--max-num-seqs", "1280", "--kv-cache-memory-bytes", "1G")
 _TEXT = re.compile(rb'"(?:content|text|reasoning)":"[^"]')
 START_SECONDS = 600
-FRONT_END = "front_end_process"
+FRONT_END = "front end"
 
 
 @dataclass(slots=True)
