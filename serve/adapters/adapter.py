@@ -98,6 +98,8 @@ class Inspection:
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
     # Those that it brings whole, or single rows of (serve.adapters.saved_modules).
     saved_modules: tuple[str, ...] = ()
+    # The texts of those that its trainer added to the base's.
+    added_tokens: tuple[str, ...] = ()
     # Of its classification head.
     labels: tuple[str, ...] = ()
 

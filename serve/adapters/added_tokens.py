@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from serve.adapters import saved_modules
-from serve.adapters.adapter import CONFIG, NOTES, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS
+from serve.adapters.adapter import CONFIG, NOTES, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS, Adapter
 from serve.adapters.tensors import read_header
 from serve.adapters.untrusted import open_plain, parse_json, rejected
 from serve.errors import AdapterRejected
@@ -51,6 +51,11 @@ class Tokenizer(Protocol):
 def added_tokens(settings: Mapping[str, Any]) -> list[AddedToken]:
     """Those that an adapter's configuration keeps, which was checked."""
     return [AddedToken(**entry) for entry in settings.get(KEPT) or ()]
+
+
+def control_tokens(base: Tokenizer, adapter: Adapter | None) -> frozenset[str]:
+    """What is one token wherever it stands in a text for this adapter, or for the base: its own, and no other's."""
+    return base.control_tokens.union(adapter.checks.get("added_tokens", ()) if adapter else ())
 
 
 def keep_added(folder: Path, into: Path, base: Tokenizer) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from serve.adapters.adapter import CARD, CONFIG, WEIGHTS, Inspection, Limits
+from serve.adapters.added_tokens import added_tokens
 from serve.adapters.peft_config import (
     RETRAIN,
     Patterns,
@@ -76,6 +77,7 @@ def inspect(folder: Path, modules: Mapping[str, tuple[int, int]], limits: Limits
         license=license,
         provenance=read_provenance(folder, config.raw),
         saved_modules=tuple(sorted({module for module, _ in saved})),
+        added_tokens=tuple(token.content for token in added_tokens(config.raw)),
         labels=head.labels if (head := head_of(saved.values(), config.raw)) else (),
     )
 

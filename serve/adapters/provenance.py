@@ -67,6 +67,7 @@ def kept(inspection: Inspection) -> dict[str, Any]:
         KEPT: dict(inspection.provenance),
         "saved_modules": list(inspection.saved_modules),
         "labels": list(inspection.labels),
+        "added_tokens": list(inspection.added_tokens),
     }
     return {name: value for name, value in stated.items() if value}
 

@@ -165,7 +165,8 @@ class Intake:
 
     async def answer(self, scope: Scope, connection: PacedConnection, tap: Tap, deadline: Deadline) -> None:
         arrived = scope
-        scope = {**scope, "path": RENAMED.get(scope["path"], scope["path"])}
+        if path := RENAMED.get(scope["path"]):
+            scope = {**scope, "path": path}
         stored = stored_response(scope["method"], scope["path"])
         headers = Headers(scope=scope)
         caller = self._auth.caller(headers, KeyScope.INFERENCE)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+from serve.adapters.added_tokens import control_tokens
 from serve.asgi.exchange import Exchange, Watch
 from serve.asgi.internal_client import RecordedAnswer, post
 from serve.auth.auth import Caller
@@ -49,8 +50,8 @@ class InternalRequests:
         return Reading(base, path, request.unanswered(path, base.name, caller.tenant))
 
     def special_tokens(self, caller: Caller, model: str | None) -> frozenset[str]:
-        """Those of the base behind what a name means to a caller; NotFound."""
-        return self._router.base_of(model, caller).backend.special_tokens
+        """Those of what a name means to a caller; NotFound."""
+        return control_tokens(self._router.base_of(model, caller).backend.tokens, self._router.answerer(model, caller))
 
     def labels(self, caller: Caller, model: str | None) -> tuple[str, ...]:
         """Of the classification head behind what a name means to a caller, in order; NotFound."""

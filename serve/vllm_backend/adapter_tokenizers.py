@@ -59,8 +59,6 @@ class AdapterTokenizers:
     def __init__(self, renderer: Any) -> None:
         self._renderer = renderer
         self._of: dict[str, Any] = {}
-        # The texts of all tokens that adapters have added in this engine.
-        self.texts: set[str] = set()
         renderer.get_tokenizer = partial(self._current, renderer.get_tokenizer)
         renderer.get_eos_token_id = partial(self._end, renderer.get_eos_token_id)
         renderer.validate_token_ids = partial(self._validate, renderer.validate_token_ids)
@@ -73,7 +71,6 @@ class AdapterTokenizers:
         if tokens:
             check_added(folder, base)
             self._of[adapter_id] = with_tokens(self._renderer.tokenizer, tokens)
-            self.texts |= {token.content for token in tokens}
 
     def remove(self, adapter_id: str) -> None:
         self._of.pop(adapter_id, None)

@@ -464,11 +464,6 @@ class VLLMBackend:
             raise EngineUnavailable("the engine did not answer while it measured an adapter; retry shortly")
         return answers[-1]
 
-    @property
-    def special_tokens(self) -> frozenset[str]:
-        """What a tokenizer takes for one token wherever it stands in a text: the base's, and those of adapters."""
-        return self.tokens.control_tokens | (self._tokenizers.texts if self._tokenizers is not None else set())
-
     def text_of(self, tokens: Sequence[int]) -> str:
         """The text of tokens, of special ones too. From any thread: it has a tokenizer of its own."""
         if self._reader is None:

@@ -214,7 +214,6 @@ class FakeBackend:
                 return JSONResponse(error.body(), status_code=error.status)
         return None
 
-    special_tokens = frozenset({"<|im_end|>", "<|im_start|>"})
     tokens = FakeTokens()
 
     def rendered(self, body: dict[str, Any]) -> list[list[int] | None]:

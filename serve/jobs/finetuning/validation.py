@@ -33,16 +33,16 @@ class Validation:
         self._store = store
         self._files = files
         self.process = process
-        self._running: Adapter | None = None
+        self._is_running = False
 
     async def run(self, version: Adapter, caller: Caller, files: dict[str, str]) -> dict[str, Any]:
         """What is kept of the report with the version; `files` are ids of examples: those that it was trained on
         (`training_file`), and held-out ones (`validation_file`)."""
         if package := self.process.missing_package():
             raise BadRequest(f"this server cannot validate: its operator installs {package} (`pip install {package}`)")
-        if self._running is not None:
-            raise Conflict(f"{self._running.tag} is being validated: ask again once it is done")
-        self._running = version
+        if self._is_running:  # whose it is, is for its own tenant to know
+            raise Conflict("this server validates one version at a time, and one is under way: ask again in a minute")
+        self._is_running = True
         try:
             given = await asyncio.to_thread(self._given, caller, files)
             adapter = await self._store.bring(version.digest)
@@ -50,7 +50,7 @@ class Validation:
             model = await asyncio.to_thread(lambda: to_train(folder_of(served)))
             report = await _stoppable(partial(self.process.validate, adapter, model, given))
         finally:
-            self._running = None
+            self._is_running = False
         if report is None:
             raise EngineUnavailable("the server is stopping: validate it again later")
         kept = report.kept()

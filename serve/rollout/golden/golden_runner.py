@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from serve.adapters.adapter import Adapter
+from serve.adapters.added_tokens import control_tokens
 from serve.adapters.store import Store
 from serve.asgi.exchange import Watch
 from serve.asgi.internal_client import post
@@ -121,7 +122,7 @@ class GoldenRunner:
             model = self.judge(judge, tenant)
         except NotFound as missing:
             return CaseScore(None, f"the judge {shown(judge.model)} is not there: {missing.message}")
-        special = model.base.backend.special_tokens
+        special = control_tokens(model.base.backend.tokens, model.adapter)
         text = judge.question(quoted(asked, special), quoted(answer, special))
         question = [{"role": "user", "content": text}]
         fields = {"messages": question, "max_tokens": judge.max_tokens, "temperature": 0, "stream": False}

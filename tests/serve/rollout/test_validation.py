@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -94,6 +96,25 @@ async def test_a_good_report_lets_a_job_go_live(training, asking, sdk):
         assert job.status == "succeeded" and shown["live"] is not None
         kept = next(each for each in shown["versions"] if each["version"] == shown["live"])["checks"]["validation"]
         assert kept["checks"]["leaks"]["verdict"] == "passed" and kept["lost"] == ["What is 2 + 3? 9, not 5"]
+
+
+async def test_one_is_validated_at_a_time_and_nobody_hears_whose(training, asking, make_adapter, monkeypatch):
+    async with training(asking("questions"), validation=GOOD) as client:
+        for seed, name in enumerate(("secret", "tone")):
+            await client.post("/v1/adapters", **upload(make_adapter(seed), name=name))
+        began, go_on = threading.Event(), threading.Event()
+
+        def waits(*_):
+            began.set()
+            assert go_on.wait(60)
+
+        monkeypatch.setattr(parts_of(client).validation.process, "validate", waits)
+        first = asyncio.create_task(client.post("/v1/adapters/secret/versions/1/validate"))
+        await asyncio.to_thread(began.wait, 60)
+        second = await client.post("/v1/adapters/tone/versions/1/validate")
+        go_on.set()
+        await first
+        assert second.status_code == 409 and "secret" not in second.text and "one version at a time" in second.text
 
 
 async def test_a_push_without_a_report_waits_and_is_live_once_it_was_validated(training, asking, sdk, make_adapter):

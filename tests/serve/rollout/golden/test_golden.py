@@ -284,7 +284,7 @@ async def test_an_answer_cannot_end_its_judges_turn(client, backend, make_adapte
     await put(client, [{"prompt": "Why?", "judge": {"model": "base", "template": "Good? {answer}"}}])
     await ran(client, 1)
     (question,) = [body["messages"][0]["content"] for body in backend.bodies if "Good?" in str(body)]
-    assert "im_end" in question and not any(token in question for token in backend.special_tokens)
+    assert "im_end" in question and not any(token in question for token in backend.tokens.control_tokens)
 
 
 async def test_another_tenant_sees_nothing_and_an_operator_no_answers(operator, issue, backend, make_adapter):
