@@ -2,7 +2,7 @@
 
 import { after, compareAnswers, everyLoop, jobButton, loopButton, restartButton, resultButtons, versionActions } from "/dashboard/actions.js";
 import { adapterView, oneAdapter } from "/dashboard/adapter.js";
-import { askAddress, jobAddress, loopAddress, read, TABS } from "/dashboard/addresses.js";
+import { jobAddress, loopAddress, read, TABS } from "/dashboard/addresses.js";
 import { adapterPath, call, cardPath, jobPath, keyed, Refused, use } from "/dashboard/api.js";
 import { card } from "/dashboard/cards.js";
 import { scales } from "/dashboard/charts.js";
@@ -17,8 +17,8 @@ import { strip } from "/dashboard/strip.js";
 const SECONDS = 10, WHILE_STARTING = 2, ROWS = 50, CHANGES = 25;
 const JOBS = 20, EVENTS = 300, LOOPS = 50;
 let timer = 0, turn = 0, refused = "", tab = "adapters", offset = 0, about = null, overview = null;
-// The adapter that has the page to itself, the alarm that is looked for, and what is asked in the playground.
-let single = "", sought = "", playing = "";
+// The adapter that has the page to itself, and the alarm that is looked for.
+let single = "", sought = "";
 // The row of the table that is open, older versions that were asked for, changes beyond the first page.
 let opened = "", openedCard = null, older = new Map(), olderChanges = [];
 let openedJob = "", jobsShown = JOBS;
@@ -147,7 +147,7 @@ function show(more) {
   if (tab === "changes" && more) showChanges(more);
   if (tab === "jobs" && more) showJobs(more);
   if (tab === "loops" && more) showLoops(more);
-  if (tab === "playground") playground.showPlayground(playing, overview).catch(failed);
+  if (tab === "playground") playground.showPlayground(overview).catch(failed);
 }
 
 function showEngines(more) {
@@ -310,7 +310,7 @@ function turnTo(place) {
 function addressOf(view) {
   if (view === "jobs" && openedJob) return jobAddress(openedJob);
   if (view === "loops" && openedLoop) return loopAddress(openedLoop);
-  return view === "playground" && playing ? askAddress(playing) : `#/${view}`;
+  return view === "playground" ? playground.address() : `#/${view}`;
 }
 
 // Another view: its address says which, and what is open in it.
@@ -324,7 +324,7 @@ function arrive(focus = false) {
   [single, sought] = at.tab === "adapters" ? [at.open, at.alarm] : ["", ""];
   if (at.tab === "jobs") openedJob = at.open;
   if (at.tab === "loops" && openedLoop !== at.open) [openedLoop, openedTry] = [at.open, 0];
-  if (at.tab === "playground") playing = at.open;
+  if (at.tab === "playground") playground.opens(at.open);
   choose(at.tab, focus);
   if ([tab, single].join() !== before) scrollTo(0, 0);
   return refresh();

@@ -6,25 +6,43 @@ import { $, announce, count, decimal, make, pill, say, seconds } from "/dashboar
 
 const PATH = "/v1/chat/completions", LONGEST = 4096;
 let asked = null; // ends the answers that are under way
+let open = ""; // NAME or NAME@vN, as in the page's address
 let shown = null; // the address for which the choice was filled in
-let filling = null; // until the columns are there
+let filling = null, filled = null; // until the columns of what is open are there
 
-// `open` is NAME or NAME@vN, as in the page's address; `overview` knows adapters and engines.
-export async function showPlayground(open, overview) {
+// The address that was arrived at. Its columns come with the next overview; a question waits for them.
+export function opens(address) {
+  open = address;
+  if (shown !== open && !filled) filling = new Promise((resolve) => { filled = resolve; });
+}
+
+export const address = () => (open ? askAddress(open) : "#/playground");
+
+// `overview` knows adapters and engines.
+export async function showPlayground(overview) {
   const names = [...overview.first, ...overview.data].map(({ name }) => name);
   $("play-names").replaceChildren(...names.map((name) => make("option", { value: name })));
-  if (shown === open && ($("play-name").value || !names.length)) return filling;
+  if (shown === open && ($("play-name").value || !names.length)) return;
   shown = open;
   const [, name = open, version = ""] = /^(.+)@v(\d+)$/s.exec(open) ?? [];
   $("play-name").value = name || names[0] || "";
-  filling = fill(overview, version);
-  return filling;
+  await drawing(overview, version);
+}
+
+async function drawing(overview, version = "") {
+  const done = fill(overview, version);
+  if (!filled) filling = done;
+  await done;
+  if (shown !== open) return; // another came meanwhile
+  filled?.();
+  filled = null;
 }
 
 // The versions of the adapter that is named, the one that matters most first.
-export async function fill(overview, version = "") {
+async function fill(overview, version = "") {
   const name = $("play-name").value.trim();
   const card = name ? await call(cardPath(name)).catch(() => null) : null;
+  if (name !== $("play-name").value.trim()) return; // another was named meanwhile
   say($("play-problem"), name && !card ? `There is no adapter ${name}.` : "");
   const base = card?.engine ?? overview.engines[0]?.name ?? "";
   const others = (card?.versions ?? []).map((each) => each.version).filter((each) => each !== card.live);
@@ -49,11 +67,9 @@ function draw(base, name, card) {
 }
 
 export function changed(overview) {
-  const name = $("play-name").value.trim();
-  if (name) history.replaceState(null, "", askAddress(name));
-  shown = name;
-  filling = fill(overview);
-  return filling;
+  shown = open = $("play-name").value.trim();
+  if (open) history.replaceState(null, "", askAddress(open));
+  return drawing(overview);
 }
 
 export async function versionChanged() {

@@ -455,6 +455,29 @@ def test_the_playground_asks_base_live_and_candidate_side_by_side_and_takes_rati
 
 
 @browsing
+def test_a_question_asked_at_once_waits_for_its_columns_and_another_adapter_stays_chosen(page, served, make_adapter):
+    served.http.post("/v1/adapters", **upload(make_adapter(2), name="other", promote="true"))
+    backend = served.app.state.parts.fleet.first.backend
+    backend.say = lambda body: f"{body['messages'][0]['content']}, says {body['model'][:4]}"
+    use(page, ADMIN)
+    overviews: list[Route] = []
+    page.route("**/v1/overview*", lambda route: overviews.append(route))
+    page.get_by_role("link", name="Ask tone v2").click()
+    page.get_by_label("Prompt", exact=True).fill("Hello")
+    page.keyboard.press("Control+Enter")
+    assert eventually(lambda: page.wait_for_timeout(20) or overviews)
+    page.unroute("**/v1/overview*")  # and what was held goes on
+    expect(page.get_by_role("region", name="Candidate, v2")).to_contain_text("Hello, says tone")
+    page.get_by_role("combobox", name="Adapter").fill("other")
+    page.get_by_label("Prompt", exact=True).focus()
+    expect(page.get_by_role("region")).to_have_count(2)
+    with page.expect_response("**/v1/overview*"):
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    page.wait_for_timeout(100)
+    assert page.get_by_role("combobox", name="Adapter").input_value() == "other"
+
+
+@browsing
 def test_one_outlier_does_not_flatten_a_chart_and_says_what_it_is(page):
     code = """async (requests) => {
         const { scales, requestsChart } = await import("/dashboard/charts.js"), none = requests.map(() => null);
