@@ -27,7 +27,7 @@ from serve.errors import LoradockError
 from serve.vllm_backend.adapter_tokenizers import AdapterTokenizers
 from serve.vllm_backend.coalescing import Coalescing
 from serve.vllm_backend.detokenizer import TokenTexts, look_up
-from serve.vllm_backend.parsed_stream import Handover, ParsedDeltas
+from serve.vllm_backend.parsed_stream import Handover, ParsedDeltas, delta_json
 from serve.vllm_backend.step_times import StepTimes
 
 log = logging.getLogger(__name__)
@@ -336,7 +336,7 @@ def _forward_parsed(state: Any, stream: FastStream) -> None:
             logprobs = parser.logprobs(tokens, values[len(values) - len(tokens) :])
             delta = DeltaMessage() if delta is None else delta
         if delta is not None:
-            stream.write_delta(delta.model_dump_json(exclude_unset=True).encode(), logprobs)
+            stream.write_delta(delta_json(delta), logprobs)
     except Handover:
         _go_round(state)
         state.stream_interval = NEVER

@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from pydantic_core import to_json
 from vllm.entrypoints.generate.base.protocol import DeltaMessage
+from vllm.logprobs import Logprob
 
 from serve.asgi.exchange import watching
 
@@ -29,6 +31,8 @@ class ParsedDeltas:
     def __init__(self, parser: Any = None) -> None:
         self._parser = weakref.ref(parser) if parser is not None else None  # it holds this
         self._logprobs_of: Callable[..., Any] | None = None
+        # How many of the likeliest tokens the client wants, if all of them are told by their text.
+        self._top: int | None = None
         self._request: Any = None
         self._prompt: Any = None
         self._pending: DeltaMessage | None = None
@@ -43,12 +47,14 @@ class ParsedDeltas:
         """The JSON of tokens' log-probabilities, as vLLM makes it."""
         assert self._logprobs_of is not None
         self.told += len(tokens)
+        if self._top is not None and (plain := logprobs_json(tokens, values, self._top)) is not None:
+            return plain
         models = self._logprobs_of(token_ids=tokens, top_logprobs=values)
         return bytes(models.model_dump_json(exclude_unset=True).encode())
 
-    def logprobs_for_vllm(self, make: Callable[..., Any], token_ids: Any, top_logprobs: Any) -> Any:
+    def logprobs_for_vllm(self, make: Callable[..., Any], top: int | None, token_ids: Any, top_logprobs: Any) -> Any:
         """Of those tokens that were not told yet."""
-        self._logprobs_of = make
+        self._logprobs_of, self._top = make, top
         told, self.told = self.told, 0
         if self._parser is None:
             self.begun, self.ahead = True, 0
@@ -125,6 +131,32 @@ def joined(first: DeltaMessage | None, second: DeltaMessage | None) -> DeltaMess
     return DeltaMessage(**fields)
 
 
+def delta_json(delta: DeltaMessage) -> bytes:
+    """What vLLM makes of a piece; of a text alone without its model's serializer."""
+    if delta.model_fields_set == {"content"} and isinstance(delta.content, str):
+        return b'{"content":%b}' % to_json(delta.content)
+    return delta.model_dump_json(exclude_unset=True).encode()
+
+
+def logprobs_json(tokens: Sequence[int], values: Sequence[dict[int, Logprob] | None], top: int) -> bytes | None:
+    """The JSON of vLLM's models of log-probabilities without the models: they cost more than all else of a token. None
+    where one has no text, or is none of its step's."""
+    content = []
+    for token, step in zip(tokens, values, strict=True):
+        if step is None or token not in step:
+            return None
+        of_step = list(step.values())
+        if any(each.decoded_token is None for each in of_step):
+            return None
+        content.append(_told(step[token]) | {"top_logprobs": [_told(each) for each in of_step[:top]]})
+    return to_json({"content": content}, inf_nan_mode="null")
+
+
+def _told(value: Logprob) -> dict[str, Any]:
+    text = value.decoded_token or ""
+    return {"token": text, "logprob": max(value.logprob, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
+
+
 def make_parser(original: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
     """vLLM's parser of a request, through which its fast stream may ask too."""
     parser = original(*arguments, **more)
@@ -145,4 +177,9 @@ def create_chat_logprobs(
     parser = watch.fast_stream.parser if watch is not None and watch.fast_stream is not None else None
     if not isinstance(parser, ParsedDeltas) or arguments:
         return original(serving, token_ids, top_logprobs, *arguments, **more)
-    return parser.logprobs_for_vllm(partial(original, serving, **more), token_ids, top_logprobs)
+    by_number, top = more.get("return_as_token_id"), more.get("num_output_top_logprobs") or 0
+    if by_number is None:
+        by_number = serving.return_tokens_as_token_ids
+    by_text = not by_number and not more.get("logprob_token_ids") and top >= 0
+    make = partial(original, serving, **more)
+    return parser.logprobs_for_vllm(make, top if by_text else None, token_ids, top_logprobs)

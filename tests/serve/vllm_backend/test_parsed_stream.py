@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 from vllm.entrypoints.generate.base.protocol import DeltaFunctionCall, DeltaMessage, DeltaToolCall
+from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+from vllm.logprobs import Logprob
 
-from serve.vllm_backend.parsed_stream import Handover, ParsedDeltas, joined
+from serve.vllm_backend.parsed_stream import Handover, ParsedDeltas, delta_json, joined, logprobs_json
 
 
 class Parser:
@@ -75,6 +77,39 @@ def test_an_error_is_vllms_to_tell(asked):
         deltas.parse("b", [2])
     with pytest.raises(RuntimeError, match="odd"):
         generator("", [2])
+
+
+@pytest.mark.parametrize("top", [0, 2])
+def test_log_probabilities_are_told_as_vllms_models_tell_them(top):
+    serving = OpenAIServingChat.__new__(OpenAIServingChat)
+    serving.return_tokens_as_token_ids = False
+    steps = [
+        {7: Logprob(-0.12345678, 1, ' "Zürich'), 8: Logprob(-2.5, 2, "\n")},
+        {9: Logprob(float("-inf"), 30, ""), 7: Logprob(-1e-9, 1, "\U0001f600"), 8: Logprob(float("nan"), 2, "a")},
+    ]
+    models = serving._create_chat_logprobs([7, 9], steps, None, num_output_top_logprobs=top or None)
+    assert logprobs_json([7, 9], steps, top) == models.model_dump_json(exclude_unset=True).encode()
+
+
+def test_log_probabilities_without_a_text_or_of_another_token_are_for_the_models():
+    assert logprobs_json([7], [{7: Logprob(-1.0, 1, None)}], 1) is None
+    assert logprobs_json([7], [{8: Logprob(-1.0, 1, "a")}], 1) is None
+    assert logprobs_json([7], [None], 1) is None
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [
+        DeltaMessage(content='a "quoted"\nline, Zürich'),
+        DeltaMessage(content=""),
+        DeltaMessage(content=None),
+        DeltaMessage(),
+        DeltaMessage(reasoning="so", content="a"),
+        call(0, "{"),
+    ],
+)
+def test_a_piece_is_told_as_its_model_tells_it(delta):
+    assert delta_json(delta) == delta.model_dump_json(exclude_unset=True).encode()
 
 
 def test_two_pieces_are_one():
