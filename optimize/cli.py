@@ -313,6 +313,23 @@ class JsonLines:
         _say({"step": kind, "done": done, "total": total, "what": what})
 
 
+class Pace:
+    """How long a step still takes at the pace of what it does now. Loading is no part of it, and each total is a count
+    of other things."""
+
+    def __init__(self) -> None:
+        self._begun: tuple[float, float, float] = (0.0, 0.0, 0.0)  # when, and how much of what total was done then
+        self._done = 0.0
+
+    def left(self, now: float, done: float, total: float) -> float | None:
+        """Seconds, or None before anything was done."""
+        if total != self._begun[2] or done < self._done:
+            self._begun = now, done, total
+        self._done = done
+        begun, before, _ = self._begun
+        return (now - begun) * (total - done) / (done - before) if before < done < total else None
+
+
 class Bars:
     """Progress with the time left: bars in a terminal, a line every 15 seconds elsewhere."""
 
@@ -321,6 +338,7 @@ class Bars:
         self.finished = 0
         self._printed_at = 0.0
         self._begun = time.monotonic()
+        self._pace = Pace()
         self._step = ""
         self._bars: Any = None
         self._task: Any = None
@@ -348,21 +366,29 @@ class Bars:
     def __call__(self, kind: str, done: float, total: float, what: str) -> None:
         label = f"[{self.finished + 1}/{len(self.kinds)}] {kind}" if self.kinds else kind
         over = done >= total and what in ("", "done before")
-        if self._step != label:
+        begins = self._step != label
+        if begins:
             self._step = label
+            self._pace = Pace()
             if self._bars is not None:
                 self._task = self._bars.add_task(label.replace("[", r"\["), total=1.0, what="")
         if self._bars is not None:
             self._bars.update(self._task, completed=1.0 if over else min(done / total, 0.999), what=what)
-        elif over or time.monotonic() - self._printed_at > EVERY:
-            self._printed_at = time.monotonic()
-            spent = self._printed_at - self._begun
-            left = f", {_time(spent * (total - done) / done)} left" if 0 < done < total else ""
-            message = what or f"done in {_time(spent)}"
-            print(f"{label} {done / total:4.0%}  {message}{left}", file=sys.stderr, flush=True)
+        else:
+            self._print(label, done, total, what, begins or over)
         if over:
             self.finished += 1
             self._begun = time.monotonic()
+
+    def _print(self, label: str, done: float, total: float, what: str, always: bool) -> None:
+        """A line, if the last one is long enough ago."""
+        now = time.monotonic()
+        seconds = self._pace.left(now, done, total)
+        if always or now - self._printed_at > EVERY:
+            self._printed_at = now
+            left = "" if seconds is None else f", {_time(seconds)} left"
+            message = what or f"done in {_time(now - self._begun)}"
+            print(f"{label} {done / total:4.0%}  {message}{left}", file=sys.stderr, flush=True)
 
 
 def check(

@@ -44,7 +44,6 @@ IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 def run(job: Job, progress: Progress) -> dict[str, Any]:
     text = held_out(job)
     timed = job.options.get("timed", True)
-    rounds = 2 + ROUNDS * len(STREAMS) * timed
     length = max(LENGTH, *(row.shape[1] + 1 for row in [*text.original, *text.result]))
     engines = (
         partial(Engine, "original", job.reference, {}, job.target, length),
@@ -52,13 +51,13 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     )
     asked = (text.original, text.result)
     speeds: dict[int, list[tuple[float, float]]] = {}
-    tell = partial(progress, total=rounds, what="tokens/s")
-    progress(0, rounds, "the original in vLLM")
+    tell = partial(progress, total=ROUNDS * len(STREAMS), what="tokens/s")
+    progress(0, 2, "the original in vLLM")
     if processor.gpu() is not None or job.target == "gpu":
         with engines[0]() as original:
             old = _answers(original, job, asked[0])
             before = {streams: _timed(original, streams) for streams in STREAMS if timed}
-        progress(rounds // 2, rounds, "the result in vLLM")
+        progress(1, 2, "the result in vLLM")
         with engines[1]() as result:
             new = _answers(result, job, asked[1])
             speeds = {
@@ -67,11 +66,11 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     else:
         with engines[0]() as original:
             old = _answers(original, job, asked[0])
-            progress(1, rounds, "the result in vLLM")
+            progress(1, 2, "the result in vLLM")
             with engines[1]() as result:
                 new = _answers(result, job, asked[1])
                 for done, streams in enumerate(STREAMS if timed else ()):
-                    speeds[streams] = _raced(original, result, streams, tell, 2 + done * ROUNDS)
+                    speeds[streams] = _raced(original, result, streams, tell, done * ROUNDS)
     for prompt in job.evaluate.prompts:
         if old["answers"][prompt].strip() and not new["answers"][prompt].strip():
             raise OptimizeError(f"the result answers {prompt!r} with nothing in vLLM, the original with something")
