@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from optimize import recipe
 from optimize.checkpoint import formats, kv_cache
@@ -19,6 +17,7 @@ from optimize.steps import calibrated
 from optimize.steps.merge import merge
 from optimize.steps.quantize import awq, quantize
 from tests.optimize.conftest import silent
+from tests.support.foreign import exports
 
 IDS = torch.arange(2, 34).view(2, 16)
 GPU = ("fp8-block", "nvfp4", "nvfp4a16", "mxfp4", "mxfp4a16")
@@ -284,36 +283,8 @@ def test_llm_compressors_checkpoint_with_zero_points_and_patterns_is_read_as_its
     order, base, tmp_path
 ):
     """W4A16_ASYM, its targets and what it ignores as regular expressions, its columns in any order."""
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from compressed_tensors.quantization.utils import calculate_qparams
-
-    args = QuantizationArgs(num_bits=4, symmetric=False, strategy="group", group_size=32, actorder=order or None)
-    scheme = QuantizationScheme(targets=["re:.*(self_attn|mlp).*"], weights=args)
-    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
-    tensors, right = {}, {}
-    for name, weight in opened(base, torch.float32).state_dict().items():
-        if not name.endswith("_proj.weight"):
-            tensors[name] = weight.clone()
-            continue
-        groups = weight.view(len(weight), -1, 32)
-        scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
-        parts = {"weight": weight, "weight_scale": scale.float(), "weight_zero_point": zero}
-        if order:
-            places = torch.arange(weight.shape[1]) // 32
-            parts["weight_g_idx"] = places[torch.randperm(len(places))].int()
-        made = compressor.compress(parts, scheme)
-        right[name] = compressor.decompress(made, scheme)["weight"].float()
-        module = name.removesuffix(".weight")
-        tensors |= {f"{module}.{part}": tensor.contiguous() for part, tensor in made.items()}
     folder = tmp_path / "theirs"
-    shutil.copytree(base, folder)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    group = {**scheme.model_dump(mode="json"), "format": "pack-quantized"}
-    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
-    read = json.loads((folder / "config.json").read_text())
-    config |= {"ignore": ["re:.*lm_head"], "quantization_status": "compressed"}
-    (folder / "config.json").write_text(json.dumps({**read, "quantization_config": config}))
+    right = exports.llm_compressor(base, folder, order)
     ours = opened(folder, torch.float32).state_dict()
     for name, weight in right.items():
         assert torch.allclose(ours[name], weight, atol=1e-6), name
