@@ -33,11 +33,13 @@ DOWN = Feed("mlp.up_proj", ("mlp.down_proj",))
 LLAMA = (Feed("input_layernorm", QKV), Feed("post_attention_layernorm", GATE_UP), DOWN)
 GEMMA = (Feed("input_layernorm", QKV), Feed("pre_feedforward_layernorm", GATE_UP), DOWN)
 PARALLEL = (Feed("input_layernorm", QKV + GATE_UP), DOWN)
+ONE_UP = (Feed("input_layernorm", QKV), Feed("post_attention_layernorm", ("mlp.up_proj",)))
 FUSED = (
     Feed("input_layernorm", ("self_attn.qkv_proj",)),
     Feed("post_attention_layernorm", ("mlp.gate_up_proj",)),
     Feed("mlp.gate_up_proj", ("mlp.down_proj",), half=True),
 )
+FUSED_MLP = (Feed("input_layernorm", QKV), *FUSED[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +82,28 @@ FAMILIES = (
     Family("Cohere 2", "cohere2", PARALLEL, tied_only=True),
     # LayerNorm with bias, side by side where the config says so.
     Family("StableLM", "stablelm", adaptable=False),
+    Family("Gemma", "gemma", offset=True, tied_only=True),
+    # As Cohere 2, without windows, norms of q and k where the config says so.
+    Family("Cohere", "cohere", PARALLEL, tied_only=True),
+    Family("Seed-OSS", "seed_oss"),  # biases of q, k and v
+    Family("Arcee", "arcee", ONE_UP),  # an MLP without a gate: the square of a ReLU
+    # As OLMo 2, with windows in three layers of four.
+    Family("OLMo 3", "olmo3", (DOWN,), normed=True),
+    Family("Ministral", "ministral"),  # windows
+    Family("Ministral 3", "ministral3"),  # queries that are scaled by their position
+    Family("ERNIE 4.5", "ernie4_5"),  # rope of pairs side by side
+    Family("Hunyuan", "hunyuan_v1_dense"),  # norms of q and k behind the rope
+    Family("GLM-4", "glm4", FUSED_MLP, normed=True),  # norms before and after each block, half of a head with rope
+    Family("GLM", "glm", FUSED_MLP),  # half of a head with rope
+    # Norms after each block alone, windows, full layers without rope.
+    Family("EXAONE 4", "exaone4", (DOWN,), normed=True),
+    Family("OLMo", "olmo", (DOWN,)),  # norms without weights
+    # LayerNorms of 1 + weight, and an MLP without a gate.
+    Family("Nemotron", "nemotron", ONE_UP, offset=True),
+    Family("Helium", "helium"),
 )
 BY_TYPE = {family.model_type: family for family in FAMILIES}
+TAKEN = "the documentation's page of model families has those that it takes"
 
 # Lists in config.json with an entry for each layer, and lists of layers' numbers.
 PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
@@ -97,10 +119,7 @@ def of(config: Mapping[str, Any], what: str) -> Family:
     """The family; Refused when `what`, a step, does not know the model's structure."""
     family = known(config)
     if family is None:
-        raise Refused(
-            f"{what} does not know models of type {config.get('model_type')!r}; it takes "
-            f"{', '.join(other.name for other in FAMILIES)}"
-        )
+        raise Refused(f"{what} does not know models of type {config.get('model_type')!r}: {TAKEN}")
     return family
 
 
@@ -116,8 +135,8 @@ def readable(config: Mapping[str, Any], names: Iterable[str], what: str) -> None
     """Refused when `what`, a step, knows neither the family nor the layout by the `names` of the model's tensors."""
     if known(config) is None and (strange := next((name for name in names if not _AS_LLAMA.fullmatch(name)), None)):
         raise Refused(
-            f"{what} does not know models of type {config.get('model_type')!r}, which have {strange}; it takes "
-            f"{', '.join(family.name for family in FAMILIES)}, and others whose tensors are those of Llama"
+            f"{what} does not know models of type {config.get('model_type')!r}, which have {strange}: {TAKEN}, and "
+            "others whose tensors are those of Llama are taken too"
         )
 
 

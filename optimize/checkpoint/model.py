@@ -66,8 +66,10 @@ def skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     config.use_cache = False
-    # PyTorch's own attention knows no soft cap, and leaves it out without a word.
-    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    # PyTorch's own attention knows no soft cap, and leaves it out without a word; nor sinks, which is said.
+    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    fits = getattr(kind, "_supports_sdpa", True) and not getattr(config, "attn_logit_softcapping", None)
+    attention = "sdpa" if fits else "eager"
     with torch.device("cpu"), init_empty_weights(include_buffers=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -93,6 +95,8 @@ def opened(folder: Path, dtype: torch.dtype | None = None, rounds: bool = True, 
             _read_when_called(model, layer, checkpoint, dtype)
     read = formats.dense(checkpoint, lambda name: not (by_layer and name.startswith(inside)))
     weights = experts.fused({name: tensor.to(dtype) for name, tensor in read})
+    if hasattr(model, "lm_head") and "embed_out.weight" in weights:  # GPT-NeoX's name on the disk
+        weights["lm_head.weight"] = weights.pop("embed_out.weight")
     _, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
@@ -119,6 +123,12 @@ def _read_when_called(model: nn.Module, at: int, checkpoint: Checkpoint, dtype: 
     owners = {f"{name}.{part}": module for name, module in layer.named_modules() for part in module._parameters}
     shapes = {name: parameter.shape for name, parameter in layer.named_parameters()}
     names = [name for name in owners if name in shapes]
+    buffers = {
+        f"{name}.{part}".lstrip("."): (module, part)
+        for name, module in layer.named_modules()
+        for part in module._buffers
+        if part not in module._non_persistent_buffers_set
+    }
 
     def put(name: str, weight: torch.Tensor) -> None:
         setattr(owners[name], name.rpartition(".")[2], nn.Parameter(weight, requires_grad=False))
@@ -127,10 +137,14 @@ def _read_when_called(model: nn.Module, at: int, checkpoint: Checkpoint, dtype: 
         parts = formats.dense(checkpoint, lambda name: name.startswith(inside))
         fused = experts.fused({name: weight.to(dtype) for name, weight in parts})
         weights = {name.removeprefix(inside): weight for name, weight in fused.items()}
-        if different := set(weights) ^ set(names):
+        if different := (set(weights) - set(buffers)) ^ set(names):
             raise Refused(f"{checkpoint.folder} does not fit its config.json: look at {inside}{sorted(different)[0]}")
         for name, weight in weights.items():
-            put(name, weight)
+            if name in buffers:  # such as a layer's scalar: small, it stays
+                module, part = buffers[name]
+                module._buffers[part] = weight
+            else:
+                put(name, weight)
 
     def free() -> None:
         for name in names:

@@ -31,6 +31,7 @@ GREEDY = 64  # tokens of the parity check
 TOLERANCE = 1e-4  # of fp32's logits
 PROBE = "The harbour was quiet that morning, and the boats lay still beside the wall while the baker carried bread."
 BITS = {"int8": 8, "int4": 4}
+STAGES = 20  # the graph takes 16 of them: exporting it is most of the work
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     precision = job.options["precision"]
-    progress(0, 5, "exporting the graph")
+    progress(0, STAGES, "exporting the graph")
     aside = job.folder / "fp32"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
@@ -51,16 +52,16 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         named = _export(folder, aside / GRAPH)
         layout.named(aside / GRAPH)
     layout.any_empty_cache(aside / GRAPH, Checkpoint(folder).config)
-    progress(1, 5, f"weights to {precision}")
+    progress(16, STAGES, f"weights to {precision}")
     _written(folder, named, aside, out, precision)
     shutil.rmtree(aside, ignore_errors=True)
-    progress(2, 5, "adapters")
+    progress(17, STAGES, "adapters")
     adapters = {name: read(name, Path(path)) for name, path in sorted(job.adapters.items())}
     dtype = adaptable(out / GRAPH, {module for adapter in adapters.values() for module in adapter.lora})
     for name, adapter in adapters.items():
         write(out / ADAPTERS / f"{name}{ADAPTER_SUFFIX}", adapter, dtype)
     layout.side_files(folder, out, precision)
-    progress(3, 5, "answering in ONNX Runtime")
+    progress(18, STAGES, "answering in ONNX Runtime")
     ids = tokenizer(folder)(PROBE, add_special_tokens=False).input_ids
     session = Session(out)
     provider, answers = session.provider, {"base": _answer(session, ids)}
@@ -68,7 +69,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         session.choose(name)
         answers[name] = _answer(session, ids)
     del session  # its weights and PyTorch's are never in memory together
-    progress(4, 5, "checking against PyTorch")
+    progress(19, STAGES, "checking against PyTorch")
     model = _reference(folder, job.memory)
     checked = {"base": _compared(model, ids, answers["base"])}
     for name in adapters:

@@ -1,13 +1,14 @@
 """What the steps need on models of a size that people have, against what `--plan` says: memory and time.
 
     python -m tests.campaigns.sizes [--billions 1] [--step merge --step w4a16 ...] [--samples 32] [--tokens 512]
-        [--layers 2] [--model DIR] [--limit 12] [--kill]
+        [--layers 2] [--model DIR] [--limit 12] [--kill] [--without-bfloat16]
 
 The weights are random, in Llama's shape, with the embedded model's tokenizer; in --model they are made once and stay.
 With --layers there are fewer of them: a step holds one at a time, so that it takes the same memory in less time.
 Everything else lies in --folder meanwhile. With --limit, in GB and as root, a run is in a memory control group, which
 the kernel holds to it as it holds a container. With --kill a run is killed by SIGKILL half way through its longest step
-and resumed.
+and resumed. With --without-bfloat16 the steps take the processor for one that does not multiply bfloat16, as those
+with AVX2 alone, and compute in float32.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from serve.models import embedded
 ROOT = Path(__file__).parents[2]
 
 # billions of weights -> hidden size, MLP width, layers, heads, heads of keys and values, vocabulary, whether the output
-# layer is the embedding: SmolLM2's shape, and Llama 3's
+# layer is the embedding: SmolLM2's shape, Qwen2.5's of 0.5B, and Llama 3's
 SHAPES = {
     0.1: (576, 1536, 30, 9, 3, 49_152, True),
+    0.5: (896, 4864, 24, 14, 2, 151_936, True),
     1: (2048, 8192, 16, 32, 8, 128_256, True),
     8: (4096, 14336, 32, 32, 8, 128_256, False),
 }
@@ -47,6 +49,7 @@ STEPS = {
 }
 
 
+FLOAT32 = "from optimize import processor\nprocessor.multiplies_bfloat16 = lambda: False\n"
 HEAD = """| recipe | step | memory planned, GB | measured | seconds planned | measured | of CPU |
 |---|---|---|---|---|---|---|"""
 
@@ -62,6 +65,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=None)
     parser.add_argument("--limit", type=float, default=0.0)
     parser.add_argument("--kill", action="store_true")
+    parser.add_argument("--without-bfloat16", action="store_true")
     asked = parser.parse_args()
     print(f"{processor()}, {datetime.now(UTC):%Y-%m-%d}, {asked.samples} x {asked.tokens} tokens of calibration")
     print(HEAD, flush=True)
@@ -71,6 +75,9 @@ def main() -> int:
             shutil.rmtree(part := model.with_name(model.name + ".part"), ignore_errors=True)
             made(part, asked.billions, asked.layers).rename(model)
         shaped(model, adapter)
+        if asked.without_bfloat16:
+            (Path(folder) / "sitecustomize.py").write_text(FLOAT32)
+            os.environ["PYTHONPATH"] = os.pathsep.join([folder, str(ROOT)])
         for name in asked.step or ("merge", "w4a16"):
             recipe, out = Path(folder) / f"{name}.yaml", Path(folder) / f"out-{name}"
             recipe.write_text(

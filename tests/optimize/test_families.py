@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -287,7 +288,7 @@ def test_every_step_is_exact_or_refused_before_any_work(name, tmp_path, monkeypa
             subject.refuse(step)
         except Refused as refusal:
             cells.append("refused")
-            reasons.setdefault(refusal.message, []).append(column)
+            reasons.setdefault(told(refusal.message), []).append(column)
             continue
         check(subject)
         cells.append("exact")
@@ -295,8 +296,8 @@ def test_every_step_is_exact_or_refused_before_any_work(name, tmp_path, monkeypa
     lines = [row, *(f"- {name}, {', '.join(columns)}: {reason}" for reason, columns in reasons.items())]
     if os.environ.get("LORADOCK_WRITE_DOCS"):
         write(name, lines)
-    told = [line for line in DOCS.read_text().splitlines() if family_of(line) == name]
-    assert lines == told, "the table is old: run with LORADOCK_WRITE_DOCS=1"
+    shown = [line for line in DOCS.read_text().splitlines() if family_of(line) == name]
+    assert lines == shown, "the table is old: run with LORADOCK_WRITE_DOCS=1"
 
 
 def test_without_avx512_a_cache_in_fp8_is_refused_and_nothing_else(tmp_path, monkeypatch):
@@ -326,6 +327,12 @@ def test_the_table_has_a_cell_for_each_step_of_each_family_and_a_reason_for_each
         reasons = [line for line in lines if line.startswith("- ") and family_of(line) == name]
         given = [column for line in reasons for column in line.removeprefix(f"- {name}, ").split(": ")[0].split(", ")]
         assert sorted(given) == sorted(refused), name
+
+
+def told(message: str) -> str:
+    """A reason as the docs have it: without the step, where each step says the same."""
+    unknown = re.search(r"does not know (models of type '\w+')", message)
+    return f"these steps do not know {unknown[1]}" if unknown else message
 
 
 def family_of(line: str) -> str:

@@ -59,6 +59,11 @@ def refuse(step: Combine, context: Context) -> None:
                 f"the adapter {name!r} has biases beside its B matrices (lora_bias), which cannot be combined: "
                 "merge it into the base instead"
             )
+        if config.get("fan_in_fan_out"):
+            raise Refused(
+                f"the adapter {name!r} is for layers whose weights lie the other way round (fan_in_fan_out), and "
+                "cannot be combined: merge it into the base instead"
+            )
         if beyond_low_rank(config):
             raise Refused(
                 f"the adapter {name!r} is more than a low-rank update (DoRA or modules_to_save) "

@@ -89,7 +89,7 @@ def test_a_model_that_nobody_knows_is_refused_in_the_plan(step, model_type, more
 def test_a_model_of_a_new_name_that_is_laid_out_as_llama_is_taken(step, written, tmp_path, base):
     train = tmp_path / "train.jsonl"
     train.write_text("".join(json.dumps({"prompt": f"{at}", "completion": "yes"}) + "\n" for at in range(20)))
-    folder = retyped(base, tmp_path / "new", "seed_oss", "model.layers.0.self_attn.q_norm.weight")
+    folder = retyped(base, tmp_path / "new", "some_new_name", "model.layers.0.self_attn.q_norm.weight")
     assert plan.made(load(written(step.replace("TRAIN", str(train)))), folder, {}, tmp_path / "out", 10**12).steps
 
 
