@@ -161,7 +161,7 @@ def _run(config: Config, sock: socket, output: Log) -> int:
     elif hardware.on_cpu():
         forkserver.start(((base.model, base.engine) for base in config.bases), _import_server)
         if forkserver.wanted():
-            hardware.leave_core()
+            hardware.leave_core(whole_process=True)
     output.watch()
     from serve.server.assembly import build_app
     from serve.vllm_backend.backend import VLLMBackend

@@ -18,6 +18,18 @@ from serve.models.host import Host
 from serve.server.launch import _told_briefly
 
 SAYS_CORES = "import os; print(*os.sched_getaffinity(0))"
+# How many cores each thread has once one of two leaves one, and once the whole process does.
+LEAVES = """
+import os, threading
+from serve.models import hardware
+
+waiting = threading.Event()
+threading.Thread(target=waiting.wait).start()
+for whole in (False, True):
+    hardware.leave_core(whole)
+    print(*(len(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")))
+waiting.set()
+"""
 
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -216,6 +228,16 @@ def test_a_server_leaves_the_core_on_which_its_engines_schedule(monkeypatch):
     monkeypatch.setattr(hardware, "CORES", frozenset({first}))
     monkeypatch.setenv("KMP_AFFINITY", hardware.cpu_environment({}, together=True)["KMP_AFFINITY"])
     assert in_a_thread(lambda: hardware.leave_core() or os.sched_getaffinity(0)) == {first, *others}
+
+
+@pytest.mark.skipif(len(hardware.CORES) < 2, reason="one core")
+def test_threads_that_were_there_before_leave_it_too():
+    dealt = hardware.cpu_environment({}, together=True)
+    done = subprocess.run([sys.executable, "-c", LEAVES], env={**os.environ, **dealt}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    alone, both = (line.split() for line in done.stdout.splitlines())
+    every, others = str(len(hardware.CORES)), str(len(hardware.CORES) - 1)
+    assert sorted(alone) == sorted([others, every]) and both == [others, others]
 
 
 def test_memory_that_does_not_suffice_is_a_sentence():
