@@ -27,7 +27,8 @@ from typing import Any
 import httpx
 
 from tests.support.crowd import engines
-from tests.support.server import BASE, SMALL, Server, done, eventually
+from tests.support.server import BASE, SMALL, Server, done
+from tests.support.waiting import eventually
 
 PATH = "/v1/completions"
 # What clients ask: an answer of so many tokens, so many times a second.

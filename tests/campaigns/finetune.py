@@ -32,7 +32,8 @@ import httpx
 import numpy as np
 
 from tests.campaigns.long_prompts import _stream
-from tests.support.server import BASE, ROOT, SMALL, Server, done, environment, eventually, free_port
+from tests.support.server import BASE, ROOT, SMALL, Server, done, environment, free_port
+from tests.support.waiting import eventually
 
 JOBS = "/v1/fine_tuning/jobs"
 ENDED = ("succeeded", "failed", "cancelled")

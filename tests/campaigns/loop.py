@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.campaigns.finetune import ended
-from tests.support.server import BASE, SMALL, WATCHED, Server, done, eventually
+from tests.support.server import BASE, SMALL, WATCHED, Server, done
+from tests.support.waiting import eventually
 
 NAME, HOUR = "tags", 3600.0
 SYLLABLES = ("ka", "lo", "mi", "ne", "ru", "sa", "to", "vi", "ze", "bo", "pu", "di", "ga", "fe", "ho", "ju")

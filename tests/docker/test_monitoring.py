@@ -12,7 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.server import alive, descendants, eventually, free_port
+from tests.support.server import alive, descendants, free_port
+from tests.support.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "docker/monitoring.sh"
@@ -34,7 +35,7 @@ def test_it_starts_both_and_takes_both_with_it(tmp_path):
     environ = {**plain, "PYTHONPATH": str(ROOT), "LORADOCK_KEY": "a-key", **told}
     script = subprocess.Popen([SCRIPT], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        assert eventually(lambda: (ready(prometheus) and ready(alertmanager)) or script.poll() is not None, 60)
+        assert eventually(lambda: (ready(prometheus) and ready(alertmanager)) or script.poll() is not None)
         assert script.poll() is None, script.communicate()[0]
         family = descendants(script.pid)
         loaded = httpx.get(f"http://{prometheus}/api/v1/status/config").json()["data"]["yaml"]

@@ -11,7 +11,8 @@ import pytest
 from tests.support.collector import Collector
 from tests.support.hub import Hub, running
 from tests.support.lora import WORDS, trained, variant
-from tests.support.server import KEYS, MAX_UPLOAD, SMALL, WATCHED, Server, eventually, tail
+from tests.support.server import KEYS, MAX_UPLOAD, SMALL, WATCHED, Server, tail
+from tests.support.waiting import eventually
 
 
 @pytest.fixture(scope="session")

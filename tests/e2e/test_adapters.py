@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from tests.support.lora import CONFIG, WEIGHTS, variant
-from tests.support.server import BASE, MAX_UPLOAD, Answer, Server, done, eventually, refused
+from tests.support.server import BASE, MAX_UPLOAD, Answer, Server, done, refused
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

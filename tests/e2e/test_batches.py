@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from tests.support.server import ADMIN, BASE, done, eventually, loradock
+from tests.support.server import ADMIN, BASE, done, loradock
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

@@ -23,7 +23,8 @@ import pytest
 from tests.support import crowd as faults
 from tests.support.crowd import Crowd, descriptors, row, stock, word
 from tests.support.lora import WORDS, variant
-from tests.support.server import SMALL, Server, done, eventually, tail
+from tests.support.server import SMALL, Server, done, tail
+from tests.support.waiting import eventually
 
 SECONDS = int(os.environ.get("LORADOCK_TEST_CHAOS_SECONDS", "0"))
 pytestmark = [

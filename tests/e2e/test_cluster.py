@@ -19,7 +19,8 @@ from serve.client.bench.swap import Plan, prove
 from serve.client.bench.wire import Address
 from tests.support import postgres
 from tests.support.crowd import STREAMS, Crowd, stock, word
-from tests.support.server import SMALL, Server, descendants, done, eventually
+from tests.support.server import SMALL, Server, descendants, done
+from tests.support.waiting import eventually
 
 pytestmark = [
     pytest.mark.engine,
@@ -55,7 +56,7 @@ def cluster(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         flags = (*FLAGS, "--registry", database, "--blobs", "s3://models/adapters")
         server = Server(folder / "data", folder / "log", *flags, AWS_ENDPOINT_URL=address, **keys)
         stack.enter_context(server)
-        assert eventually(lambda: len(replicas(server)) == 2, 60), replicas(server)
+        assert eventually(lambda: len(replicas(server)) == 2), replicas(server)
         print(f"ready after {server.seconds_to_ready:.0f} s")
         stock(server, adapters, folder)
         yield server
@@ -82,7 +83,7 @@ def test_a_promote_is_read_by_every_replica_within_a_second(cluster):
         began = time.monotonic()
         cluster.promote("proof", version)
         acknowledged = time.monotonic()
-        assert eventually(lambda: [row["behind"] for row in replicas(cluster)] == [0, 0], 5)
+        assert eventually(lambda: [row["behind"] for row in replicas(cluster)] == [0, 0])
         slowest = max(slowest, time.monotonic() - began)
         assert time.monotonic() - acknowledged < 2  # a beat of a second, and the time to ask for it
     print(f"read by both {slowest:.2f} s after it was asked for, at most")

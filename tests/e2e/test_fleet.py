@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.crowd import ADAPTERS, STREAMS, Crowd, descriptors, engines, p99, row, stock, word
-from tests.support.server import BASE, SMALL, Server, alive, done, eventually
+from tests.support.server import BASE, SMALL, Server, alive, done
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -38,7 +39,7 @@ def test_a_killed_engine_comes_back_with_its_adapters_and_the_server_never_falte
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
         # A third of a second where there is room; a machine with ten times too much to do has taken ten.
-        assert eventually(lambda: fleet.http.get("/ready").status_code == 503, 20), "nobody noticed"
+        assert eventually(lambda: fleet.http.get("/ready").status_code == 503), "nobody noticed"
         noticed = time.monotonic() - killed
         assert fleet.http.get("/health").status_code == 200
         assert row(fleet)["phase"] in ("restarting", "ready"), "an operator wants to see it just then"
@@ -53,7 +54,7 @@ def test_a_killed_engine_comes_back_with_its_adapters_and_the_server_never_falte
     assert all("503" in end.said and end.at - killed < noticed + 5 for end in crowd.broken), crowd.broken
     assert not alive(victims)
     print(f"noticed after {noticed:.2f} s, ready after {back:.1f} s; first start {fleet.seconds_to_ready:.1f} s")
-    assert eventually(lambda: descriptors(fleet) <= open_before + 4, 10), f"{descriptors(fleet)}, {open_before} before"
+    assert eventually(lambda: descriptors(fleet) <= open_before + 4), f"{descriptors(fleet)}, {open_before} before"
 
 
 @pytest.mark.skipif(
@@ -80,7 +81,7 @@ def test_a_swap_of_the_base_there_and_back_fails_nothing(fleet, tmp_path):
             assert export or all(one["lost"] < 0.2 for one in told["adapters"]), told
             assert (told["model"], told["phase"]) == (str(model), "ready")
             crowd.whole(STREAMS, 300)
-            assert eventually(lambda old=old: not alive(old), 60), "the old engine's memory was not freed"
+            assert eventually(lambda old=old: not alive(old)), "the old engine's memory was not freed"
             during = [end for end in crowd.ends if began < end.at]
             worst = max(one["lost"] for one in told["adapters"])
             print(

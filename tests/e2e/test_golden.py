@@ -7,7 +7,8 @@ import json
 import pytest
 
 from tests.support.lora import variant
-from tests.support.server import ADMIN, done, eventually, loradock
+from tests.support.server import ADMIN, done, loradock
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -65,7 +66,7 @@ def test_a_canary_trained_worse_is_taken_back_by_its_golden_set(server, adapters
     assert eventually(lambda: versions(server, name).get(2, {}).get("cases") == len(QUESTIONS), 120)
     assert versions(server, name)[2]["score"] < 0.1
     done(server.http.post(f"/v1/adapters/{name}/canary", json={"version": 2, "weight": 0.1}))
-    assert eventually(lambda: server.adapter(name)["canary"] is None, 60), results(server, name)["canary"]
+    assert eventually(lambda: server.adapter(name)["canary"] is None), results(server, name)["canary"]
     last = server.adapter(name)["history"][-1]
     assert last["who"] == "wayback" and last["why"].startswith("golden"), last
     evidence = json.loads(last["why"].partition(": ")[2])["golden"]
@@ -98,6 +99,6 @@ def test_every_kind_of_case_is_answered_and_a_shadow_is_compared_by_its_tokens(s
     done(server.http.post(f"/v1/adapters/{name}/shadow", json={"version": 2, "weight": 1}))
     for number in range(4):
         server.ask(name, f"Question {number}?", tokens=6)
-    compared = eventually(lambda: done(server.http.get(f"/v1/adapters/{name}/drift"))["shadow"], 30)
+    compared = eventually(lambda: done(server.http.get(f"/v1/adapters/{name}/drift"))["shadow"])
     print(compared)
     assert compared[0]["sampling"] == "greedy" and compared[0]["exact_agreement"] == 1.0 == compared[0]["length_ratio"]

@@ -9,7 +9,8 @@ import time
 import pytest
 
 from tests.support.lora import STORY
-from tests.support.server import ADMIN, Answer, Server, done, eventually
+from tests.support.server import ADMIN, Answer, Server, done
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

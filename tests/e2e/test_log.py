@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.server import AS_ON_A_GPU, Server, descendants, eventually, loradock
+from tests.support.server import AS_ON_A_GPU, Server, descendants, loradock
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.engine
 MOST = 12

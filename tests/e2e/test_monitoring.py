@@ -21,7 +21,8 @@ from serve.telemetry.rendered.render import ALERT_KEY, Places, write
 from serve.telemetry.slo import DEFAULT_SLOS
 from tests.support.prometheus import ask, filled, running, says_something
 from tests.support.prometheus import prometheus as in_a_hurry
-from tests.support.server import ADMIN, Server, eventually, free_port
+from tests.support.server import ADMIN, Server, free_port
+from tests.support.waiting import eventually
 
 PROGRAMS = ("prometheus", "prometheus-alertmanager")
 METRIC = re.compile(r"(?:loradock_|vllm:|adapter_slo:)[\w:]+|\bup\b|\bALERTS\b")
@@ -89,7 +90,7 @@ def may_be_empty(panel: dict[str, Any]) -> bool:
 
 
 def test_every_panel_and_every_rule_speaks_to_a_live_prometheus(server, name, traffic, prometheus):
-    assert eventually(lambda: says_something(prometheus, 'rate(loradock_requests_total{version="v2"}[30s])'), 60)
+    assert eventually(lambda: says_something(prometheus, 'rate(loradock_requests_total{version="v2"}[30s])'))
     time.sleep(5)
     there = known(server, prometheus)
     wrong, silent = [], []
@@ -137,7 +138,7 @@ def test_alertmanager_calls_the_server_and_the_version_goes_back(server, name, a
         "annotations": {"summary": f"{name}@v2: 31 % of the answers fail"},
     }  # fmt: skip
     alertmanager.post("/api/v2/alerts", json=[alert]).raise_for_status()
-    assert eventually(lambda: server.adapter(name)["live"] == 1, 30)
+    assert eventually(lambda: server.adapter(name)["live"] == 1)
     last = server.adapter(name)["history"][-1]
     assert (last["who"], last["what"]) == ("wayback", "rollback") and "31 %" in last["why"]
     assert server.ask(name).word == "alpha"

@@ -10,7 +10,8 @@ import httpx
 import openai
 import pytest
 
-from tests.support.server import AS_ON_A_GPU, BASE, Answer, Server, eventually, refused
+from tests.support.server import AS_ON_A_GPU, BASE, Answer, Server, refused
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

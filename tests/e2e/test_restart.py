@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from tests.support.crowd import engines
-from tests.support.server import SMALL, Answer, Server, alive, descendants, done, eventually
+from tests.support.server import SMALL, Answer, Server, alive, descendants, done
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -59,7 +60,7 @@ def it_stops_gracefully(server: Server) -> None:
     pieces = server.answering(answer, "tone", "Tell me everything.", tokens=80)
     next(pieces)
     server.process.send_signal(signal.SIGTERM)
-    assert eventually(lambda: turned_away(server), 5), "it still takes requests"
+    assert eventually(lambda: turned_away(server)), "it still takes requests"
     assert not answer.finish, "the answer ended before the stop could be seen"
     for _ in pieces:
         pass

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from serve.vllm_backend.patches.table import PATCHES
-from tests.support.server import BASE, SMALL, Server, descendants, done, eventually, patches_of_a_gpu
+from tests.support.server import BASE, SMALL, Server, descendants, done, patches_of_a_gpu
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 OFF = {patch.name for patch in PATCHES if patch.kind == "speed" and patch.on == "cpu"}

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.lora import STORY, variant
-from tests.support.server import BASE, Answer, Server, done, eventually
+from tests.support.server import BASE, Answer, Server, done
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -67,14 +68,14 @@ def test_a_promote_under_streams_loses_nothing_and_mixes_nothing(server, name, t
     with ThreadPoolExecutor(STREAMS) as pool:
         asking = [pool.submit(keep_asking, worker) for worker in range(STREAMS)]
         try:
-            assert eventually(lambda: server.engine()["running"] == STREAMS, 30)
+            assert eventually(lambda: server.engine()["running"] == STREAMS)
             for swap in range(SWAPS):
                 asked = time.monotonic()
                 version = 2 if swap % 2 == 0 else 1
                 server.promote(name, version)
                 changes.append((asked, time.monotonic(), ids[version]))
                 # Some answers of the new version first, then the next swap finds others half-way.
-                assert eventually(lambda: sum(answer.begun > changes[-1][1] for answer in answers) >= 3, 60)
+                assert eventually(lambda: sum(answer.begun > changes[-1][1] for answer in answers) >= 3)
         finally:
             stop.set()
     for one in asking:

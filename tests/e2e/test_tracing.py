@@ -7,7 +7,8 @@ import secrets
 import pytest
 
 from tests.support.collector import Collector
-from tests.support.server import Server, eventually
+from tests.support.server import Server
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.engine
 
@@ -23,7 +24,7 @@ def test_traces_show_the_wait_the_load_and_the_engine_of_each_version(
     ask(server, f"{name}@v1", loaded)
     server.http.post(f"/v1/adapters/{name}/canary", json={"version": 1, "weight": 1}).raise_for_status()
     ask(server, name, dealt)
-    assert eventually(lambda: {loaded, dealt} <= collector.traces().keys(), 30)
+    assert eventually(lambda: {loaded, dealt} <= collector.traces().keys())
     traces = collector.traces()
     for trace, role in ((loaded, "pinned"), (dealt, "canary")):
         spans = {span["name"]: span for span in traces[trace]}

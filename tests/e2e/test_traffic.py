@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.lora import variant
-from tests.support.server import Server, done, eventually, refused
+from tests.support.server import Server, done, refused
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from tests.support.lora import WEIGHTS, read_tensors, variant
-from tests.support.server import done, eventually
+from tests.support.server import done
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -228,7 +229,7 @@ def sent_away(server, name, traffic, reason, *, most=None, tokens=16):
     for _ in range(20):
         traffic.send(32, tokens=tokens)
         # The watcher looks at the last of them a second later.
-        if eventually(lambda: server.adapter(name)["canary"] is None, seconds=2):
+        if eventually(lambda: server.adapter(name)["canary"] is None):
             break
     shown = server.adapter(name)
     # As text: pytest cuts a dict after some words.

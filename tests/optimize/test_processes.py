@@ -14,7 +14,7 @@ import pytest
 
 from optimize.processes import ProcessGroup
 from tests.campaigns.kills import ROOT, command
-from tests.support.server import eventually
+from tests.support.waiting import eventually
 
 MARK = "LORADOCK_TEST_RUN"
 # Seconds until a step runs, or until all processes of a run are gone.

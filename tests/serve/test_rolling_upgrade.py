@@ -11,9 +11,10 @@ from sqlalchemy import select
 
 from serve.adapters.registry.registry import Registry
 from serve.adapters.registry.tables import history, usage
-from tests.support.app import ask, settled, upload
+from tests.support.app import ask, upload
 from tests.support.backend import FakeBackend
 from tests.support.release_before import ServerBefore, make_before
+from tests.support.waiting import settled
 
 CLIENTS = 4
 
@@ -45,7 +46,7 @@ class Traffic:
 
     async def more(self, count):
         target = self.answered + count
-        assert await settled(lambda: self.answered >= target, 60)
+        assert await settled(lambda: self.answered >= target)
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ async def test_a_rolling_upgrade_under_traffic_loses_nothing(server, url, make_a
                 traffic.servers = [second]
                 await traffic.more(2 * CLIENTS)  # none is at the first any more
                 living = second._transport.app.state.parts.heartbeat.living_ids
-                assert await settled(lambda: "before" in living(), 20)
+                assert await settled(lambda: "before" in living())
         # The first was stopped, and the one of the release before: the second goes on alone.
         await traffic.more(60)
         for client in clients:
@@ -91,4 +92,4 @@ async def test_a_rolling_upgrade_under_traffic_loses_nothing(server, url, make_a
     assert len(told) >= before.promotions - 1
     # One release back: what this release has done keeps nobody from starting.
     with ServerBefore(url, "tone") as again:
-        assert await settled(lambda: again.promotions > 1, 30)
+        assert await settled(lambda: again.promotions > 1)

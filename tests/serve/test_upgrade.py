@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import subprocess
 import tarfile
@@ -18,6 +17,7 @@ from tests.support import postgres as postgresql
 from tests.support import tiny
 from tests.support.app import ask, upload
 from tests.support.backend import FakeBackend
+from tests.support.waiting import settled
 
 MADE_BY_3143CCA = Path(__file__).parents[1] / "fixtures" / "data-3143cca.tar.xz"
 ADMIN = "made-up-admin-key"
@@ -71,10 +71,11 @@ def listed(models: dict) -> list:
 
 async def watched(client: httpx.AsyncClient, name: str) -> list[dict]:
     """What is known of its versions' drift, once one of them was asked and looked at."""
-    async with asyncio.timeout(10):
-        while not (versions := (await client.get(f"/v1/adapters/{name}/drift")).json()["versions"]):
-            await asyncio.sleep(0.01)
-    return versions
+
+    async def versions():
+        return (await client.get(f"/v1/adapters/{name}/drift")).json()["versions"]
+
+    return await settled(versions)
 
 
 def known(now, was):
@@ -187,10 +188,11 @@ async def test_an_adapter_of_then_gets_a_golden_set(opened):
         assert (await client.get(golden)).status_code == 404
         kept = await client.put(golden, json={"cases": [{"prompt": "x", "equals": "y"}]})
         assert kept.status_code == 200 and kept.json()["count"] == 1, kept.text
-        async with asyncio.timeout(20):
-            while not (versions := (await client.get(f"{golden}/results")).json()["versions"]):
-                await asyncio.sleep(0.05)
-        assert versions[0]["errors"] == 1, "this engine says nothing"
+
+        async def versions():
+            return (await client.get(f"{golden}/results")).json()["versions"]
+
+        assert (await settled(versions))[0]["errors"] == 1, "this engine says nothing"
 
 
 async def test_a_batch_runs_over_a_data_directory_of_then(opened):
@@ -202,8 +204,9 @@ async def test_a_batch_runs_over_a_data_directory_of_then(opened):
         file = (await client.post("/v1/files", **form)).json()
         asked = {"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
         batch = (await client.post("/v1/batches", json=asked)).json()
-        async with asyncio.timeout(20):
-            while (batch := (await client.get(f"/v1/batches/{batch['id']}")).json())["status"] != "completed":
-                await asyncio.sleep(0.05)
-        output = (await client.get(f"/v1/files/{batch['output_file_id']}/content")).json()
+
+        async def answers():
+            return (await client.get(f"/v1/batches/{batch['id']}")).json()["output_file_id"]
+
+        output = (await client.get(f"/v1/files/{await settled(answers)}/content")).json()
         assert output["response"]["body"]["model"].startswith("tone@")

@@ -52,15 +52,6 @@ async def issued(operator, tenant: str, *scopes: str, name: str = "key", **limit
     return httpx.AsyncClient(transport=operator._transport, base_url="http://localhost", headers=headers)
 
 
-async def settled(condition, seconds=2.0):
-    """Wait until `condition()`; the last answer either way."""
-    for _ in range(int(seconds / 0.01)):
-        if condition():
-            return True
-        await asyncio.sleep(0.01)
-    return condition()
-
-
 async def ask(client, model, **more):
     return await client.post("/v1/chat/completions", json={"model": model, "messages": [], **more})
 

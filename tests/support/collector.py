@@ -16,7 +16,8 @@ from typing import Any
 
 import httpx
 
-from tests.support.server import ROOT, environment, eventually, free_port
+from tests.support.server import ROOT, environment, free_port
+from tests.support.waiting import eventually
 
 FILE = "received.jsonl"
 
@@ -42,7 +43,7 @@ class Collector:
             self._file.write_text(kept[: kept.rfind("\n") + 1])
         command = [sys.executable, "-m", "tests.support.otlp_receiver", str(self._port), str(self._file)]
         self._process = subprocess.Popen(command, env=environment(), cwd=ROOT)
-        assert eventually(self._answers, 30), "the collector does not start"
+        assert eventually(self._answers), "the collector does not start"
 
     def stop(self) -> None:
         """Gone, at once."""

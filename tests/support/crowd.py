@@ -18,7 +18,8 @@ from typing import Any
 import httpx
 
 from tests.support.lora import WORDS, variant
-from tests.support.server import Answer, Server, alive, descendants, done, eventually
+from tests.support.server import Answer, Server, alive, descendants, done
+from tests.support.waiting import eventually
 
 STREAMS = 16
 ADAPTERS = 16
@@ -146,7 +147,7 @@ def all_but_the_server_killed(server: Server) -> str:
     for pid in descendants(server.process.pid):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    assert eventually(lambda: server.http.get("/ready").status_code == 503, 10), "nobody noticed"
+    assert eventually(lambda: server.http.get("/ready").status_code == 503), "nobody noticed"
     assert eventually(lambda: server.http.get("/ready").status_code == 200, 180)
     return f"ready after {time.monotonic() - began:.0f} s"
 
@@ -207,7 +208,7 @@ def descriptors_exhausted(server: Server) -> str:
             time.sleep(5)
     finally:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
-    assert eventually(lambda: _healthy(server), 15), "it takes no connection any more"
+    assert eventually(lambda: _healthy(server)), "it takes no connection any more"
     assert server.ask("a2").word == word(2)
     return "connections that are there go on, new ones wait until there is room"
 

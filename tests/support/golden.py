@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from tests.support.waiting import settled
 
 GOLDEN = "/v1/adapters/tone/golden"
 
@@ -38,14 +38,6 @@ async def results(client, version=None):
     return answer.json()
 
 
-async def until(condition, seconds=10.0):
-    for _ in range(int(seconds / 0.05)):
-        if value := await condition():
-            return value
-        await asyncio.sleep(0.05)
-    return await condition()
-
-
 async def ran(client, version):
     """The results once each case of the version was asked."""
 
@@ -55,6 +47,6 @@ async def ran(client, version):
         return answer if not answer["running"] and version in known and not known[version]["missing"] else None
 
     client._transport.app.state.parts.golden.runs.wake()
-    answer = await until(complete)
+    answer = await settled(complete)
     assert answer, await results(client, version)
     return next(row for row in answer["versions"] if row["version"] == version), answer

@@ -27,7 +27,8 @@ from tests.support.mixed_traffic import GUARDS, MixedTraffic
 from tests.support.panel_values import PANELS, PRICE, World, wrong
 from tests.support.prometheus import ask, await_scrapes, filled, prometheus
 from tests.support.served import Served
-from tests.support.server import done, eventually
+from tests.support.server import done
+from tests.support.waiting import eventually
 
 ADMIN = "an-admin-key"
 # Seconds that a request may wait for its turn: some of a crowd of forty are refused.
@@ -186,7 +187,7 @@ def live_panels(folder: Path, window: float = 600.0, *, every: str | None = "1s"
         _count_what_was_sent(server)
         served = open.enter_context(server)
         client = open.enter_context(prometheus(_made(folder / "monitoring"), served.port, ADMIN, every=every))
-        assert eventually(lambda: ask(client, 'up{job="loradock"} == 1'), 60)
+        assert eventually(lambda: ask(client, 'up{job="loradock"} == 1'))
         traffic = MixedTraffic(served, backend, lambda seed: tiny.adapter(folder / f"adapter-{seed}", seed))
         open.callback(traffic.close)
         yield LivePanels(served, traffic, client, window)

@@ -23,7 +23,8 @@ from serve.rollout.policy import FLAG, REFUSE, Guard, Policy
 from tests.support.app import CHAT, upload
 from tests.support.known_backend import ANSWER_SECONDS, PROMPT_TOKENS, TEXT, VERDICTS, KnownBackend
 from tests.support.served import Served
-from tests.support.server import done, eventually
+from tests.support.server import done
+from tests.support.waiting import eventually
 
 OTHER = ("other", "")
 ALL_AT_ONCE = 3
@@ -120,7 +121,7 @@ class MixedTraffic:
         done(self.admin.post("/v1/adapters/calm/canary", json={"version": 2, "weight": 0.5}))
         done(self.admin.post("/v1/adapters/echo/shadow", json={"version": 2, "weight": 1.0}))
         done(self.admin.put("/v1/adapters/echo/golden", json=GOLDEN))
-        assert eventually(lambda: self.golden["missing"] == 0, 30)
+        assert eventually(lambda: self.golden["missing"] == 0)
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -142,7 +143,7 @@ class MixedTraffic:
             (engine,) = done(self.admin.get("/v1/engines"))["data"]
             return bool(engine["restarts"] == self.restarts and engine["phase"] == "ready")
 
-        assert eventually(is_back, 30)
+        assert eventually(is_back)
 
     def play(self, pause: Callable[[], object]) -> None:
         """Answers, mistakes, failures of each kind, ratings, a batch, and two changes of a live version.
@@ -171,11 +172,11 @@ class MixedTraffic:
         self._backend.standstill.set()
         flood = [self._later(self.acme, "flood", ("acme/flood", "v1"), "acme") for _ in range(40)]
         polite = [self._later(self.zeta, "slow", ("zeta/slow", "v1"), "zeta") for _ in range(2)]
-        assert eventually(lambda: self._standing(flood) and self._standing(polite), 30)
+        assert eventually(lambda: self._standing(flood) and self._standing(polite))
         for _ in range(2):  # they have no seat yet when their time is over
             self._ask(self.zeta, "slow", ("zeta/slow", "v1"), "zeta", timeout=0.3, failure="queue_deadline")
         batch = self._batch(HELD)
-        assert eventually(lambda: f"loradock_batch_lines_left {len(HELD)}.0" in self.admin.get("/metrics").text, 30)
+        assert eventually(lambda: f"loradock_batch_lines_left {len(HELD)}.0" in self.admin.get("/metrics").text)
         seats = self._backend.seats
         waiting = {
             ("acme/flood", "acme"): sum(not answer.done() for answer in flood) - (seats - 1),
@@ -201,7 +202,7 @@ class MixedTraffic:
     def _end(self, batch: str, models: Sequence[str]) -> None:
         """Wait for its end: lines of a model that is there are answered behind every client."""
         path = f"/v1/batches/{batch}"
-        assert eventually(lambda: done(self.admin.get(path))["status"] == "completed", 60)
+        assert eventually(lambda: done(self.admin.get(path))["status"] == "completed")
         self.batches += 1
         for model in models:
             self.lines["completed" if model == "base" else "failed"] += 1
@@ -296,9 +297,9 @@ class MixedTraffic:
     def _try(self) -> None:
         """A person opens a try of a loop, and ends it."""
         done(self.admin.post("/v1/adapters/kept/loop/run"))
-        assert eventually(lambda: self._phase() == "gathering", 30)
+        assert eventually(lambda: self._phase() == "gathering")
         done(self.admin.post("/v1/adapters/kept/loop/reject"))
-        assert eventually(lambda: self._phase() == "waiting", 30)
+        assert eventually(lambda: self._phase() == "waiting")
         self.tries += 1
 
     def _phase(self) -> str:

@@ -15,7 +15,8 @@ import yaml
 
 from serve.telemetry.rendered.render import SCRAPE_KEY, Places, write
 from serve.telemetry.slo import DEFAULT_SLOS
-from tests.support.server import eventually, free_port, tail
+from tests.support.server import free_port, tail
+from tests.support.waiting import eventually
 
 Sample = dict[str, Any]
 HAS_PROMETHEUS = shutil.which("prometheus") is not None
@@ -35,7 +36,7 @@ def running(folder: Path, url: str, *command: str) -> Iterator[httpx.Client]:
                 assert process.poll() is None, tail(log)
                 return False
 
-            assert eventually(ready, 30), tail(log)
+            assert eventually(ready), tail(log)
             yield client
         finally:
             process.terminate()

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -257,14 +257,6 @@ def refused(response: httpx.Response, status: int) -> str:
 
 def bearer(key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
-
-
-def eventually(holds: Callable[[], Any], seconds: float = 60) -> Any:
-    """Wait for `holds()` to be true; its last answer either way."""
-    end = time.monotonic() + seconds
-    while not (answer := holds()) and time.monotonic() < end:
-        time.sleep(0.1)
-    return answer
 
 
 def free_port() -> int:

@@ -56,14 +56,6 @@ async def drift(client, name="tone"):
     return (await client.get(f"/v1/adapters/{name}/drift")).json()
 
 
-async def until(condition):
-    for _ in range(400):
-        if await condition():
-            return True
-        await asyncio.sleep(0.01)
-    return False
-
-
 async def canary_ended(client):
     return (await client.get("/v1/adapters/tone")).json()["canary"] is None
 

@@ -19,7 +19,8 @@ import pytest
 from tests.support import crowd as faults
 from tests.support.app import upload
 from tests.support.lone import CLIENT_TIMEOUT
-from tests.support.server import environment, eventually, free_port
+from tests.support.server import environment, free_port
+from tests.support.waiting import eventually
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def data(tmp_path: Path) -> Iterator[Path]:
 def lone(tiny_model: Path, data: Path, make_adapter: Callable[..., Path]) -> Iterator[Lone]:
     server = Lone(tiny_model, data)
     try:
-        assert eventually(server.ready, 60)
+        assert eventually(server.ready)
         assert server.upload("a2", make_adapter(2)).status_code == 201
         yield server
     finally:
@@ -89,7 +90,7 @@ def test_what_fails_around_it_leaves_it_as_it_was(lone, make_adapter):
     assert lone.upload("a3", make_adapter(3)).status_code == 201, "it takes changes again"
     assert lone.ask("a3").word
     assert lone.http.get("/v1/engines").json()["data"][0]["leases"] == 0
-    assert eventually(lambda: faults.descriptors(lone) <= before + 4, 10), faults.descriptors(lone)
+    assert eventually(lambda: faults.descriptors(lone) <= before + 4), faults.descriptors(lone)
 
 
 def test_half_a_request_costs_its_connection_no_longer_than_the_client_may_wait(lone):

@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from tests.support.app import ask, settled, upload
+from tests.support.app import ask, upload
 from tests.support.backend import FakeBackend
+from tests.support.waiting import settled
 
 
 @pytest.fixture

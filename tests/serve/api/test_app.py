@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from serve.config import keys_hashed
-from tests.support.app import ask, settled, upload
+from tests.support.app import ask, upload
+from tests.support.waiting import settled
 
 
 async def test_an_upload_answers_under_its_name_and_says_which_version_answered(client, make_adapter):

@@ -8,7 +8,7 @@ import pytest
 
 from serve.api import background_tasks
 from serve.api.background_tasks import BackgroundTasks
-from tests.support.app import settled
+from tests.support.waiting import settled
 
 
 @pytest.fixture

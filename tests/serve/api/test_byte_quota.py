@@ -8,7 +8,8 @@ import tarfile
 
 import pytest
 
-from tests.support.app import issued, settled, upload
+from tests.support.app import issued, upload
+from tests.support.waiting import settled
 
 MIB = 1 << 20
 
@@ -33,7 +34,7 @@ async def test_unfinished_uploads_hold_no_more_than_the_keys_quota(operator, par
     pushes = [
         asyncio.create_task(acme.post("/v1/adapters", content=form(number), headers=headers)) for number in range(16)
     ]
-    assert await settled(lambda: sum(push.done() for push in pushes) >= 15 or max(sent) == 17 * MIB, 10)
+    assert await settled(lambda: sum(push.done() for push in pushes) >= 15 or max(sent) == 17 * MIB)
     held = sum(file.stat().st_size for file in (config.data_dir / "quarantine").rglob("*") if file.is_file())
     assert held <= 20 * MIB, f"{held >> 20} MiB"
     go_on.set()

@@ -27,8 +27,8 @@ from tests.support import tiny
 from tests.support.app import upload
 from tests.support.backend import FakeBackend
 from tests.support.served import Served
-from tests.support.server import eventually
 from tests.support.trainer import COMMAND
+from tests.support.waiting import eventually
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
 ADMIN = "an-admin-key"
@@ -247,7 +247,7 @@ def test_a_failed_engine_says_why_is_started_again_from_here_and_nothing_looks_g
     backend = served.app.state.parts.fleet.first.backend
     backend.prepare = lambda heir: setattr(heir, "wont_start", "there is no memory left")
     backend.dead = True
-    assert eventually(lambda: served.http.get("/v1/engines").json()["data"][0]["phase"] == "failed", 20)
+    assert eventually(lambda: served.http.get("/v1/engines").json()["data"][0]["phase"] == "failed")
     use(page, ADMIN)
     expect(page.get_by_role("alert")).to_contain_text("The engine base is failed. 2 deaths within 600 s")
     expect(page.get_by_role("alert")).to_contain_text("there is no memory left")
@@ -280,7 +280,7 @@ def test_canary_and_golden_evidence_stand_beside_their_thresholds(page, served):
         served.http.post("/v1/chat/completions", json={"model": "tone", "user": str(number)}).raise_for_status()
     known = served.app.state.parts.golden.results.known
     versions = served.app.state.parts.registry.versions("tone")
-    assert eventually(lambda: all((now := known(each)) and now.complete for each in versions), 20)
+    assert eventually(lambda: all((now := known(each)) and now.complete for each in versions))
     use(page, ADMIN)
     tone = page.locator("[data-adapter=tone]")
     expect(tone.get_by_text("Golden score 100 %, 57 % to 100 % with 95 % confidence, 5 cases")).to_have_count(2)
@@ -664,9 +664,9 @@ def test_jobs_with_their_losses_are_paused_resumed_and_cancelled_from_the_page(p
         return str(served.http.get(f"/v1/fine_tuning/jobs/{id}").json()["status"])
 
     made = begun("polite")
-    assert eventually(lambda: status(made) == "succeeded", 60)
+    assert eventually(lambda: status(made) == "succeeded")
     stuck = begun("terse", hang=4)
-    assert eventually(lambda: len(served.http.get(f"/v1/fine_tuning/jobs/{stuck}/events").json()["data"]) >= 7, 60)
+    assert eventually(lambda: len(served.http.get(f"/v1/fine_tuning/jobs/{stuck}/events").json()["data"]) >= 7)
     use(page, ADMIN)
     show(page, "Jobs")
     row = page.locator(f"[data-job={made}]")
@@ -734,7 +734,7 @@ def test_a_loop_is_seen_from_what_opened_it_to_a_persons_yes(page, looping):
         body = {"model": "tone", "messages": [{"role": "user", "content": f"tell me of {number * 104_729}"}]}
         looping.http.post("/v1/chat/completions", json=body).raise_for_status()
     kept = "/v1/adapters/tone/data/conversations"
-    assert eventually(lambda: len(looping.http.get(kept).json()["data"]) >= 3, 20)
+    assert eventually(lambda: len(looping.http.get(kept).json()["data"]) >= 3)
     use(page, ADMIN)
     show(page, "Loops")
     row = page.locator("[data-loop=tone]")
@@ -744,7 +744,7 @@ def test_a_loop_is_seen_from_what_opened_it_to_a_persons_yes(page, looping):
     card = page.locator("[data-card=tone]")
     card.get_by_role("button", name="Open a try: the loop of tone").click()
     page.get_by_role("dialog").get_by_role("button", name="Open a try").click()
-    assert eventually(lambda: phase(looping) == "asking", 60)
+    assert eventually(lambda: phase(looping) == "asking")
     page.get_by_role("tab", name="Loops").click()
     expect(row.get_by_text("asking", exact=True)).to_be_visible()
     expect(page.locator("#loops-summary")).to_have_text("1 loop, 1 waiting for a yes")
@@ -769,7 +769,7 @@ def test_a_loop_is_seen_from_what_opened_it_to_a_persons_yes(page, looping):
 
     card.get_by_role("button", name="Say yes: the loop of tone").click()
     page.get_by_role("dialog").get_by_role("button", name="Say yes").click()
-    assert eventually(lambda: phase(looping) == "waiting", 20)
+    assert eventually(lambda: phase(looping) == "waiting")
     page.get_by_role("tab", name="Loops").click()
     expect(card.get_by_text("promoted", exact=True).first).to_be_visible()
     reference = card.get_by_role("table", name="References of tone").get_by_role("row", name=f"v{version}")
@@ -782,14 +782,14 @@ def test_a_loop_is_seen_from_what_opened_it_to_a_persons_yes(page, looping):
 @pytest.mark.parametrize("served", [LOOPING], indirect=True)
 def test_a_no_and_the_kill_switch_of_one_loop_and_of_all(page, looping):
     looping.http.post("/v1/adapters/tone/loop/run").raise_for_status()
-    assert eventually(lambda: phase(looping) == "asking", 60)
+    assert eventually(lambda: phase(looping) == "asking")
     use(page, ADMIN)
     show(page, "Loops")
     page.get_by_role("button", name="Details of the loop of tone").click()
     card, row = page.locator("[data-card=tone]"), page.locator("[data-loop=tone]")
     card.get_by_role("button", name="End the try: the loop of tone").click()
     confirm(page, "End the try", "too terse")
-    assert eventually(lambda: phase(looping) == "waiting", 20)
+    assert eventually(lambda: phase(looping) == "waiting")
     page.get_by_role("tab", name="Loops").click()
     expect(card.get_by_text("too terse").first).to_be_visible()
     assert live(looping) == 1
@@ -822,6 +822,6 @@ def test_a_tenant_stops_its_own_loops_and_no_others(page, looping, make_adapter)
     expect(page.get_by_role("button", name="Stop every loop")).to_have_count(0)
     use(page, ADMIN)
     expect(page.locator("[data-loop]")).to_have_count(2)
-    assert eventually(lambda: looping.http.get("/v1/adapters/acme/ours/loop").json()["phase"] == "asking", 60)
+    assert eventually(lambda: looping.http.get("/v1/adapters/acme/ours/loop").json()["phase"] == "asking")
     page.get_by_role("button", name="Details of the loop of acme/ours").click()
     expect(page.locator("[data-card='acme/ours']").get_by_role("table", name="Gate of try 1")).to_be_visible()

@@ -16,7 +16,8 @@ from serve.asgi.exchange import Exchange
 from serve.config import keys_hashed
 from serve.dataset.capture import QUEUE_SIZE
 from serve.rollout.policy import parse
-from tests.support.app import CHAT, issued, settled, upload
+from tests.support.app import CHAT, issued, upload
+from tests.support.waiting import settled
 
 LEARNS = parse({"*": {"train_on_traffic": True}})
 
@@ -143,7 +144,7 @@ async def test_a_tenant_has_one_build_at_a_time(learning, make_adapter, monkeypa
     refused = await learning.post("/v1/adapters/tone/data")
     assert refused.status_code == 409 and "ask again when it has ended" in refused.json()["error"]["message"]
     other = asyncio.create_task(acme.post("/v1/adapters/tone/data"))
-    await settled(lambda: ("build", "acme") in datasets._asking)
+    assert await settled(lambda: ("build", "acme") in datasets._asking)
     goes_on.set()
     assert [(await asking).status_code for asking in (mine, other)] == [200, 200]
     assert (await learning.post("/v1/adapters/tone/data")).status_code == 200

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.app import push_two, settled, upload
+from tests.support.app import push_two, upload
+from tests.support.waiting import settled
 
 
 def kept(config) -> list:

@@ -14,6 +14,7 @@ from serve.config import keys_hashed
 from serve.server.assembly import build_app
 from tests.support.app import http
 from tests.support.backend import FakeBackend
+from tests.support.waiting import settled
 
 KEYED = {"api_keys": keys_hashed(["a-key"]), "admin_keys": keys_hashed(["an-admin"])}
 ROUTES = ["/v1/alerts", "/v1/feedback", "/v1/keys", "/v1/adapters/tone/promote", "/v1/engines/base/swap"]
@@ -103,12 +104,11 @@ async def test_so_is_a_line_of_a_batch(operator, backend):
     file = await operator.post("/v1/files", files={"file": ("b.jsonl", line)}, data={"purpose": "batch"})
     body = {"input_file_id": file.json()["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}
     batch = (await operator.post("/v1/batches", json=body)).json()
-    for _ in range(500):
-        batch = (await operator.get(f"/v1/batches/{batch['id']}")).json()
-        if batch["status"] in ("completed", "failed"):
-            break
-        await asyncio.sleep(0.02)
-    errors = await operator.get(f"/v1/files/{batch['error_file_id']}/content")
+
+    async def refused():
+        return (await operator.get(f"/v1/batches/{batch['id']}")).json()["error_file_id"]
+
+    errors = await operator.get(f"/v1/files/{await settled(refused)}/content")
     assert "lists and objects" in errors.text and not backend.bodies
 
 

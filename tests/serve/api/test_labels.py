@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from serve.adapters.registry.registry import MAX_ALIASES
-from tests.support.app import ask, push_two, settled, upload
+from tests.support.app import ask, push_two, upload
+from tests.support.waiting import settled
 
 TONE = "/v1/adapters/tone"
 

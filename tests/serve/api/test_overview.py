@@ -14,7 +14,8 @@ from serve.adapters.registry.change import KINDS
 from serve.api.dashboard import pages
 from serve.api.overview import CARDS, PAGE, VERSIONS
 from serve.asgi.exchange import Exchange
-from tests.support.app import ask, push_two, settled, upload
+from tests.support.app import ask, push_two, upload
+from tests.support.waiting import settled
 
 FOUND = Inspection(rank=8, base="toy", target_modules=("q_proj",), nbytes=1234, tensors=4)
 
@@ -139,7 +140,7 @@ async def test_a_version_comes_with_its_golden_score_and_cases_that_have_none_ar
     await client.put("/v1/adapters/tone/golden", json={"cases": cases})
     parts = client._transport.app.state.parts
     (live,) = parts.registry.versions("tone")
-    assert await settled(lambda: (now := parts.golden.results.known(live)) is not None and not now.missing, 10)
+    assert await settled(lambda: (now := parts.golden.results.known(live)) is not None and not now.missing)
     (card,) = (await seen(client))["first"]
     golden = card["versions"][0]["golden"]
     assert (golden["score"], golden["cases"], golden["errors"]) == (1.0, 4, 1) and 0 < golden["low"] < 1

@@ -13,7 +13,8 @@ import pytest
 from serve.api import resolver
 from serve.config import keys_hashed, load
 from serve.errors import ConfigError
-from tests.support.app import ask, issued, settled, upload
+from tests.support.app import ask, issued, upload
+from tests.support.waiting import settled
 
 
 @pytest.fixture

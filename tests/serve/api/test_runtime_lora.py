@@ -10,7 +10,8 @@ import pytest
 
 from serve.config import keys_hashed
 from tests.support import tiny
-from tests.support.app import ask, settled, upload
+from tests.support.app import ask, upload
+from tests.support.waiting import settled
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from serve.config import keys_hashed
 from serve.engine.payer import OPERATOR
 from serve.telemetry.prices import Price
 from tests.support.app import CHAT, issued, upload
+from tests.support.waiting import settled
 
 MONTH = datetime.now(UTC).strftime("%Y-%m")
 
@@ -174,9 +175,7 @@ async def test_the_ledger_is_written_while_nobody_looks(client, monkeypatch):
     await client.post(CHAT, json={"model": "base"})
     writing = asyncio.create_task(parts.usage_ledger.run())
     try:
-        async with asyncio.timeout(5):
-            while not (rows := await asyncio.to_thread(parts.usage_ledger.rows, MONTH, "default")):
-                await asyncio.sleep(0.01)
+        rows = await settled(lambda: asyncio.to_thread(parts.usage_ledger.rows, MONTH, "default"))
     finally:
         writing.cancel()
     assert [(row["adapter"], row["requests"]) for row in rows] == [("base", 1)]

@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 
 from tests.support import tiny
-from tests.support.app import settled
 from tests.support.vllm_clients import LOAD, UNLOAD, ProductionStack, aibrix_loads, aibrix_unloads, kubeai_asks
+from tests.support.waiting import settled
 
 
 @pytest.fixture

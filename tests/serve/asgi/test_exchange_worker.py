@@ -10,7 +10,7 @@ import pytest
 
 from serve.asgi.exchange import Exchange, Generation
 from serve.asgi.exchange_worker import QUEUE_SIZE, ExchangeWorker
-from tests.support.server import eventually
+from tests.support.waiting import eventually
 from tests.support.watched_traffic import Engine, ask, push
 
 EXCHANGE = Exchange("tone", "v1", 200, 0.1, 0.2)
@@ -88,7 +88,7 @@ def test_exchanges_wait_for_others_unless_somebody_asks_or_the_queue_is_half_ful
     assert worker.handled == 3
     for _ in range(5):
         worker.offer(EXCHANGE)
-    assert eventually(lambda: worker.handled == 8, 10)
+    assert eventually(lambda: worker.handled == 8)
     began = time.monotonic()
     worker.offer(EXCHANGE)
     worker.stop()
@@ -99,7 +99,7 @@ def test_an_exchange_that_fills_half_of_the_queue_waits_for_no_others(notes):
     worker = ExchangeWorker([notes], queue_bytes=10_000, linger=30.0)
     worker.start()
     worker.offer(replace(EXCHANGE, generations=(Generation([1] * 1000, [2], "stop"),)))
-    assert eventually(lambda: worker.handled == 1, 5)
+    assert eventually(lambda: worker.handled == 1)
     worker.stop()
 
 

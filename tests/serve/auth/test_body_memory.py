@@ -8,7 +8,8 @@ import pytest
 
 from serve.auth.body_memory import FEWEST, BodyMemory
 from serve.errors import Overloaded
-from tests.support.app import CHAT, ask, http, settled
+from tests.support.app import CHAT, ask, http
+from tests.support.waiting import settled
 
 MIB = 1 << 20
 # What a body is read whole at: inference, a file that is no JSON, JSON of the other routes.
@@ -49,7 +50,7 @@ async def test_unfinished_bodies_hold_no_more_memory_than_their_tenant_may(opera
 
     sending = [unfinished(*DOORS[number % len(DOORS)]) for number in range(40)]
     try:
-        assert await settled(lambda: sum(task.done() for task, _, _ in sending) == 32, 10)
+        assert await settled(lambda: sum(task.done() for task, _, _ in sending) == 32)
         assert bodies._held == {"acme": 8 * 900_000}
         refused = [sent[0] for _, sent, _ in sending if sent]
         assert {message["status"] for message in refused} == {429} and len(refused) == 32

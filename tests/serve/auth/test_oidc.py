@@ -22,8 +22,9 @@ from serve.auth.subjects import HELD_SECONDS, Subjects
 from serve.config import keys_hashed, load
 from serve.errors import ConfigError, EngineUnavailable, Unauthorized
 from tests.support import identity
-from tests.support.app import CHAT, ask, settled, upload
+from tests.support.app import CHAT, ask, upload
 from tests.support.identity import AUDIENCE
+from tests.support.waiting import settled
 
 
 @pytest.fixture
@@ -266,7 +267,7 @@ async def test_a_batch_of_a_subject_is_answered_after_a_restart(connect, with_to
         batch = await ai.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
     async with connect(with_tokens) as client:
         rows = client._transport.app.state.parts.batches.rows
-        assert await settled(lambda: rows.get("acme", batch.id).status == "completed", 10)
+        assert await settled(lambda: rows.get("acme", batch.id).status == "completed")
         assert rows.get("acme", batch.id).completed == 1
 
 

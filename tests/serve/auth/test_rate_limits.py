@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from serve.asgi.exchange import Generation
 from serve.auth.rate_limits import Bucket, Limits, Meter, Meters
 from serve.errors import RateLimited
-from tests.support.app import ask, settled, upload
+from tests.support.app import ask, upload
+from tests.support.waiting import settled
 
 
 class Clock:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 from typer.testing import CliRunner
@@ -12,6 +11,7 @@ from serve.cli.adapters import adapters_app
 from serve.cli.data import _progress, data_app
 from tests.support import tiny
 from tests.support.app import CHAT, upload
+from tests.support.waiting import eventually
 from tests.support.zygote import Zygote
 
 
@@ -47,10 +47,8 @@ def test_from_traffic_to_files_to_nothing(server, run, tmp_path):
     first = asked(server, "write to jane@example.com that it rains", rating=1)
     asked(server, "how many words has a dictionary of birds?", answer="very many")
     asked(server, "why does nobody rate this one here?")
-    for _ in range(500):
-        if "3" in run("list", "tone", "--json").stdout and run("list", "tone").stdout.count("conv-") == 3:
-            break
-        time.sleep(0.02)
+    assert eventually(lambda: run("list", "tone").stdout.count("conv-") == 3)
+    assert "3" in run("list", "tone", "--json").stdout
     assert "AN ANSWER" in run("list", "tone").stdout
     built = run("build", "tone", "--since", "1h", "--held-out", 0, "--out", tmp_path / "data")
     assert built.exit_code == 0, built.output
@@ -69,10 +67,7 @@ def test_from_traffic_to_files_to_nothing(server, run, tmp_path):
 
 def test_a_version_answers_again(server, run):
     asked(server, "is this asked again?", rating=1)
-    for _ in range(500):
-        if run("list", "tone").stdout.count("conv-") >= 1:
-            break
-        time.sleep(0.02)
+    assert eventually(lambda: "conv-" in run("list", "tone").stdout)
     words = ("replay", "tone@v1", "--requests", "1", "--url", str(server.client.base_url))
     told = CliRunner().invoke(adapters_app, words)
     assert told.exit_code == 0, told.output

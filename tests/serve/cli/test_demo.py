@@ -34,7 +34,8 @@ from serve.models.language import read as language_of
 from tests.support import tiny
 from tests.support.backend import FakeBackend
 from tests.support.served import Served
-from tests.support.server import alive, eventually
+from tests.support.server import alive
+from tests.support.waiting import eventually
 
 ADAPTERS = Path(story.__file__).parent
 

@@ -14,7 +14,7 @@ from serve.client import server_batch
 from serve.client.batch import answered, failures, read
 from serve.client.server_batch import answer
 from serve.errors import ConfigError
-from tests.support.app import settled
+from tests.support.waiting import settled
 
 
 def line(id, model="base", url="/v1/chat/completions"):

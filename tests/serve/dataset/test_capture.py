@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-import time
 from dataclasses import replace
 
 import pytest
@@ -16,6 +15,7 @@ from serve.adapters.byte_ledger import Bound, ByteLedger, Kind
 from serve.asgi.exchange import Exchange, Generation
 from serve.asgi.exchange_worker import ExchangeWorker
 from serve.dataset.capture import HOUR, Capture
+from tests.support.waiting import eventually
 
 
 @pytest.fixture
@@ -164,11 +164,7 @@ def test_captured_text_is_forgotten_though_no_traffic_comes_any_more(words, enab
     worker = ExchangeWorker([after], save_seconds=0.01)
     worker.start()
     now[0] += 3 * HOUR
-    waited = 0
-    while list(folder.iterdir()) and waited < 1000:
-        time.sleep(0.01)
-        waited += 1
-    assert not list(folder.iterdir())
+    assert eventually(lambda: not list(folder.iterdir()))
     worker.stop()
 
 

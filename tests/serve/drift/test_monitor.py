@@ -25,7 +25,8 @@ from serve.drift.watched_version import DriftSettings, WatchedVersion
 from serve.errors import ConfigError
 from serve.events import DriftAlarm, Events
 from tests.support.tiny import HIDDEN
-from tests.support.watched_traffic import CHAT, Engine, ask, drift, push, until
+from tests.support.waiting import settled
+from tests.support.watched_traffic import CHAT, Engine, ask, drift, push
 
 VOCABULARY = 32
 
@@ -182,7 +183,7 @@ async def test_over_another_base_model_a_version_begins_anew(connect, watched, b
         backend.prepare = lambda heir: setattr(heir, "generate", engine.generate)
         assert (await client.post("/v1/engines/base/swap", json={"model": str(other)})).status_code == 200
         monitor = client._transport.app.state.parts.drift_monitor
-        assert await until(lambda: asyncio.sleep(0, monitor.watches("base")))
+        assert await settled(lambda: asyncio.sleep(0, monitor.watches("base")))
         await ask(client, 120)
         assert 0 < await gathered() < 100
 

@@ -7,7 +7,8 @@ import random
 
 from serve.drift import prober as prober_module
 from serve.errors import NotFound
-from tests.support.app import settled, upload
+from tests.support.app import upload
+from tests.support.waiting import settled
 from tests.support.watched_traffic import CHAT, Engine, drift, push
 
 

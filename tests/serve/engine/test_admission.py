@@ -12,7 +12,8 @@ import pytest
 from serve.engine.admission import Admission
 from serve.engine.fair_queue import FairQueue
 from serve.errors import Overloaded
-from tests.support.app import CHAT, ask, http, settled
+from tests.support.app import CHAT, ask, http
+from tests.support.waiting import settled
 from tests.support.watched_traffic import Engine, push
 
 

@@ -15,8 +15,9 @@ from serve.engine.engine import Phase
 from serve.engine.restarts import StartTurn
 from serve.server.assembly import build_app
 from tests.support import tiny
-from tests.support.app import ask, push_two, settled, upload
+from tests.support.app import ask, push_two, upload
 from tests.support.backend import FakeBackend
+from tests.support.waiting import settled
 
 
 @pytest.fixture
@@ -201,7 +202,7 @@ async def test_a_model_that_is_not_there_is_a_sentence(served, model):
 async def test_an_engine_that_dies_after_a_swap_comes_back_over_the_new_model(served, backend, base, export):
     await swap(served, export)
     backend.heirs[0].dead = True
-    assert await settled(lambda: base.restarts == 1 and base.is_ready, 3)
+    assert await settled(lambda: base.restarts == 1 and base.is_ready)
     assert base.model == str(export)
 
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from serve.engine.dp_ranks import DataParallelRanks, opening
+from tests.support.waiting import settled
 
 LONG = "You are a helpful assistant of the harbour office. " * 20
 
@@ -66,8 +67,7 @@ async def test_a_client_does_not_choose_the_rank(connect, config, backend, ranks
         body = {"model": "base", "prompt": "x", "stream": True}
         headers = {"X-data-parallel-rank": "7"}
         asking = [asyncio.create_task(client.post("/v1/completions", json=body, headers=headers)) for _ in range(3)]
-        while len(backend.headers) < 3:
-            await asyncio.sleep(0.01)
+        assert await settled(lambda: len(backend.headers) >= 3)
         backend.flow.set()
         assert {answer.status_code for answer in await asyncio.gather(*asking)} == {200}
     assert [headers.get("x-data-parallel-rank") for headers in backend.headers] == asked

@@ -17,10 +17,11 @@ from serve.engine.payer import OPERATOR
 from serve.rollout.policy import parse
 from tests.serve.jobs.batches.conftest import lines_of, request
 from tests.serve.loop.conftest import QUICK, tried
-from tests.support.app import CHAT, issued, settled, upload
+from tests.support.app import CHAT, issued, upload
 from tests.support.backend import FakeBackend
-from tests.support.golden import cases, until
+from tests.support.golden import cases
 from tests.support.trainer import COMMAND
+from tests.support.waiting import settled
 from tests.support.watched_traffic import Engine
 
 COUNTED = ("prompt_tokens", "generated_tokens")
@@ -143,7 +144,7 @@ async def test_all_that_the_engine_computed_is_charged_to_somebody_or_named_as_t
         async def batched():
             return (await ai.batches.retrieve(batch.id)).status == "completed"
 
-        assert await until(batched)
+        assert await settled(batched)
         await asyncio.to_thread(parts.captures.worker.settle)
         asked = {"baseline": {"prompts": [f"prompt {number}" for number in range(20)]}}
         asked["versions/2/replay"] = {"requests": 4, "against": "live"}
@@ -163,7 +164,7 @@ async def test_all_that_the_engine_computed_is_charged_to_somebody_or_named_as_t
             causes = {cause for _, cause in tokens}
             return tokens if {"golden", "judge", "shadow"} <= causes and backend.computed == tokens.total() else None
 
-        tokens = await until(quiet)
+        tokens = await settled(quiet)
         assert tokens, (backend.computed, await spent(operator))
         charged = {who for who in tokens if who[0] != OPERATOR}
         wanted = ("request", "guard", "shadow", "golden", "judge", "batch", "baseline", "replay", "loop")
@@ -187,7 +188,7 @@ async def test_a_golden_set_that_was_put_while_nothing_was_live_costs_the_key_th
         return (await spent(operator))["acme", "golden"] or None
 
     parts_of(operator).golden.runs.wake()
-    assert await until(paid)
+    assert await settled(paid)
     await asyncio.sleep(0.3)
     used = (await spent(operator))["acme", "golden"]
     assert used < 40 * 10, "what the key may not use now is asked later"

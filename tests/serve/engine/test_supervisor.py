@@ -13,7 +13,8 @@ import pytest
 from serve.engine.engine import Phase
 from serve.errors import ConfigError, LoradockError
 from serve.server.assembly import build_app
-from tests.support.app import ask, http, settled, upload
+from tests.support.app import ask, http, upload
+from tests.support.waiting import settled
 
 
 @pytest.fixture
@@ -202,7 +203,7 @@ async def test_an_engine_that_does_not_even_end_leaves_the_supervisor_failed_wit
 
 async def test_an_engine_that_cannot_be_watched_is_replaced(served, backend, base):
     backend.stalled = None
-    assert await settled(lambda: base.restarts == 1 and base.is_ready, 5)
+    assert await settled(lambda: base.restarts == 1 and base.is_ready)
 
 
 async def test_an_error_that_nobody_foresaw_at_the_start_is_told(config, backend):

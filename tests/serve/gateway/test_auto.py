@@ -14,8 +14,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from serve.config import keys_hashed
 from serve.rollout.policy import parse
-from tests.support.app import CHAT, issued, settled, upload
+from tests.support.app import CHAT, issued, upload
 from tests.support.backend import FakeBackend
+from tests.support.waiting import settled
 
 WORDS = """
 sql: select table join where order rows column index group count query insert
@@ -108,11 +109,11 @@ async def test_a_response_is_chosen_by_its_input_and_a_batch_line_by_its_own(thr
     file = (await three.post("/v1/files", data={"purpose": "batch"}, files=files)).json()["id"]
     made = {"input_file_id": file, "endpoint": CHAT, "completion_window": "24h"}
     batch = (await three.post("/v1/batches", json=made)).json()["id"]
-    for _ in range(500):
-        if (state := (await three.get(f"/v1/batches/{batch}")).json())["status"] == "completed":
-            break
-        await asyncio.sleep(0.01)
-    output = (await three.get(f"/v1/files/{state['output_file_id']}/content")).json()
+
+    async def answers():
+        return (await three.get(f"/v1/batches/{batch}")).json()["output_file_id"]
+
+    output = (await three.get(f"/v1/files/{await settled(answers)}/content")).json()
     assert output["response"]["body"]["model"].startswith("cook@")
 
 

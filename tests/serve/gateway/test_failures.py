@@ -10,7 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serve.config import keys_hashed
 from serve.engine.engine import Phase
-from tests.support.app import CHAT, ask, http, issued, settled, upload
+from tests.support.app import CHAT, ask, http, issued, upload
+from tests.support.waiting import settled
 
 FAILED, QUEUED = "loradock_requests_failed_total", "loradock_queue_time_seconds"
 V1 = {"adapter": "tone", "version": "v1"}

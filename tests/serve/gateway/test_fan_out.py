@@ -9,7 +9,8 @@ import pytest
 
 from serve.config import keys_hashed
 from serve.gateway.fan_out import GENERATE, TOKENS_PER_SEAT, FanOut
-from tests.support.app import CHAT, issued, push_two, settled
+from tests.support.app import CHAT, issued, push_two
+from tests.support.waiting import settled
 
 TEXT = "/v1/completions"
 EMBED = "/v1/embeddings"

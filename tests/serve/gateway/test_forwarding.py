@@ -20,9 +20,10 @@ from serve.fleet.homes import Replica, Replicas, order
 from serve.gateway.forwarding import MARK
 from serve.rollout.policy import parse
 from serve.server.assembly import build_app
-from tests.support.app import CHAT, ask, settled, upload
+from tests.support.app import CHAT, ask, upload
 from tests.support.backend import FakeBackend
 from tests.support.postgres import database
+from tests.support.waiting import settled
 
 NAMES = [f"tone-{number}" for number in range(6)]
 SERVERS = ("one", "other")
@@ -60,7 +61,7 @@ class Serving:
         self._running = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         self.client = httpx.AsyncClient(base_url=self.url, headers={"authorization": "Bearer run"}, timeout=20)
         await asyncio.wait_for(self.app.state.parts.health.ready.wait(), 30)
-        assert await settled(lambda: self._server.started, 10)
+        assert await settled(lambda: self._server.started)
         return self
 
     async def __aexit__(self, *_):
@@ -89,7 +90,7 @@ async def serving(config, tiny_model, tmp_path, registry, **fields):
 @pytest.fixture
 async def pair(config, tiny_model, tmp_path, registry):
     async with serving(config, tiny_model, tmp_path, registry) as servers:
-        assert await settled(lambda: all(len(server.membership.peers) == 1 for server in servers), 10)
+        assert await settled(lambda: all(len(server.membership.peers) == 1 for server in servers))
         yield servers
 
 
@@ -102,7 +103,7 @@ def registry_of_one(tmp_path):
 async def two(config, tiny_model, tmp_path, registry_of_one):
     """As `pair`, over SQLite alone."""
     async with serving(config, tiny_model, tmp_path, registry_of_one) as servers:
-        assert await settled(lambda: all(len(server.membership.peers) == 1 for server in servers), 10)
+        assert await settled(lambda: all(len(server.membership.peers) == 1 for server in servers))
         yield servers
 
 
@@ -152,7 +153,7 @@ async def test_an_answer_streams_through_and_its_client_s_leave_too(two, make_ad
         lines = answer.aiter_lines()
         assert AWAY in await anext(lines)  # the rest is not there yet
         assert other.backend.running == 1 and not asked_here(one)
-    assert await settled(lambda: other.backend.running == 0, 5)
+    assert await settled(lambda: other.backend.running == 0)
     other.backend.flow.set()
     answer = await ask(one.client, AWAY, stream=True)
     assert answer.text.rstrip().endswith("data: [DONE]")
@@ -168,9 +169,9 @@ async def test_a_client_that_leaves_before_an_answer_leaves_the_home_too(two, ma
     monkeypatch.setattr(other.backend, "add", load)
     await push(one, make_adapter, AWAY)
     asking = asyncio.create_task(ask(one.client, AWAY))
-    assert await settled(lambda: queue.busy == 1, 5)
+    assert await settled(lambda: queue.busy == 1)
     asking.cancel()
-    assert await settled(lambda: queue.busy == 0, 5)
+    assert await settled(lambda: queue.busy == 0)
     assert not asked_here(one)
     loaded.set()
 
@@ -223,7 +224,7 @@ async def test_a_deadline_ends_it_at_the_home_too(two, make_adapter):
     answer = await one.client.post(CHAT, json={"model": AWAY, "messages": []}, headers={"x-request-timeout": "0.3"})
     assert answer.status_code == 504
     engine = other.app.state.parts.fleet.first
-    assert await settled(lambda: engine.leases == 0, 5)
+    assert await settled(lambda: engine.leases == 0)
 
 
 async def test_a_home_that_has_stopped_costs_no_request(two, make_adapter):
@@ -236,7 +237,7 @@ async def test_a_home_that_has_stopped_costs_no_request(two, make_adapter):
         for name in NAMES:
             assert (await ask(one.client, name)).status_code == 200
     await stopping
-    assert await settled(lambda: not one.membership.peers, 5), "a server that stopped is still in the fleet"
+    assert await settled(lambda: not one.membership.peers), "a server that stopped is still in the fleet"
     assert len(asked_here(one)) + len(asked_here(other)) - before == 20 * len(NAMES)
 
 
@@ -248,17 +249,17 @@ async def test_a_home_that_cannot_be_reached_is_told_of_once(two, make_adapter, 
         nobody = f"http://127.0.0.1:{free.getsockname()[1]}"
     there = other.membership.address
     other.membership.address = nobody
-    assert await settled(lambda: peer.address == nobody, 5)
+    assert await settled(lambda: peer.address == nobody)
     for _ in range(3):
         assert (await ask(one.client, AWAY)).status_code == 200
     assert len(asked_here(one)) == 3 and not asked_here(other)
     assert caplog.text.count("takes no requests that are sent on") == 1
     other.membership.address = there
-    assert await settled(lambda: peer.address == there, 5)
+    assert await settled(lambda: peer.address == there)
     monkeypatch.setattr(one.membership, "_clock", lambda: peer.unreachable_until + 1)
     assert (await ask(one.client, AWAY)).status_code == 200
     assert len(asked_here(other)) == 1
-    assert await settled(lambda: not peer.unreachable_until, 5)
+    assert await settled(lambda: not peer.unreachable_until)
 
 
 async def test_a_home_without_room_leaves_the_request_to_whoever_got_it(two, make_adapter, monkeypatch):
@@ -305,9 +306,9 @@ async def test_a_home_that_stands_still_is_gone_after_some_beats(two, make_adapt
         # Its process stands still: the kernel takes connections, and nobody writes its row.
         other.membership.address = address
         peer = one.membership.peers[0]
-        assert await settled(lambda: peer.address == address, 5)
+        assert await settled(lambda: peer.address == address)
         answering = asyncio.create_task(ask(one.client, AWAY))
-        assert await settled(lambda: opened, 5)
+        assert await settled(lambda: opened)
         assert not answering.done()
         monkeypatch.setattr(other.heartbeat, "_exchange", lambda row, gone: [])
         monkeypatch.setattr("serve.fleet.heartbeat.MISSED", 5)
@@ -338,7 +339,7 @@ async def test_a_row_that_nobody_writes_is_no_server(two):
 
 async def test_servers_of_other_models_share_no_homes(config, tiny_model, tmp_path, registry_of_one):
     async with serving(config, tiny_model, tmp_path, registry_of_one) as (one, other):
-        assert await settled(lambda: one.membership.peers and other.membership.peers, 10)
+        assert await settled(lambda: one.membership.peers and other.membership.peers)
         third = FakeBackend(str(tiny_model))
         third.name = "another"
         own = replace(
@@ -360,7 +361,7 @@ async def test_a_server_without_an_address_sends_nothing_on(connect, config, tmp
 async def test_a_new_version_is_loaded_by_its_home_and_by_no_other(two, make_adapter):
     one, other = two
     await push(one, make_adapter, AWAY, HERE)
-    assert await settled(lambda: any(id.startswith(AWAY) for id in other.backend.held), 5)
+    assert await settled(lambda: any(id.startswith(AWAY) for id in other.backend.held))
     assert not any(id.startswith(HERE) for id in other.backend.held)
 
 
@@ -420,7 +421,7 @@ async def test_bytes_of_an_adapter_stay_where_it_is_at_home_and_go_elsewhere(two
         base = server.app.state.parts.fleet.first
         for id in list(server.backend.held):
             base.engine.retire(id)
-        assert await settled(lambda base=base: not base.engine.residents, 5)
+        assert await settled(lambda base=base: not base.engine.residents)
     # What was registered before there was a common place is nowhere else.
     with monkeypatch.context() as patch:
         patch.setattr(one.app.state.parts.store.shared, "has", lambda digest: False)
@@ -457,7 +458,7 @@ async def learning(config, tiny_model, tmp_path, registry_of_one, make_adapter):
     """As `two`, and adapters learn."""
     policies = parse({"*": {"train_on_traffic": True}})
     async with serving(config, tiny_model, tmp_path, registry_of_one, policies=policies) as servers:
-        assert await settled(lambda: all(len(server.membership.peers) == 1 for server in servers), 10)
+        assert await settled(lambda: all(len(server.membership.peers) == 1 for server in servers))
         for server in servers:
             backend = server.backend
             backend.generate = lambda fields, plain=backend.generation: replace(

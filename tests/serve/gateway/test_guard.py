@@ -14,8 +14,8 @@ from serve.asgi.exchange import Generation
 from serve.config import keys_hashed
 from serve.errors import ConfigError
 from serve.rollout.policy import Guard, parse
-from tests.support.app import CHAT, http, issued, settled, upload
-from tests.support.golden import until
+from tests.support.app import CHAT, http, issued, upload
+from tests.support.waiting import settled
 
 
 @pytest.fixture(autouse=True)
@@ -125,9 +125,7 @@ async def test_what_is_only_counted_passes_as_it_is(guarding, backend):
         backend.answer = "a knife"
         answered = await chat(client)
         assert answered.status_code == 200 and "x-loradock-guard" not in answered.headers
-        async with asyncio.timeout(5):
-            while not await counted(client, "answer", "flagged"):
-                await asyncio.sleep(0.02)
+        assert await settled(lambda: counted(client, "answer", "flagged"))
 
 
 async def test_a_guard_without_a_verdict_refuses_where_it_is_to_refuse(guarding):
@@ -243,7 +241,7 @@ async def test_what_a_guard_would_refuse_is_shown_by_no_golden_set_and_no_replay
         async def failed():
             return (await client.get(results)).json()["cases"][0].get("result") == "fail"
 
-        assert await until(failed)
+        assert await settled(failed)
         assert "knife" not in (await client.get(results)).text
         captures = client._transport.app.state.parts.captures
         assert await settled(lambda: captures.worker._done >= captures.worker._offered)
@@ -335,7 +333,7 @@ async def batch_of(client, *prompts):
     asked = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
     id = (await client.post("/v1/batches", json=asked)).json()["id"]
     rows = client._transport.app.state.parts.batches.rows
-    assert await settled(lambda: rows.get("default", id).status == "completed", 10)
+    assert await settled(lambda: rows.get("default", id).status == "completed")
     return (await client.get(f"/v1/batches/{id}")).json()
 
 

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from tests.support.app import CHAT, http, upload
+from tests.support.waiting import settled
 
 
 async def test_a_client_that_leaves_mid_stream_gives_its_lease_back(client, backend):
@@ -13,8 +14,7 @@ async def test_a_client_that_leaves_mid_stream_gives_its_lease_back(client, back
     backend.flow.clear()
     scope, receive, send, sent, left = http({"model": "base", "stream": True})
     answering = asyncio.create_task(app(scope, receive, send))
-    while len(sent) < 2:
-        await asyncio.sleep(0.01)
+    assert await settled(lambda: len(sent) >= 2)
     assert app.state.parts.fleet.first.leases == 1
     left.set()
     await answering

@@ -52,7 +52,7 @@ async def test_an_invocation_needs_a_key_as_any_request(operator, issue):
 async def test_a_ping_is_answered_once_every_engine_serves(client, backend):
     assert (await client.get("/ping")).status_code == 200
     backend.wont_start, backend.dead = "no", True
-    from tests.support.app import settled
+    from tests.support.waiting import settled
 
     fleet = client._transport.app.state.parts.fleet
     backend.another = lambda model=None: backend

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from serve.adapters.mixing import folders
 from serve.config import keys_hashed
 from tests.support import tiny
-from tests.support.app import ask, settled, upload
+from tests.support.app import ask, upload
 from tests.support.backend import FakeBackend
+from tests.support.waiting import settled
 
 
 async def push(client, folder, name, **fields):

@@ -10,7 +10,8 @@ import pytest
 from serve.asgi.connection import CONNECTION
 from serve.engine.engine import LOW_PRIORITY
 from serve.gateway.request import FOREIGN_MODEL_FIELDS, MAX_ITEMS
-from tests.support.app import CHAT, http, push_two, said, settled
+from tests.support.app import CHAT, http, push_two, said
+from tests.support.waiting import settled
 
 ASKING = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings"]
 FIRST = "-9223372036854775808"

@@ -24,8 +24,9 @@ from tests.serve.jobs.batches.test_batches import begun as batch_begun
 from tests.serve.jobs.batches.test_batches import ended as batch_ended
 from tests.serve.jobs.finetuning.conftest import begun, ended, examples, sent
 from tests.serve.loop.conftest import QUICK
-from tests.support.app import issued, settled, upload
+from tests.support.app import issued, upload
 from tests.support.trainer import COMMAND
+from tests.support.waiting import settled
 
 POLICIES = parse({"*": {"train_on_traffic": True, "loop": QUICK}})
 WORDS = "what acme alone asks"

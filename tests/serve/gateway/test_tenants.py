@@ -13,7 +13,8 @@ import pytest
 from serve.config import keys_hashed
 from serve.gateway.request import PATHS, STORED
 from serve.gateway.tenant_isolation import tenant_salt
-from tests.support.app import ask, issued, settled, upload
+from tests.support.app import ask, issued, upload
+from tests.support.waiting import settled
 from tests.support.watched_traffic import Engine
 
 BODIES = {

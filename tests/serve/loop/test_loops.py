@@ -18,8 +18,9 @@ from serve.loop.loops import _waits_for
 from serve.loop.objects import Loop, Phase, State
 from serve.sequential.sequential_test import Verdict
 from tests.serve.loop.conftest import LONG, asked, example, loop_of, parts_of, pushed, tried, until
-from tests.support.app import issued, settled, upload
+from tests.support.app import issued, upload
 from tests.support.backend import FakeBackend
+from tests.support.waiting import settled
 from tests.support.watched_traffic import Engine, ask, drift
 
 

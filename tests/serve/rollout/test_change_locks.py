@@ -12,7 +12,8 @@ import pytest
 from serve.engine.engine import Phase
 from serve.errors import EngineUnavailable
 from serve.rollout.change_locks import ChangeLocks
-from tests.support.app import ask, push_two, settled, upload
+from tests.support.app import ask, push_two, upload
+from tests.support.waiting import settled
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from tests.support.app import upload
+from tests.support.waiting import settled
 
 
 async def push(client, make_adapter, name, seed, **fields):
@@ -84,11 +85,7 @@ async def test_a_deleted_version_is_pinned_no_more(client, backend, make_adapter
     gone = await push(client, make_adapter, "tone", 1, promote="false")
     await pin(client, version=2)
     await client.delete("/v1/adapters/tone/versions/2")
-    for _ in range(100):
-        await asyncio.sleep(0.01)
-        if gone not in backend.held:
-            break
-    assert gone not in backend.held
+    assert await settled(lambda: gone not in backend.held)
     assert not any(v["pinned"] for v in (await client.get("/v1/adapters/tone")).json()["versions"])
 
 
@@ -105,11 +102,7 @@ async def test_a_popular_adapter_that_was_pushed_out_comes_back(client, backend,
         await client.post("/v1/chat/completions", json={"model": "loved"})
     for seed in range(4):
         await push(client, make_adapter, f"guest-{seed}", 100 + seed)
-    for _ in range(200):
-        await asyncio.sleep(0.02)
-        if loved in backend.held:
-            break
-    assert loved in backend.held
+    assert await settled(lambda: loved in backend.held)
 
 
 async def test_after_a_restart_the_popular_are_there_first(connect, config, backend, make_adapter):

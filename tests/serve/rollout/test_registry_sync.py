@@ -13,9 +13,10 @@ import pytest
 from serve.config import keys_hashed
 from serve.errors import EngineUnavailable
 from serve.fleet.heartbeat import ThisServer
-from tests.support.app import ask, settled, upload
+from tests.support.app import ask, upload
 from tests.support.backend import FakeBackend
 from tests.support.postgres import database
+from tests.support.waiting import settled
 
 
 @pytest.fixture(params=["sqlite, files", "postgresql, s3"])
@@ -47,7 +48,7 @@ LONG = "node" * 20
 async def listed(client, count):
     """What a server says of those that live, once it has seen so many of them."""
     heartbeat = client._transport.app.state.parts.heartbeat
-    assert await settled(lambda: len(heartbeat.living()) == count, 10)
+    assert await settled(lambda: len(heartbeat.living()) == count)
     return (await client.get("/v1/replicas")).json()["data"]
 
 
@@ -80,7 +81,7 @@ async def test_what_one_was_told_the_other_answers_from_at_once(pair, make_adapt
 async def test_a_promote_is_loaded_by_the_other_though_nobody_asks(pair, make_adapter):
     one, other, _, theirs = pair
     told = (await one.post("/v1/adapters", **upload(make_adapter()))).json()
-    assert await settled(lambda: told["id"] in theirs.held, 10)
+    assert await settled(lambda: told["id"] in theirs.held)
     rows = await listed(other, 2)
     assert len({row["id"] for row in rows}) == 2
     assert [row["me"] for row in rows].count(True) == 1
@@ -110,7 +111,7 @@ async def test_a_swap_of_the_base_is_followed(pair, make_adapter, tiny_model, tm
     export = shutil.copytree(tiny_model, tmp_path / "export")
     assert (await one.post("/v1/engines/base/swap", json={"model": str(export)})).status_code == 200
     base = other._transport.app.state.parts.fleet.first
-    assert await settled(lambda: base.model == str(export), 5)
+    assert await settled(lambda: base.model == str(export))
     assert (await ask(other, "tone")).status_code == 200
 
 
@@ -255,7 +256,7 @@ async def test_a_base_that_is_not_served_here_keeps_no_other_change_away(pair, m
     store = other._transport.app.state.parts.lifecycle.store
     assert store.has(pushed["digest"])
     await one.delete("/v1/adapters/tone")
-    assert await settled(lambda: not store.has(pushed["digest"]), 5)
+    assert await settled(lambda: not store.has(pushed["digest"]))
 
 
 async def test_a_key_that_a_server_with_a_slow_clock_revoked_opens_nothing_elsewhere(pair):

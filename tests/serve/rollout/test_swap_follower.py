@@ -11,7 +11,8 @@ import pytest
 from serve.errors import Conflict
 from serve.rollout import swap_follower
 from serve.rollout.swap_follower import SwapFollower
-from tests.support.app import ask, settled, upload
+from tests.support.app import ask, upload
+from tests.support.waiting import settled
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ async def test_a_swap_that_drained_first_is_followed_where_two_engines_have_no_r
     backend.prepare = lambda heir: setattr(heir, "no_room", True)
     model = elsewhere()
     base = parts_of(sharing).fleet.first
-    assert await settled(lambda: base.model == model and base.is_ready, 8)
+    assert await settled(lambda: base.model == model and base.is_ready)
     assert backend.stops == 1
     assert (await ask(sharing, "base")).status_code == 200
 
@@ -55,7 +56,7 @@ async def test_what_another_server_has_measured_is_not_measured_again(sharing, b
     backend.probes.clear()
     model = elsewhere()
     base = parts_of(sharing).fleet.first
-    assert await settled(lambda: base.model == model and base.is_ready, 8)
+    assert await settled(lambda: base.model == model and base.is_ready)
     assert set(base.backend.held) == set(ids)
     assert not set(backend.probes) and set(base.backend.probes) <= {None}, "its base alone is looked at"
 
@@ -66,10 +67,10 @@ async def test_a_model_that_did_not_start_here_is_tried_again(sharing, backend, 
     backend.prepare = lambda heir: setattr(heir, "wont_start", "no" if fails[0] and "export" in heir.model else None)
     model = elsewhere()
     base = parts_of(sharing).fleet.first
-    assert await settled(lambda: "base_swap" in parts_of(sharing).health.degraded, 8)
+    assert await settled(lambda: "base_swap" in parts_of(sharing).health.degraded)
     assert (await ask(sharing, "base")).status_code == 200
     fails[0] = False
-    assert await settled(lambda: base.model == model and base.is_ready, 8)
+    assert await settled(lambda: base.model == model and base.is_ready)
     assert await settled(lambda: not parts_of(sharing).health.degraded)
 
 
@@ -98,9 +99,9 @@ async def test_a_swap_that_is_followed_does_not_hold_the_heartbeat_up(sharing, b
     go = asyncio.Event()
     backend.prepare = lambda heir: setattr(heir, "start", go.wait)
     elsewhere()
-    assert await settled(lambda: parts_of(sharing).fleet.first.swapping, 8)
+    assert await settled(lambda: parts_of(sharing).fleet.first.swapping)
     beats, heartbeat = [], parts_of(sharing).heartbeat
     exchange = heartbeat._exchange
     monkeypatch.setattr(heartbeat, "_exchange", lambda *row: (beats.append(1), exchange(*row))[1])
-    assert await settled(lambda: len(beats) > 2, 5)
+    assert await settled(lambda: len(beats) > 2)
     go.set()

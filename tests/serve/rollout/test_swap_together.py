@@ -15,8 +15,9 @@ from serve.adapters.registry.tables import swap_announcements
 from serve.engine import base_swap
 from serve.engine.base_swap import Approval
 from serve.rollout import swap_follower, swap_together
-from tests.support.app import ask, settled
+from tests.support.app import ask
 from tests.support.backend import FakeBackend
+from tests.support.waiting import settled
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,7 @@ async def pair(connect, config, tiny_model, tmp_path):
                     client=client, backend=backend, parts=parts, base=parts.fleet.first, me=parts.heartbeat.me.id
                 )
             )
-        assert await settled(lambda: all(len(server.parts.heartbeat.living()) == 2 for server in servers), 10)
+        assert await settled(lambda: all(len(server.parts.heartbeat.living()) == 2 for server in servers))
         export = str(shutil.copytree(tiny_model, tmp_path / "export"))
         yield *servers, str(tiny_model), export
 
@@ -72,22 +73,22 @@ async def test_nobody_answers_with_the_new_model_before_all_could(pair, monkeypa
 
     monkeypatch.setattr(one.parts.swap_follower._rows, "starting", held)
     swap = swapped(one, new)
-    assert await settled(lambda: other.base.swapping and one.base.swapping, 10)
+    assert await settled(lambda: other.base.swapping and one.base.swapping)
     noticed.set()
-    assert await settled(lambda: one.base.swapping["step"] == "waiting for other servers", 10)
+    assert await settled(lambda: one.base.swapping["step"] == "waiting for other servers")
     for _ in range(20):
         await asyncio.sleep(0.02)
         assert models(one, other) == [old, old] and not swap.done()
     go.set()
     assert (await swap).status_code == 200
-    assert await settled(lambda: models(one, other) == [new, new], 10)
+    assert await settled(lambda: models(one, other) == [new, new])
     assert await asyncio.to_thread(one.parts.swap_follower._rows.announced, "base") is None
     assert (await ask(other.client, "base")).status_code == 200
     # And back: the one that followed is asked.
-    assert await settled(lambda: not other.base.swapping, 10)
+    assert await settled(lambda: not other.base.swapping)
     other.backend.prepare = lambda heir: None
     assert (await swapped(other, old)).status_code == 200
-    assert await settled(lambda: models(one, other) == [old, old], 10)
+    assert await settled(lambda: models(one, other) == [old, old])
 
 
 async def test_a_swap_that_is_given_up_is_given_up_by_all(pair):
@@ -95,10 +96,10 @@ async def test_a_swap_that_is_given_up_is_given_up_by_all(pair):
     pace = one.parts.swap_follower.leading()
     swap = base_swap.swap(one.base, new, by="me", approval=Approval.FORCED, pace=pace)
     swapping = asyncio.create_task(swap)
-    assert await settled(lambda: other.base.swapping and other.base.swapping["step"].startswith("waiting"), 10)
+    assert await settled(lambda: other.base.swapping and other.base.swapping["step"].startswith("waiting"))
     swapping.cancel()
     await asyncio.gather(swapping, return_exceptions=True)
-    assert await settled(lambda: not other.base.swapping and not one.base.swapping, 10)
+    assert await settled(lambda: not other.base.swapping and not one.base.swapping)
     assert models(one, other) == [old, old]
     assert (await ask(other.client, "base")).status_code == 200
 
@@ -109,7 +110,7 @@ async def test_a_server_without_room_for_both_engines_goes_over_afterwards(pair,
     other.backend.prepare = lambda heir: setattr(heir, "no_room", True)
     assert (await swapped(one, new)).status_code == 200
     assert one.base.model == new
-    assert await settled(lambda: other.base.model == new and other.base.is_ready, 10)
+    assert await settled(lambda: other.base.model == new and other.base.is_ready)
     assert other.backend.stops == 1
 
 
@@ -124,7 +125,7 @@ async def test_what_a_server_announced_that_is_gone_is_not_prepared(pair):
     await asyncio.to_thread(announce)
     looks, announced = [], other.parts.swap_follower._rows.announced
     other.parts.swap_follower._rows.announced = lambda base: (looks.append(base), announced(base))[1]
-    assert await settled(lambda: len(looks) > 3, 10)
+    assert await settled(lambda: len(looks) > 3)
     assert not one.backend.heirs and not other.backend.heirs and models(one, other) == [old, old]
 
 

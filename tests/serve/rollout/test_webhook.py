@@ -21,7 +21,7 @@ from serve.rollout import webhook
 from serve.rollout.webhook import Delivery, Webhooks, checked_url, signing_key
 from tests.support.app import push_two
 from tests.support.http_service import Handler, serving
-from tests.support.watched_traffic import until
+from tests.support.waiting import settled
 
 SECRET = "a secret of enough characters"
 
@@ -253,7 +253,7 @@ async def test_the_server_tells_of_alarms_and_rollbacks(connect, config, make_ad
         parts.events.publish(alarm)
         result = await parts.automatic_rollback.rollback("tone", 2, "alert", {"errors": 0.3})
         assert result.done
-        assert await until(lambda: asyncio.sleep(0.02, len(receiver.requests) == 2))
+        assert await settled(lambda: asyncio.sleep(0.02, len(receiver.requests) == 2))
     events = [json.loads(body) for _, _, body in receiver.requests]
     assert [event["type"] for event in events] == ["drift.alarm", "rollback"]
     assert events[0]["data"]["text"] == moved["text"] and events[0]["data"]["moved"] == moved

@@ -23,8 +23,9 @@ from serve.models import hardware
 from serve.server import front_ends as module
 from serve.server.front_end_process import FORGET, GIVE_BACK, OPEN, STUCK, Messages, Streams, framed, packed
 from serve.server.front_ends import how_many
-from tests.support.app import settled, upload
+from tests.support.app import upload
 from tests.support.speaking import Speaking, chunk, listening, served
+from tests.support.waiting import settled
 
 PATH = "/v1/chat/completions"
 
@@ -205,7 +206,7 @@ async def test_a_process_that_dies_or_hangs_ends_its_streams_with_an_error_and_h
         assert "has died" in story.errors[0].message and story.errors[0].status == 503
         writer.write(request(10))  # its connection lives
         assert words(await answer(reader)) == told(10, story.word)
-        assert await settled(lambda: front_ends.pids not in ([], [pid]), 10)
+        assert await settled(lambda: front_ends.pids not in ([], [pid]))
         assert front_ends.deaths == 1
         writer.write(request(100))
         assert words(await answer(reader)) == told(100, story.word)
@@ -326,7 +327,7 @@ async def test_streams_of_a_process_that_is_killed_are_failures_and_others_are_n
     speaking.flow.clear()
     async with served(config, speaking, 1) as (url, front_ends, parts), httpx.AsyncClient(base_url=url) as client:
         asked = [asyncio.create_task(streamed(client)) for _ in range(3)]
-        assert await settled(lambda: front_ends.handed == 3, 10)
+        assert await settled(lambda: front_ends.handed == 3)
         os.kill(front_ends.pids[0], signal.SIGKILL)
         for each in asked:
             last = (await each).rstrip().rpartition(b"\n\n")[2]
@@ -335,7 +336,7 @@ async def test_streams_of_a_process_that_is_killed_are_failures_and_others_are_n
         speaking.flow.set()
         assert await settled(lambda: speaking.running == 0), "the engine works for nobody"
         assert (await streamed(client)).endswith(b"data: [DONE]\n\n")
-        assert await settled(lambda: front_ends.pids, 10)
+        assert await settled(lambda: front_ends.pids)
         await asyncio.to_thread(parts.exchange_worker.settle)
         metrics = (await client.get("/metrics")).text
     assert re.search(r'^loradock_requests_failed_total\{[^}]*reason="error"[^}]*\} 3', metrics, re.M)
@@ -359,7 +360,7 @@ async def test_a_promote_under_streams_loses_nothing_and_mixes_nothing(config, s
         asking = [asyncio.create_task(keep_asking()) for _ in range(8)]
         for swap in range(6):
             count = len(bodies)
-            assert await settled(lambda count=count: len(bodies) > count + 8, 20)
+            assert await settled(lambda count=count: len(bodies) > count + 8)
             promoted = await client.post("/v1/adapters/tone/promote", json={"version": 1 + (swap + 1) % 2})
             assert promoted.status_code == 200
         stop.set()

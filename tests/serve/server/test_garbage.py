@@ -10,6 +10,7 @@ from contextlib import suppress
 import pytest
 
 from serve.server.garbage import FEW, SOME, collect_in_quiet
+from tests.support.waiting import settled
 
 
 class Cycle:
@@ -65,9 +66,7 @@ async def test_what_the_allocator_has_free_is_given_back_once_memory_has_grown()
         collect_in_quiet(lambda: FEW, look=0.01, resident=resident, give_back=lambda: given.append(last[0]))
     )
     try:
-        async with asyncio.timeout(10):
-            while last[0] != 5 + SOME:
-                await asyncio.sleep(0.01)
+        assert await settled(lambda: last[0] == 5 + SOME)
         assert given == [SOME + 1], "once it is more, and no more once it is gone"
     finally:
         collecting.cancel()

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from serve.telemetry.export_queue import ExportQueue
-from tests.support.server import eventually
+from tests.support.waiting import eventually
 
 
 class Receiver:
@@ -39,7 +39,7 @@ def test_what_waits_goes_in_batches_and_in_order():
     for number in range(25):
         numbers.put(number)
     numbers.start()
-    assert eventually(lambda: receiver.items == list(range(25)), 5)
+    assert eventually(lambda: receiver.items == list(range(25)))
     assert max(map(len, receiver.taken)) <= 10
     numbers.stop()
     assert (numbers.delivered, numbers.dropped) == (25, 0) and receiver.closed.is_set()
@@ -53,9 +53,9 @@ def test_a_receiver_that_was_gone_gets_everything_in_order_when_it_is_back():
     numbers.start()
     for number in range(60):
         numbers.put(number)
-    assert eventually(lambda: receiver.attempts >= 3, 5)
+    assert eventually(lambda: receiver.attempts >= 3)
     gone = False
-    assert eventually(lambda: sorted(receiver.items) == list(range(60)), 10)
+    assert eventually(lambda: sorted(receiver.items) == list(range(60)))
     numbers.stop()
     assert numbers.dropped == 0
 
@@ -67,7 +67,7 @@ def test_when_more_wait_than_may_the_oldest_are_dropped_and_counted():
         numbers.put(number)
     assert (numbers.waiting, numbers.dropped) == (10, 5)
     numbers.start()
-    assert eventually(lambda: receiver.items == list(range(5, 15)), 5)
+    assert eventually(lambda: receiver.items == list(range(5, 15)))
     numbers.stop()
 
 
@@ -78,7 +78,7 @@ def test_a_batch_that_is_too_large_for_the_receiver_goes_in_parts():
     for number in range(20):
         numbers.put(number)
     numbers.start()
-    assert eventually(lambda: receiver.items == list(range(20)), 10)
+    assert eventually(lambda: receiver.items == list(range(20)))
     numbers.stop()
     assert numbers.dropped == 0
 
@@ -91,7 +91,7 @@ def test_one_that_is_never_taken_keeps_no_others_back_and_is_dropped_and_counted
         numbers.put(number)
     numbers.start()
     others = [number for number in range(20) if number != 7]
-    assert eventually(lambda: sorted(receiver.items) == others and numbers.dropped == 1, 20)
+    assert eventually(lambda: sorted(receiver.items) == others and numbers.dropped == 1)
     numbers.stop()
 
 
@@ -108,9 +108,9 @@ def test_an_export_that_raises_loses_nothing():
     numbers = queue(receiver)
     numbers.start()
     numbers.put(1)
-    assert eventually(lambda: receiver.attempts >= 2, 5)
+    assert eventually(lambda: receiver.attempts >= 2)
     broken = False
-    assert eventually(lambda: receiver.items == [1], 5)
+    assert eventually(lambda: receiver.items == [1])
     numbers.stop()
 
 
@@ -131,7 +131,7 @@ def test_a_stop_ends_the_wait_for_a_receiver_that_hangs_and_counts_what_is_lost(
     numbers.start()
     numbers.put(1)
     numbers.put(2)
-    assert eventually(lambda: receiver.attempts == 1, 5)
+    assert eventually(lambda: receiver.attempts == 1)
     numbers.put(3)
     numbers.stop(0.1)
-    assert eventually(lambda: numbers.dropped == 3, 5)
+    assert eventually(lambda: numbers.dropped == 3)

@@ -13,9 +13,10 @@ from serve.engine.engine import LOW_PRIORITY
 from serve.engine.fair_queue import FairQueue
 from serve.engine.fleet import Fleet
 from serve.telemetry.gateway_series import LABEL_CHARACTERS, _listed
-from tests.support.app import ask, issued, settled, upload
+from tests.support.app import ask, issued, upload
 from tests.support.endpoint_picker import Endpoint, parsed, scraped
 from tests.support.known_backend import KV_CACHE, WAITING_INSIDE, KnownBackend
+from tests.support.waiting import settled
 
 FAMILIES = {
     "vllm:num_requests_waiting", "vllm:num_requests_running", "vllm:kv_cache_usage_perc", "vllm:lora_requests_info",

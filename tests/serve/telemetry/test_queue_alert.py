@@ -16,7 +16,8 @@ from tests.support.app import CHAT, upload
 from tests.support.known_backend import KnownBackend
 from tests.support.prometheus import HAS_PROMETHEUS, ask, prometheus
 from tests.support.served import Served
-from tests.support.server import done, eventually
+from tests.support.server import done
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.skipif(not HAS_PROMETHEUS, reason="prometheus is not installed (Debian: prometheus)")
 

@@ -11,7 +11,7 @@ import pytest
 
 from serve.vllm_backend import building
 from serve.vllm_backend.building import built
-from tests.support.app import settled
+from tests.support.waiting import settled
 
 context = multiprocessing.get_context("spawn")
 
@@ -39,7 +39,7 @@ async def test_a_build_that_is_abandoned_loses_its_processes_and_nobody_elses():
         raise RuntimeError("the engine's process ended")
 
     building_ = asyncio.create_task(built(build, discarded.append))
-    assert await settled(lambda: mine and mine[0].is_alive(), 10)
+    assert await settled(lambda: mine and mine[0].is_alive())
     building_.cancel()
     with pytest.raises(asyncio.CancelledError):
         await building_

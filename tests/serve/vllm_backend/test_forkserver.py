@@ -16,7 +16,7 @@ from pathlib import Path
 
 from serve.vllm_backend import forkserver
 from serve.vllm_backend.forkserver import Context, follow
-from tests.support.server import eventually
+from tests.support.waiting import eventually
 
 
 def report(path: Path) -> None:
@@ -60,7 +60,7 @@ def test_the_next_comes_from_a_fresh_one_and_the_old_one_ends_with_its_last(tmp_
     ends.send("end")
     last.join(30)
     assert last.exitcode == forkserver.UNKNOWN, "its end is heard of, its status went with the old one"
-    assert eventually(lambda: not Path(f"/proc/{old}").exists(), 10), "neither running nor a zombie"
+    assert eventually(lambda: not Path(f"/proc/{old}").exists()), "neither running nor a zombie"
 
 
 def test_a_fork_server_that_does_not_answer_is_left_for_a_fresh_one(tmp_path, monkeypatch):
@@ -78,7 +78,7 @@ def test_a_fork_server_that_does_not_answer_is_left_for_a_fresh_one(tmp_path, mo
     finally:
         os.kill(stuck, signal.SIGCONT)
     # What it was asked for in vain is nobody's, and it has nothing else to do.
-    assert eventually(lambda: not Path(f"/proc/{stuck}").exists(), 10)
+    assert eventually(lambda: not Path(f"/proc/{stuck}").exists())
 
 
 def test_a_fresh_one_outlives_the_thread_that_asked_for_it(tmp_path):
@@ -149,7 +149,7 @@ def test_processes_are_forked_from_what_the_server_has_imported(tmp_path):
     assert not found["held"] and not found["handlers"], "nothing of the server's own"
     assert found["collects"]
     assert found["server"] == int(forks) != int(server) and found["title"] == "loradock: fork server"
-    assert eventually(lambda: not running(int(forks)), 10), "it ends with the server"
+    assert eventually(lambda: not running(int(forks))), "it ends with the server"
 
 
 BESIDE = """
@@ -218,12 +218,12 @@ def test_a_stuck_engine_ends_with_its_server_too(tmp_path):
         try:
             pids = [int(pid) for pid in server.stdout.readline().split()]
             assert len(pids) == 3
-            assert eventually(lambda: len(list(tmp_path.iterdir())) == 2, 30)
+            assert eventually(lambda: len(list(tmp_path.iterdir())) == 2)
             assert all(running(pid) for pid in pids)
         finally:
             server.kill()
     try:
-        assert eventually(lambda: not any(running(pid) for pid in pids), 10), "a process outlived its server"
+        assert eventually(lambda: not any(running(pid) for pid in pids)), "a process outlived its server"
     finally:
         for pid in filter(running, pids):
             os.kill(pid, signal.SIGKILL)

@@ -17,7 +17,8 @@ from tests.campaigns.company import apart, requests
 from tests.serve.vllm_backend.test_structured_outputs import PERSON, nested
 from tests.support.edge_adapters import EMBEDDING, edge_adapter
 from tests.support.lora import trained
-from tests.support.server import BASE, SMALL, Server, descendants, done, eventually
+from tests.support.server import BASE, SMALL, Server, descendants, done
+from tests.support.waiting import eventually
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(500)]
 PROMPTS = [

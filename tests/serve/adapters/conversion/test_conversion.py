@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from serve.adapters.conversion import conversion
 from serve.adapters.conversion.conversion import convert
 from serve.adapters.conversion.kinds import convertible
 from serve.errors import AdapterRejected
+from tests.support.waiting import settled
 
 MODULES = {"model.layers.0.self_attn.q_proj": (16, 16), "model.embed_tokens": (16, 40)}
 LIMITS = Limits(max_rank=8)
@@ -90,12 +89,12 @@ async def test_a_conversion_ends_with_its_time_and_with_whoever_waits_for_it(tmp
     monkeypatch.setenv("PID_FILE", str(tmp_path / "pid"))
     (tmp_path / "sleeper.py").write_text(SLEEPER)
     converting = asyncio.create_task(converted(loha(tmp_path / "left")))
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-        await asyncio.sleep(0.01)
+    assert await settled(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     converting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await converting
-    assert await _ended(int((tmp_path / "pid").read_text()))
+    pid = int((tmp_path / "pid").read_text())
+    assert await settled(lambda: not Path(f"/proc/{pid}").exists())
     monkeypatch.setattr(conversion, "SECONDS", 0.05)
     assert "was not converted within 0.05 s" in await refused(loha(tmp_path / "slow"))
 
@@ -108,14 +107,3 @@ async def test_a_program_that_breaks_is_a_sentence(tmp_path, monkeypatch) -> Non
     assert "cannot be converted: 2 things are wrong, first of all that rank 9" in await refused(loha(tmp_path / "no"))
     (tmp_path / "broken.py").write_text("raise SystemError('worse')")
     assert "SystemError: worse" in await refused(loha(tmp_path / "worse"))
-
-
-async def _ended(pid: int) -> bool:
-    until = time.monotonic() + 10
-    while time.monotonic() < until:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        await asyncio.sleep(0.01)
-    return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import tarfile
@@ -17,6 +16,7 @@ from serve.adapters.registry.registry import Registry
 from serve.errors import ConfigError
 from tests.support.app import ask, upload
 from tests.support.backend import FakeBackend
+from tests.support.waiting import settled
 
 
 async def test_a_server_over_a_restored_backup_answers_as_the_one_that_was_backed_up(
@@ -114,12 +114,13 @@ async def test_files_of_batches_come_along_and_a_batch_under_way_ends_on_the_res
 
 
 async def answered(client, batch):
-    for _ in range(400):
+    async def completed():
         found = (await client.get(f"/v1/batches/{batch}")).json()
-        if found["status"] == "completed":
-            return found
-        await asyncio.sleep(0.02)
-    raise AssertionError(found)
+        return found["status"] == "completed" and found
+
+    found = await settled(completed)
+    assert found
+    return found
 
 
 def test_a_file_that_is_not_as_long_as_it_was_is_refused(tmp_path):

@@ -12,7 +12,8 @@ from serve.adapters.adapter import Inspection
 from serve.adapters.registry.registry import Registry
 from serve.errors import Conflict, EngineUnavailable
 from serve.rollout import lifecycle
-from tests.support.app import push_two, said, settled, upload
+from tests.support.app import push_two, said, upload
+from tests.support.waiting import settled
 
 
 def filled(url, **more):
@@ -82,7 +83,7 @@ async def test_a_rollback_is_done_in_seconds_while_the_database_is_locked(client
         assert "rollback" in (await client.get("/ready")).json()["degraded"]
         elsewhere.execute("ROLLBACK")
     registry = client._transport.app.state.parts.registry
-    assert await settled(lambda: not registry.standing, 20)
+    assert await settled(lambda: not registry.standing)
     await asyncio.to_thread(registry.refresh)
     assert await said(client) == first
     rows = (await client.get("/v1/adapters/tone")).json()["history"]
@@ -142,7 +143,7 @@ async def test_bad_canaries_end_in_seconds_while_the_database_is_locked_and_none
         assert not any(parts.registry.canary(name) for name in names)
         assert len(parts.registry.standing.all()) == 3
         elsewhere.execute("ROLLBACK")
-    assert await settled(lambda: not parts.registry.standing, 20)
+    assert await settled(lambda: not parts.registry.standing)
     for name in names:
         rows = (await client.get(f"/v1/adapters/{name}")).json()["history"]
         assert [row["what"] for row in rows].count("canary_end") == 1

@@ -19,7 +19,7 @@ import pytest
 
 from serve.adapters.sources import client_process
 from tests.support.backend import FakeBackend
-from tests.support.server import eventually
+from tests.support.waiting import eventually
 from tests.support.wandb_service import ENTITY, PROJECT, WandbService, running
 
 PYTHON = os.environ.get("LORADOCK_TEST_WANDB", "")
@@ -92,7 +92,7 @@ async def test_versions_and_aliases_are_fetched_and_nothing_else(connect, config
     async with connect(replace(config, max_upload_bytes=500), FakeBackend(config.model)) as client:
         assert (await push(client, f"{at}/tone:v3")).status_code == 413
     assert not list((config.data_dir / "quarantine").iterdir())
-    assert eventually(lambda: not services(), 20), "what the client starts ends with it"
+    assert eventually(lambda: not services()), "what the client starts ends with it"
 
 
 async def test_a_key_that_is_not_known_and_a_reference_are_a_sentence(

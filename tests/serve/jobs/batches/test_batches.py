@@ -23,8 +23,9 @@ from serve.jobs.batches import build
 from serve.jobs.batches.upload import LINES
 from serve.models import hardware
 from tests.serve.jobs.batches.conftest import lines_of, request
-from tests.support.app import CHAT, http, issued, settled, upload
+from tests.support.app import CHAT, http, issued, upload
 from tests.support.backend import FakeBackend
+from tests.support.waiting import settled
 
 ENDED = ("completed", "failed", "expired", "cancelled")
 
@@ -81,7 +82,7 @@ async def begun(ai, *rows, endpoint=CHAT, **more):
     return batch.id
 
 
-async def ended(ai, id, seconds=15.0):
+async def ended(ai, id, seconds=60.0):
     """The batch, once it is at its end."""
     async with asyncio.timeout(seconds):
         while (batch := await ai.batches.retrieve(id)).status not in ENDED:
@@ -331,7 +332,7 @@ async def test_results_that_the_database_did_not_take_are_on_nobodys_account(con
         monkeypatch.setattr(parts.batches.rows, "finish", lost)
         await begun(ai, request("a"))
         ledger = parts.store.ledger
-        assert await settled(lambda: not parts.batches.schedule._working and parts.batches.schedule._paused, 10)
+        assert await settled(lambda: not parts.batches.schedule._working and parts.batches.schedule._paused)
         (file,) = (await ai.files.list()).data
         assert ledger.totals()["default"].keys() == {"files", "answers"}
         assert ledger.nbytes("default", Kind.FILES) == file.bytes, "the input alone"

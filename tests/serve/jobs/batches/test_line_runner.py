@@ -10,7 +10,7 @@ import pytest
 from serve.asgi.internal_client import RecordedAnswer
 from serve.jobs.batches import line_runner
 from serve.jobs.batches.line_runner import Gaps, Stopped
-from tests.support.app import settled
+from tests.support.waiting import settled
 
 
 @dataclass(eq=False)

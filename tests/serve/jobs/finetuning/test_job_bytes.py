@@ -10,8 +10,8 @@ from serve.adapters.byte_ledger import Bound, Kind, size_of
 from serve.jobs.finetuning import admission
 from tests.serve.jobs.finetuning.conftest import begun, ended, parts_of, stepped
 from tests.serve.jobs.finetuning.test_workers import by_hand, claimed, pair, queued
-from tests.support.app import settled
 from tests.support.backend import FakeBackend
+from tests.support.waiting import settled
 
 __all__ = ["pair"]
 
@@ -38,7 +38,7 @@ async def test_copies_and_results_are_paid_for_before_they_are_written_and_count
         assert job.status == "succeeded", job.error
         assert len(copied) == 4 and set(copied) == {0}, "one to try, the result, and two checkpoints"
         assert len(left) == 2 and min(left) >= 0
-        assert await settled(lambda: ledger.totals()["default"].keys() == {"adapters", "files"}, 10)
+        assert await settled(lambda: ledger.totals()["default"].keys() == {"adapters", "files"})
         totals = ledger.totals()
         assert totals["default"]["files"] == size_of(config.data_dir / "files")
         assert totals["default"]["adapters"] <= size_of(config.data_dir / "blobs")
@@ -60,7 +60,7 @@ async def test_checkpoints_are_counted_again_from_the_disk_when_the_server_start
     hold.unlink()
     async with again as client:
         assert (await ended(sdk(client), id)).status == "succeeded"
-        assert await settled(lambda: not ledger.nbytes("default", Kind.TRAINING) and not folder.exists(), 10)
+        assert await settled(lambda: not ledger.nbytes("default", Kind.TRAINING) and not folder.exists())
 
 
 async def test_what_another_server_passed_on_is_paid_for_before_it_comes(pair, sdk, tiny_model, tmp_path, monkeypatch):

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from tests.serve.jobs.finetuning.conftest import begun, ended, parts_of
 from tests.serve.jobs.finetuning.test_jobs import alive
-from tests.support.app import settled, upload
+from tests.support.app import upload
+from tests.support.waiting import settled
 
 
 async def checking(ai, file: Path) -> tuple[str, int]:
     """A new job, and the process that checks its examples and says so in this file."""
     id = await begun(ai)
-    assert await settled(lambda: file.is_file() and file.read_text().endswith("\n"), 30)
+    assert await settled(lambda: file.is_file() and file.read_text().endswith("\n"))
     process = int(file.read_text())
     file.unlink()
     return id, process
@@ -27,7 +28,7 @@ async def test_a_check_ends_with_its_job_and_with_its_server(training, sdk, tmp_
         id, process = await checking(ai, file)
         assert os.getpgid(process) == process, "Ctrl+C at the server's terminal would fail the job"
         await ai.fine_tuning.jobs.cancel(id)
-        assert await settled(lambda: not alive(process), 15)
+        assert await settled(lambda: not alive(process))
         id, process = await checking(ai, file)
     assert not alive(process)
 

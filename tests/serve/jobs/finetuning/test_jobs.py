@@ -16,7 +16,8 @@ from serve.config import keys_hashed
 from serve.errors import OutOfSpace
 from serve.jobs.finetuning.training_process import Checked
 from tests.serve.jobs.finetuning.conftest import begun, ended, examples, messages, parts_of, sent, stepped
-from tests.support.app import issued, settled, upload
+from tests.support.app import issued, upload
+from tests.support.waiting import settled
 
 
 def alive(process):
@@ -122,7 +123,7 @@ async def test_a_job_that_is_cancelled_leaves_nothing(training, sdk):
             await ai.files.delete(file)
         assert (await ai.fine_tuning.jobs.cancel(id)).status == "cancelled"
         folder = parts_of(client).fine_tuning.runner.folders.folder(id).path
-        assert await settled(lambda: not alive(process) and not folder.exists(), 15)
+        assert await settled(lambda: not alive(process) and not folder.exists())
         assert (await client.get("/v1/adapters")).json()["data"] == []
         assert (await messages(ai, id))[-1] == "Fine-tuning job was cancelled"
         for verb in ("cancel", "pause", "resume"):
@@ -144,7 +145,7 @@ async def test_a_job_that_was_paused_ends_with_the_same_bytes(training, sdk, mon
         id = await begun(ai, suffix="other")
         process = await stepped(client, id)
         assert (await ai.fine_tuning.jobs.pause(id)).status == "paused"
-        assert await settled(lambda: not alive(process), 15)
+        assert await settled(lambda: not alive(process))
         await asyncio.sleep(0.3)
         assert (await ai.fine_tuning.jobs.retrieve(id)).status == "paused"
         hold.unlink()
@@ -193,9 +194,11 @@ async def test_a_process_without_a_sign_of_life_is_started_again(training, sdk, 
         ai = sdk(client)
         parts_of(client).fine_tuning.runner.process.stall = 0.5
         id = await begun(ai)
-        async with asyncio.timeout(30):
-            while (await messages(ai, id)).count(ended_for_that) < 2:  # what was started again hangs again
-                await asyncio.sleep(0.05)
+
+        async def restarted_twice():  # what was started again hangs again
+            return (await messages(ai, id)).count(ended_for_that) >= 2
+
+        assert await settled(restarted_twice)
         assert (await ai.fine_tuning.jobs.cancel(id)).status == "cancelled"
 
 
@@ -261,7 +264,7 @@ async def test_training_is_suspended_while_clients_are_answered(training, sdk):
         busy = [True]
         process.is_busy = lambda: busy[0]
         id = await begun(ai)
-        assert await settled(lambda: process.suspended, 15)
+        assert await settled(lambda: process.suspended)
         stopped = process.pid
         await asyncio.sleep(0.3)
         assert (await asyncio.to_thread(state_of, stopped)) == "T"

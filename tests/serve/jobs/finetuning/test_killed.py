@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.serve.jobs.finetuning.conftest import examples
-from tests.support.server import ROOT, done, eventually
+from tests.support.server import ROOT, done
+from tests.support.waiting import eventually
 from tests.support.zygote import Zygote
 
 # `make finetune` kills the real trainer as often.
@@ -64,10 +65,10 @@ def test_a_job_ends_once_over_kills_at_any_moment(zygote, tmp_path):
                 os.kill(process, signal.SIGKILL)
             continue
         zygote.kill(server)
-        assert eventually(lambda: trainer(data) is None, 10), "the process outlived its server"
+        assert eventually(lambda: trainer(data) is None), "the process outlived its server"
         server = zygote.start()
     ended_once(client, id)
-    assert eventually(lambda: not list((data / "finetuning").iterdir()), 10)
+    assert eventually(lambda: not list((data / "finetuning").iterdir()))
     zygote.kill(server)
 
 
@@ -123,8 +124,8 @@ def test_a_job_at_a_worker_ends_once_over_kills_of_worker_and_server(remote, box
             continue
         worker.kill()
         worker.wait()
-        assert eventually(lambda: trainer(tmp_path / "box", "jobs") is None, 10), "the process outlived its worker"
+        assert eventually(lambda: trainer(tmp_path / "box", "jobs") is None), "the process outlived its worker"
         worker = box()
     ended_once(client, id)
-    assert eventually(lambda: not list((tmp_path / "box" / "jobs").iterdir()), 15)
+    assert eventually(lambda: not list((tmp_path / "box" / "jobs").iterdir()))
     remote.kill(server)

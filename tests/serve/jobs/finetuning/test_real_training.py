@@ -18,10 +18,10 @@ from serve.jobs.finetuning.training_process import COMMAND
 from tests.optimize.steps.test_tune import TEMPLATE, answering, preferring
 from tests.serve.jobs.finetuning.conftest import begun, ended, messages, parts_of, sent, stepped
 from tests.support import pico
-from tests.support.app import settled
 from tests.support.backend import FakeBackend
 from tests.support.served import Served
-from tests.support.server import ROOT, done, eventually
+from tests.support.server import ROOT, done
+from tests.support.waiting import eventually, settled
 
 pytestmark = pytest.mark.timeout(1200)
 # The command, whose trainer is not behind everything else: on a machine that does other work it would never train.
@@ -109,7 +109,7 @@ async def test_examples_and_preferences_and_what_was_learned_before(small, sdk):
         version = (await client.get("/v1/adapters/tone")).json()["versions"][-1]
         assert version["checks"]["parent"] == job.fine_tuned_model and not version["live"]
         left = parts_of(client).fine_tuning.runner.folders.folder(further.id).path
-        assert await settled(lambda: not left.exists(), 15)
+        assert await settled(lambda: not left.exists())
 
 
 def test_the_command_of_a_worker_trains_a_job_and_ends(base, config, tmp_path):

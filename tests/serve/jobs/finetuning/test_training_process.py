@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from serve.jobs.finetuning import process_tree
 from serve.jobs.finetuning.training_process import CannotCheck, Ended, TrainingProcess, Why
 from serve.models.embedded import ensure
+from tests.support.waiting import eventually
 
 # Starts another program, and goes on.
 PARENT = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
@@ -28,13 +28,6 @@ def started(process, folder, stop, **more):
     return thread, ends
 
 
-def wait_for(condition):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def command_of(process):
     return Path(f"/proc/{process}/cmdline").read_bytes()
 
@@ -46,7 +39,7 @@ def state_of(process):
 def test_it_runs_behind_everything_else_and_is_the_first_to_go(tmp_path):
     stop, process = threading.Event(), TrainingProcess(command=("/bin/sh", "-c", "sleep 60"))
     thread, ends = started(process, tmp_path, stop)
-    wait_for(
+    assert eventually(
         lambda: process.pid and Path(f"/proc/{process.pid}/cmdline").read_bytes().startswith((b"/bin/sh", b"sleep"))
     )
     assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
@@ -62,17 +55,18 @@ def test_what_it_started_is_suspended_and_ended_with_it(tmp_path):
     busy, stop = [False], threading.Event()
     process = TrainingProcess(lambda: busy[0], command=(sys.executable, "-c", PARENT + "time.sleep(60)"), nice=0)
     thread, ends = started(process, tmp_path, stop, seconds=30.0)
-    wait_for(lambda: process.pid and process_tree.children(process.pid))
+    assert eventually(lambda: process.pid and process_tree.children(process.pid))
     (child,) = process_tree.children(process.pid)
-    wait_for(lambda: b"sleep(60)" in command_of(child))
+    # Until it is another program, who started it waits for that and would not be suspended.
+    assert eventually(lambda: command_of(child) != command_of(process.pid))
     busy[0] = True
-    wait_for(lambda: state_of(child) == state_of(process.pid) == "T" and process.suspended)
+    assert eventually(lambda: state_of(child) == state_of(process.pid) == "T" and process.suspended)
     busy[0] = False
-    wait_for(lambda: state_of(child) != "T" and not process.suspended)
+    assert eventually(lambda: state_of(child) != "T" and not process.suspended)
     process.stall = -1.0
     thread.join(30)
     assert not thread.is_alive() and ends[0].why is Why.HUNG
-    wait_for(lambda: not Path(f"/proc/{child}").exists() or state_of(child) == "Z")
+    assert eventually(lambda: not Path(f"/proc/{child}").exists() or state_of(child) == "Z")
 
 
 def test_it_gets_no_keys_of_the_server(tmp_path, monkeypatch):

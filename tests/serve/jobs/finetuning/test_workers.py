@@ -23,10 +23,11 @@ from serve.config import keys_hashed
 from serve.errors import BadRequest, Conflict, Forbidden, NotFound, TooLarge, Unauthorized
 from serve.models.checkpoint import digest_of
 from tests.serve.jobs.finetuning.conftest import begun, ended, examples, messages, parts_of, sent, until
-from tests.support.app import issued, settled, upload
+from tests.support.app import issued, upload
 from tests.support.backend import FakeBackend
 from tests.support.trainer import COMMAND
 from tests.support.training_worker import Bridge, worker
+from tests.support.waiting import settled
 
 METHOD = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3, "batch_size": 10}}}
 
@@ -105,7 +106,7 @@ async def test_a_worker_trains_what_the_server_would_have(remote, working, sdk, 
         async with working(client):
             job = await ended(ai, id)
             assert (job.status, job.error, job.fine_tuned_model) == ("succeeded", None, "tone@v1")
-            assert await settled(lambda: not list((tmp_path / "box" / "jobs").iterdir()), 10), "its data stayed"
+            assert await settled(lambda: not list((tmp_path / "box" / "jobs").iterdir())), "its data stayed"
         assert await digest(client, job.fine_tuned_model) == undisturbed
         hyperparameters = job.method.supervised.hyperparameters
         assert (hyperparameters.n_epochs, hyperparameters.batch_size, job.trained_tokens) == (3, 10, 600)
@@ -150,7 +151,7 @@ async def test_a_job_on_a_base_that_a_worker_lacks_waits_for_another(remote, wor
         ai = sdk(client)
         id = await queued(ai)
         async with working(client, "other-box", other):
-            assert await settled(lambda: "a job waits for the base base with the digest" in caplog.text, 10)
+            assert await settled(lambda: "a job waits for the base base with the digest" in caplog.text)
             assert (await ai.fine_tuning.jobs.retrieve(id)).status == "queued"
         async with working(client):
             assert (await ended(ai, id)).status == "succeeded"
@@ -196,11 +197,13 @@ async def test_a_job_is_paused_and_goes_on_at_its_worker_with_the_same_bytes(rem
         monkeypatch.setenv("STAND_IN", json.dumps({"hold": str(hold)}))
         id = await begun(ai, suffix="other")
         await until(ai, id, lambda job: job.status == "running" and box.process.pid)
-        async with asyncio.timeout(20):
-            while "Step 1/6: training loss=2.00" not in await messages(ai, id):
-                await asyncio.sleep(0.05)
+
+        async def one_step():
+            return "Step 1/6: training loss=2.00" in await messages(ai, id)
+
+        assert await settled(one_step)
         assert (await ai.fine_tuning.jobs.pause(id)).status == "paused"
-        assert await settled(lambda: box.process.pid is None, 15)
+        assert await settled(lambda: box.process.pid is None)
         monkeypatch.setenv("STAND_IN", "{}")
         await ai.fine_tuning.jobs.resume(id)
         job = await ended(ai, id)
@@ -216,7 +219,7 @@ async def test_a_job_that_is_cancelled_stops_at_its_worker_and_leaves_nothing(re
         id = await begun(ai)
         await until(ai, id, lambda job: job.status == "running" and box.process.pid)
         await ai.fine_tuning.jobs.cancel(id)
-        assert await settled(lambda: box.process.pid is None and not list((tmp_path / "box" / "jobs").iterdir()), 15)
+        assert await settled(lambda: box.process.pid is None and not list((tmp_path / "box" / "jobs").iterdir()))
 
 
 async def test_a_worker_that_is_stopped_gives_its_job_back_with_what_it_saved(remote, working, sdk, tmp_path, hold):
@@ -260,7 +263,7 @@ async def test_a_worker_without_room_leaves_the_job_to_others(remote, working, s
             full.setattr(WorkClient, "fetch", fetch)
             async with working(client, "full-box"):
                 id = await queued(ai)
-                assert await settled(lambda: f"{id} is not trained here now" in caplog.text, 10)
+                assert await settled(lambda: f"{id} is not trained here now" in caplog.text)
         async with working(client):
             assert (await ended(ai, id)).status == "succeeded"
 

@@ -22,7 +22,8 @@ from serve.rollout.canary.canary import CanaryAnalysis
 from serve.rollout.canary.canary_monitor import FILE, CanaryMonitor
 from serve.rollout.policy import DEFAULT_POLICIES, Policies, parse
 from tests.support.app import issued, upload
-from tests.support.watched_traffic import CHAT, Engine, ask, askers, canary_ended, drift, push, until
+from tests.support.waiting import settled
+from tests.support.watched_traffic import CHAT, Engine, ask, askers, canary_ended, drift, push
 
 
 async def test_a_canary_that_is_slower_is_ended_with_the_evidence_in_history_audit_and_metrics(
@@ -47,14 +48,14 @@ async def test_a_canary_that_is_slower_is_ended_with_the_evidence_in_history_aud
         async def told():
             return counted in (await client.get("/metrics")).text
 
-        assert await until(told)
+        assert await settled(told)
         log = watched.data_dir / "audit.jsonl"
 
         async def audited():
             last = json.loads(log.read_text().splitlines()[-1])
             return last["what"] == "canary_ended" and "inter_token" in last["evidence"]
 
-        assert await until(audited)
+        assert await settled(audited)
 
 
 async def test_a_damaged_canary_is_ended_within_sixty_of_its_requests(connect, watched, backend, make_adapter):
@@ -122,7 +123,7 @@ async def test_bad_ratings_alone_end_a_canary(connect, watched, backend, make_ad
             body = {"request_id": answer.headers["x-request-id"], "rating": rating}
             assert (await client.post("/v1/feedback", json=body)).status_code == 200
         await drift(client)
-        assert await until(lambda: canary_ended(client))
+        assert await settled(lambda: canary_ended(client))
         assert "rating" in (await client.get("/v1/adapters/tone")).json()["history"][-1]["why"]
 
 
@@ -208,11 +209,11 @@ async def test_a_rollback_that_failed_is_tried_again_until_it_is_done(
     async with connect(watched) as client:
         locked = damaged_database(client, monkeypatch)
         await bad_canary(client, make_adapter, engine)
-        assert await until(lambda: asyncio.sleep(0, len(locked) > 3)), "it is tried again and again"
+        assert await settled(lambda: asyncio.sleep(0, len(locked) > 3)), "it is tried again and again"
         assert not await canary_ended(client)
         assert 'loradock_canary_verdicts_pending{verdict="worse"} 1.0' in (await client.get("/metrics")).text
         locked.clear()
-        assert await until(lambda: canary_ended(client))
+        assert await settled(lambda: canary_ended(client))
 
         rollouts = client._transport.app.state.parts.rollout_controller
 
@@ -220,7 +221,7 @@ async def test_a_rollback_that_failed_is_tried_again_until_it_is_done(
             (pending,) = rollouts.collect()
             return {sample.value for sample in pending.samples} == {0}
 
-        assert await until(none_pending)
+        assert await settled(none_pending)
         await asyncio.to_thread(client._transport.app.state.parts.events.settle)
         lines = [json.loads(line) for line in (watched.data_dir / "audit.jsonl").read_text().splitlines()]
         outcomes = [line["what"] for line in lines if line["who"] == "wayback"]
@@ -234,11 +235,11 @@ async def test_a_rollback_that_failed_is_tried_again_after_a_restart_without_any
     async with connect(watched) as client:
         locked = damaged_database(client, monkeypatch)
         await bad_canary(client, make_adapter, engine)
-        assert await until(lambda: asyncio.sleep(0, len(locked) > 1))
+        assert await settled(lambda: asyncio.sleep(0, len(locked) > 1))
     backend.held.clear()
     backend.numbers.clear()
     async with connect(watched) as client:
-        assert await until(lambda: canary_ended(client))
+        assert await settled(lambda: canary_ended(client))
         # Whoever makes it a canary again begins again.
         await client.post("/v1/adapters/tone/canary", json={"version": 2, "weight": 0.5})
         assert (await drift(client))["canary"] is None
@@ -258,12 +259,12 @@ async def test_a_rollback_is_not_tried_again_once_somebody_has_promoted_the_cana
     async with connect(watched) as client:
         locked = damaged_database(client, monkeypatch)
         await bad_canary(client, make_adapter, engine)
-        assert await until(lambda: asyncio.sleep(0, len(locked) > 1))
+        assert await settled(lambda: asyncio.sleep(0, len(locked) > 1))
         promoted = await client.post("/v1/adapters/tone/promote", json={"version": 2, "at_once": True})
         assert promoted.status_code == 200
         locked.clear()
         actions = client._transport.app.state.parts.rollout_controller._actions
-        assert await until(lambda: asyncio.sleep(0, not actions))
+        assert await settled(lambda: asyncio.sleep(0, not actions))
         assert (await client.get("/v1/adapters/tone")).json()["live"] == 2
 
 
@@ -392,9 +393,9 @@ async def test_the_report_and_the_metrics_say_what_a_proof_takes_and_where_the_l
         async def shown(line):
             return line in (await client.get("/metrics")).text
 
-        assert await until(lambda: shown('loradock_swap_threshold_log_evidence{adapter="tone",version="v2"} 6.9077'))
+        assert await settled(lambda: shown('loradock_swap_threshold_log_evidence{adapter="tone",version="v2"} 6.9077'))
         unknown = 'loradock_canary_requests_to_proof{adapter="tone",bound="expected",version="v2"} +Inf'
-        assert await until(lambda: shown(unknown))
+        assert await settled(lambda: shown(unknown))
         await ask(client, 200)
         report = (await drift(client))["canary"]
         assert (report["requests"], report["askers"], report["skipped"], report["dealt_by"]) == (230, 230, 0, "asker")

@@ -11,6 +11,7 @@ import pytest
 
 from serve.server.assembly import build_app
 from tests.support.app import push_two, said
+from tests.support.waiting import settled
 
 
 @pytest.fixture
@@ -30,14 +31,6 @@ async def shadow(client, weight, version=2):
     return await client.post("/v1/adapters/tone/shadow", json={"version": version, "weight": weight})
 
 
-async def until(condition, seconds=3.0):
-    for _ in range(int(seconds / 0.01)):
-        if condition():
-            return True
-        await asyncio.sleep(0.01)
-    return condition()
-
-
 async def counted(client, result):
     lines = (await client.get("/metrics")).text.splitlines()
     return [float(line.split()[-1]) for line in lines if "shadow_requests" in line and f'result="{result}"' in line]
@@ -47,7 +40,7 @@ async def test_the_candidate_answers_too_and_the_client_sees_the_live_version(cl
     live, candidate = await push_two(client, make_adapter)
     assert (await shadow(client, 1)).json()["shadow"] == {"version": 2, "weight": 1.0}
     assert await said(client, messages=[{"role": "user", "content": "hello"}]) == live
-    assert await until(lambda: pairs)
+    assert await settled(lambda: pairs)
     (pair,) = pairs
     assert (pair.name, pair.live_version, pair.candidate_version, pair.status) == ("tone", 1, 2, 200)
     assert (json.loads(pair.live)["model"], json.loads(pair.candidate)["model"]) == (live, candidate)
@@ -61,7 +54,7 @@ async def test_the_share_is_exact(client, pairs, make_adapter):
     for _ in range(40):
         await said(client, user="the same one")
         await asyncio.sleep(0.005)
-    assert await until(lambda: len(pairs) >= 9)
+    assert await settled(lambda: len(pairs) >= 9)
     assert 9 <= len(pairs) <= 11
 
 
@@ -70,7 +63,7 @@ async def test_a_stream_is_compared_in_one_piece(client, backend, pairs, make_ad
     await shadow(client, 1)
     streamed = await client.post("/v1/chat/completions", json={"model": "tone", "stream": True, "messages": []})
     assert streamed.text.endswith("data: [DONE]\n\n")
-    assert await until(lambda: pairs)
+    assert await settled(lambda: pairs)
     assert pairs[0].live.decode() == streamed.text and live in streamed.text
     assert json.loads(pairs[0].candidate) == {"model": candidate}
 
@@ -92,15 +85,12 @@ async def test_a_shadow_that_fails_is_counted_and_hurts_nobody(client, backend, 
     await shadow(client, 1)
     backend.broken = candidate
     assert await said(client) == live
-    for _ in range(100):
-        if await counted(client, "failed"):
-            break
-        await asyncio.sleep(0.01)
+    assert await settled(lambda: counted(client, "failed"))
     assert await counted(client, "failed") == [1.0]
     assert pairs == []
     backend.broken = None
     assert await said(client) == live
-    assert await until(lambda: pairs)
+    assert await settled(lambda: pairs)
 
 
 async def test_while_all_are_busy_more_are_dropped_and_counted_and_no_answer_waits(client, backend, make_adapter):

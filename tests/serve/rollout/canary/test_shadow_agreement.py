@@ -11,7 +11,8 @@ import pytest
 from serve.asgi.exchange import Generation
 from serve.rollout.canary.shadow_agreement import PAIRS, ShadowAgreement, agreement
 from tests.support.app import push_two
-from tests.support.golden import GOLDEN, Skill, cases, ran, until
+from tests.support.golden import GOLDEN, Skill, cases, ran
+from tests.support.waiting import settled
 
 
 def slow_edits(first, second):
@@ -75,7 +76,7 @@ async def test_the_shadows_answers_are_compared_with_the_clients(client, backend
     async def compared():
         return (await client.get("/v1/adapters/tone/drift")).json()["shadow"]
 
-    (row,) = await until(compared)
+    (row,) = await settled(compared)
     assert (row["live"], row["shadow"], row["sampling"]) == (1, 2, "greedy")
     assert (row["exact_agreement"], row["prefix_agreement"], row["edit_agreement"], row["length_ratio"]) == (
         0,
@@ -106,7 +107,7 @@ async def test_a_share_of_the_shadows_answers_is_judged_beside_the_clients(clien
     async def compared():
         return (await client.get("/v1/adapters/tone/drift")).json()["shadow"]
 
-    (row,) = await until(compared)
+    (row,) = await settled(compared)
     assert (row["judged"], row["live_grade"], row["shadow_grade"]) == (1, 0.9, 0.4)
     assert skill.asked[-1]["messages"][0]["content"] == "0.4 for hello"
     assert (

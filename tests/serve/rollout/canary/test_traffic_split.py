@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from serve.rollout.canary.askers import Asker, Askers
 from serve.rollout.canary.traffic_split import Shares, point
 from tests.support.app import canary, push_two, said, upload
+from tests.support.waiting import settled
 
 
 def talk(text):
@@ -189,8 +189,7 @@ async def test_a_version_asked_for_by_number_is_never_dealt_away(client, make_ad
 
 async def test_a_candidate_is_resident_before_it_takes_traffic(client, backend, make_adapter):
     _, candidate = await push_two(client, make_adapter)
-    while candidate in backend.held:
-        await asyncio.sleep(0.01)
+    assert await settled(lambda: candidate not in backend.held)
     assert (await canary(client, 0.5)).status_code == 200
     assert candidate in backend.held
 
@@ -201,11 +200,7 @@ async def test_a_weight_of_nothing_ends_a_canary_and_frees_the_candidate(client,
     assert await said(client) == candidate
     assert (await canary(client, 0)).json()["canary"] is None
     assert await said(client) == live
-    for _ in range(100):
-        await asyncio.sleep(0.01)
-        if candidate not in backend.held:
-            break
-    assert candidate not in backend.held
+    assert await settled(lambda: candidate not in backend.held)
     history = (await client.get("/v1/adapters/tone")).json()["history"]
     assert [(row["what"], row["weight"]) for row in history][-2:] == [("canary", 1.0), ("canary_end", None)]
 

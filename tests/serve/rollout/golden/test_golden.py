@@ -18,7 +18,8 @@ from serve.rollout.golden.golden_set import GoldenSet
 from serve.rollout.golden.golden_store import Outcome
 from tests.support.app import push_two, upload
 from tests.support.backend import FakeBackend
-from tests.support.golden import GOLDEN, Skill, cases, put, ran, until
+from tests.support.golden import GOLDEN, Skill, cases, put, ran
+from tests.support.waiting import settled
 
 
 async def test_a_score_of_what_is_live_that_fell_is_told_once(client, backend, make_adapter):
@@ -32,7 +33,7 @@ async def test_a_score_of_what_is_live_that_fell_is_told_once(client, backend, m
     assert not told
     await client.post("/v1/adapters/tone/promote", json={"version": 2})
     await ran(client, 2)
-    assert await until(lambda: asyncio.sleep(0, told)), "the run ends before the fall is told"
+    assert await settled(lambda: asyncio.sleep(0, told)), "the run ends before the fall is told"
     await parts.golden.runs.round()
     (fall,) = told
     data = fall.data()
@@ -69,7 +70,7 @@ async def test_a_fall_that_could_not_be_noted_at_first_is_told_later(client, bac
     monkeypatch.setattr(parts.registry, "note", fail_once)
     await client.post("/v1/adapters/tone/promote", json={"version": 2})
     await ran(client, 2)
-    assert await until(lambda: asyncio.sleep(0, failures)) and not told
+    assert await settled(lambda: asyncio.sleep(0, failures)) and not told
     parts.golden.runs._next.clear()  # the pause after a failure is over
     await parts.golden.runs.round()
     assert [fall.kind for fall in told] == ["golden.score_fell"]
@@ -131,7 +132,7 @@ async def test_while_clients_are_answered_it_waits_for_a_gap(client, backend, ma
     await client.post("/v1/adapters", **upload(make_adapter(0)))
     backend.flow.clear()
     stream = asyncio.create_task(client.post("/v1/chat/completions", json={"model": "tone", "stream": True}))
-    await until(lambda: asyncio.sleep(0, backend.running == 1))
+    await settled(lambda: asyncio.sleep(0, backend.running == 1))
     await put(client, cases(3))
     await asyncio.sleep(0.3)
     assert not skill.asked
@@ -158,7 +159,7 @@ async def test_a_set_of_new_cases_has_no_score_of_the_one_before(client, backend
     await ran(client, 1)
     backend.flow.clear()
     stream = asyncio.create_task(client.post("/v1/chat/completions", json={"model": "tone", "stream": True}))
-    await until(lambda: asyncio.sleep(0, backend.running == 1))
+    await settled(lambda: asyncio.sleep(0, backend.running == 1))
     await put(client, cases(2, name="another question", max_tokens=5))
     assert len(skill.asked) == 4
     assert 'loradock_golden_score{adapter="tone"' not in (await client.get("/metrics")).text
@@ -204,7 +205,7 @@ async def test_a_run_that_is_asked_for_during_another_asks_every_case_after_that
     live = parts.registry.live("tone")
     backend.say = when_asked(skill, 9, lambda: parts.golden.runs.request(live, golden.by_key, "asked", PROBES))
     await put(client, cases(12))
-    assert await until(lambda: asyncio.sleep(0, len(skill.asked) == 20)), len(skill.asked)
+    assert await settled(lambda: asyncio.sleep(0, len(skill.asked) == 20)), len(skill.asked)
     _, answer = await ran(client, 1)
     assert [(run["reason"], run["asked"]) for run in answer["runs"]] == [("asked", 8), ("put", 12)]
 
@@ -230,7 +231,7 @@ async def test_a_run_ends_when_the_set_is_replaced_by_one_that_was_answered_alre
     tasks = []
     backend.say = when_asked(skill, 5, lambda: tasks.append(asyncio.create_task(put(client, cases(3)))))
     await client.post(f"{GOLDEN}/run")
-    assert await until(lambda: asyncio.sleep(0, tasks and tasks[0].done()))
+    assert await settled(lambda: asyncio.sleep(0, tasks and tasks[0].done()))
     assert len(skill.asked) < 400
     await ran(client, 1)
 
@@ -391,7 +392,7 @@ async def test_the_score_of_what_is_live_is_told_by_set_once_every_case_has_one(
     async def gone():  # what is scraped is rendered once a second
         return not await series(client, "loradock_golden_live_score")
 
-    assert await until(gone)
+    assert await settled(gone)
     (line,) = await series(client, "loradock_golden_unscored_cases")
     assert line.endswith(" 3.0")
 
@@ -412,7 +413,7 @@ async def test_a_set_that_cannot_be_run_is_counted(client, backend, make_adapter
         lines = await series(client, "loradock_golden_run_failures_total")
         return lines and not lines[0].endswith(" 0.0")
 
-    assert await until(counted)
+    assert await settled(counted)
 
 
 async def series(client, name):

@@ -13,7 +13,8 @@ from serve.rollout.golden.golden_store import GoldenStore
 from serve.rollout.policy import DEFAULT_POLICIES
 from serve.sequential.sequential_test import Verdict
 from tests.support.app import push_two, upload
-from tests.support.golden import Skill, cases, put, ran, results, until
+from tests.support.golden import Skill, cases, put, ran, results
+from tests.support.waiting import settled
 
 
 async def test_a_canary_that_is_worse_by_ten_points_is_taken_back_with_the_number_of_cases(
@@ -29,7 +30,7 @@ async def test_a_canary_that_is_worse_by_ten_points_is_taken_back_with_the_numbe
     async def ended():
         return (await client.get("/v1/adapters/tone")).json()["canary"] is None
 
-    assert await until(ended, seconds=60), (await results(client))["canary"]
+    assert await settled(ended), (await results(client))["canary"]
     entry = (await client.get("/v1/adapters/tone")).json()["history"][-1]
     assert (entry["who"], entry["what"]) == ("wayback", "canary_end") and entry["why"].startswith("golden: ")
     evidence = json.loads(entry["why"].partition(": ")[2])["golden"]
@@ -42,7 +43,7 @@ async def test_a_canary_that_is_worse_by_ten_points_is_taken_back_with_the_numbe
             in (await client.get("/metrics")).text
         )
 
-    assert await until(counted)
+    assert await settled(counted)
 
 
 async def test_a_verdict_that_could_not_be_noted_at_first_is_acted_on_later(client, backend, make_adapter, monkeypatch):
@@ -67,7 +68,7 @@ async def test_a_verdict_that_could_not_be_noted_at_first_is_acted_on_later(clie
     async def ended():
         return (await client.get("/v1/adapters/tone")).json()["canary"] is None
 
-    assert await until(ended, seconds=20)
+    assert await settled(ended)
     assert failures == ["1:2"]
 
 
@@ -78,7 +79,7 @@ async def test_a_canary_that_answers_as_well_stays_and_proves_itself(client, bac
     await client.post("/v1/adapters/tone/canary", json={"version": 2, "weight": 0.2})
     await ran(client, 1)
     await ran(client, 2)
-    stands = (await until(lambda: proved(client)))["canary"]
+    stands = (await settled(lambda: proved(client)))["canary"]
     assert (stands["verdict"], stands["cases"], stands["worse_by"], stands["agrees"]) == ("proved", 100, 0.0, True)
     assert "too few to decide a difference of 10 points" in stands["note"]
     assert (await client.get("/v1/adapters/tone/drift")).json()["golden"] == stands
@@ -107,7 +108,7 @@ async def test_proved_by_traffic_waits_until_the_golden_set_agrees(client, backe
     backend.flow.set()
     await stream
     parts.golden.runs.wake()
-    assert await until(lambda: asyncio.sleep(0, acted == [verdict]), seconds=20)
+    assert await settled(lambda: asyncio.sleep(0, acted == [verdict]))
 
 
 async def test_a_push_below_the_policys_score_gets_no_traffic_and_one_above_it_does(
@@ -123,7 +124,7 @@ async def test_a_push_below_the_policys_score_gets_no_traffic_and_one_above_it_d
         pushed = (await client.post("/v1/adapters", **upload(make_adapter(1)))).json()
         assert not pushed["live"]
         assert (await ran(client, 2))[0]["score"] == 0.5
-        await until(lambda: noted(client))
+        assert await settled(lambda: noted(client))
         entry = (await client.get("/v1/adapters/tone")).json()["history"][-1]
         assert entry["what"] == "golden_hold" and "0.500 on 10 cases" in entry["why"]
         held = await client.post("/v1/adapters/tone/promote", json={"version": 2})
@@ -135,7 +136,7 @@ async def test_a_push_below_the_policys_score_gets_no_traffic_and_one_above_it_d
         async def live():
             return (await client.get("/v1/adapters/tone")).json()["live"] == 3
 
-        assert await until(live)
+        assert await settled(live)
         entry = (await client.get("/v1/adapters/tone")).json()["history"][-1]
         assert (entry["what"], entry["who"]) == ("promote", "anonymous") and "golden score 1.000" in entry["why"]
         insisted = await client.post("/v1/adapters/tone/promote", json={"version": 2, "at_once": True})

@@ -29,6 +29,7 @@ pytest.importorskip("opentelemetry.sdk")
 pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
 
 from tests.support.collector import Collector
+from tests.support.waiting import settled
 
 SERVER, INTERNAL = 2, 1
 ERROR = 2
@@ -81,17 +82,9 @@ def generated(body: dict[str, Any]) -> Generation:
     )
 
 
-async def came(condition: Callable[[], Any], seconds: float = 20) -> Any:
-    """Wait for the collector, which is another process; the last answer either way."""
-    end = time.monotonic() + seconds
-    while not (answer := condition()) and time.monotonic() < end:
-        await asyncio.sleep(0.05)
-    return answer
-
-
 async def one_trace(collector: Collector) -> dict[str, dict[str, Any]]:
     """The spans of the only trace, by name."""
-    assert await came(lambda: any(not span["parent"] or span["parent"] == SPAN for span in collector.spans()))
+    assert await settled(lambda: any(not span["parent"] or span["parent"] == SPAN for span in collector.spans()))
     (spans,) = collector.traces().values()
     return {span["name"]: span for span in spans}
 
@@ -104,7 +97,7 @@ async def test_a_trace_over_a_canary_shows_queue_load_and_engine_with_adapter_an
         _, second = await push_two(client, make_adapter)
         assert (await canary(client, 1)).status_code == 200
         await ask(client, "tone@v1")  # the engine has room for one
-        assert await came(lambda: len(collector.traces()) == 1)
+        assert await settled(lambda: len(collector.traces()) == 1)
         collector.forget()
         assert (await ask(client, "tone", stream=True)).status_code == 200
         spans = await one_trace(collector)
@@ -149,7 +142,7 @@ async def test_how_a_version_was_chosen_is_its_role(traced, connect, collector, 
         for model in ("tone", "tone@v2", "base"):
             await ask(client, model)
         asked = {"live": ("tone", "v1"), "pinned": ("tone", "v2"), "base": ("base", "base")}
-        assert await came(lambda: len(collector.traces()) == 3)
+        assert await settled(lambda: len(collector.traces()) == 3)
     for role, (adapter, version) in asked.items():
         (span,) = collector.spans(loradock__role=role)
         about = {"loradock.adapter": adapter, "loradock.version": version}
@@ -218,7 +211,7 @@ async def test_what_is_refused_has_a_span_with_its_status_and_no_name_that_clien
         limited = await issued(client, "acme", "inference", requests_per_minute=1)
         assert [(await ask(limited, "base")).status_code for _ in range(2)] == [200, 429]
         await limited.aclose()
-        assert await came(lambda: len(collector.traces()) == 5)
+        assert await settled(lambda: len(collector.traces()) == 5)
     refused = [span for span in collector.spans() if span["attributes"].get("error.type")]
     statuses = sorted((span["attributes"]["http.response.status_code"], span["name"]) for span in refused)
     assert statuses == [(400, "chat"), (401, "chat"), (404, "chat"), (429, "chat")]
@@ -236,7 +229,7 @@ async def test_a_flood_without_keys_drives_no_others_spans_out(traced, connect, 
             assert (await ask(client, "base")).status_code == 401
         client.headers["authorization"] = "Bearer run"
         await ask(client, "base")
-        assert await came(lambda: collector.spans(loradock__role="base"))
+        assert await settled(lambda: collector.spans(loradock__role="base"))
     assert len(collector.spans(error__type="401")) == 20
 
 
@@ -253,7 +246,7 @@ async def test_nothing_of_what_is_said_leaves_the_server(traced, connect, collec
     async with connect(replace(traced(), capture=True)) as client:
         secret = {"role": "user", "content": "my password is swordfish"}
         await client.post(CHAT, json={"model": "base", "messages": [secret], "user": "jane", "stop": ["mackerel"]})
-        assert await came(lambda: collector.spans())
+        assert await settled(lambda: collector.spans())
     sent = collector.text()
     assert "input_tokens" in sent
     assert not [word for word in ("swordfish", "forty", "hush", "jane", "mackerel") if word in sent]
@@ -275,8 +268,8 @@ async def test_a_tenant_is_named_as_it_was_chosen_in_its_adapters_names_too(
             assert (await acme.post(CHAT, json={"model": model}, headers={"x-request-id": "r-1"})).status_code == 200
         assert (await acme.post("/v1/feedback", json={"request_id": "r-1", "rating": 1})).status_code == 200
         await acme.aclose()
-        assert await came(lambda: len(collector.traces()) == 2 and collector.received("logs"))
-        assert await came(lambda: collector.received("metrics"))
+        assert await settled(lambda: len(collector.traces()) == 2 and collector.received("logs"))
+        assert await settled(lambda: collector.received("metrics"))
     name = f"{shown}/tone" if shown else "tone"
     requests = collector.spans(loradock__role="live")
     assert {(span["name"], span["attributes"]["loradock.adapter"]) for span in requests} == {(f"chat {name}", name)}
@@ -292,7 +285,7 @@ async def test_a_shadow_answers_in_a_trace_of_its_own_that_leads_to_the_clients(
         await client.post("/v1/adapters/tone/shadow", json={"version": 2, "weight": 1})
         backend.say = lambda body: "yes"
         await client.post(CHAT, json={"model": "tone", "messages": []}, headers={"traceparent": PARENT})
-        assert await came(lambda: collector.spans(loradock__role="shadow"))
+        assert await settled(lambda: collector.spans(loradock__role="shadow"))
         assert "traceparent" not in backend.headers[-1], "the engine is told nothing of the client's trace"
     (shadow,) = collector.spans(loradock__role="shadow")
     (request,) = collector.spans(loradock__role="live")
@@ -324,9 +317,9 @@ async def test_latencies_are_sent_as_the_conventions_have_them(traced, connect, 
 
         duration = "gen_ai.server.request.duration"
         tone = {"gen_ai.request.model": "tone", "gen_ai.operation.name": "chat"}
-        assert await came(lambda: latest(duration, **tone).get("count") == 2)
+        assert await settled(lambda: latest(duration, **tone).get("count") == 2)
         refused = {"gen_ai.request.model": "other", "error.type": "404"}
-        assert await came(lambda: latest(duration, **refused).get("count") == 1)
+        assert await settled(lambda: latest(duration, **refused).get("count") == 1)
     point = latest(duration, **tone)
     assert point["unit"] == "s" and point["bounds"][:3] == [0.01, 0.02, 0.04] and point["bounds"][-1] == 81.92
     assert point["attributes"]["gen_ai.response.model"] == "tone@v1" and "error.type" not in point["attributes"]
@@ -340,7 +333,7 @@ async def test_a_rating_belongs_to_the_span_of_the_answer(traced, connect, colle
         await client.post(CHAT, json={"model": "base"}, headers={"x-request-id": "r-1"})
         rated = await client.post("/v1/feedback", json={"request_id": "r-1", "rating": 0.25})
         assert rated.status_code == 200
-        assert await came(lambda: collector.received("logs"))
+        assert await settled(lambda: collector.received("logs"))
         spans = await one_trace(collector)
     (event,) = collector.received("logs")
     request = spans["chat base"]
@@ -370,7 +363,7 @@ async def test_verdicts_golden_scores_and_drift_alarms_are_evaluations(traced, c
             GoldenScored("acme/tone", 2, 0.75, 8, True),
         ):
             parts.events.publish(event)
-        assert await came(lambda: len(collector.received("logs")) == 3)
+        assert await settled(lambda: len(collector.received("logs")) == 3)
     events = {event["attributes"]["gen_ai.evaluation.name"]: event for event in collector.received("logs")}
     about = {"loradock.adapter": "tone", "loradock.version": "v2"}
     result = "gen_ai.evaluation."
@@ -401,14 +394,14 @@ async def test_a_thousand_requests_lose_no_span_while_the_collector_is_gone_and_
             return len(collector.spans(loradock__role="base"))
 
         await some(100)
-        assert await came(lambda: roots() == 100)
+        assert await settled(lambda: roots() == 100)
         collector.stop()
         for _ in range(8):
             await some(100)
         collector.start()
         collector.behave(seconds=0.2)
         await some(100)
-        assert await came(lambda: roots() == 1000, 90)
+        assert await settled(lambda: roots() == 1000, 90)
         await asyncio.to_thread(parts.tracing._worker.settle)
         metrics = (await client.get("/metrics")).text
     assert 'loradock_otel_dropped_total{signal="traces"} 0.0' in metrics
@@ -422,7 +415,7 @@ async def test_a_collector_that_holds_every_request_holds_up_no_answer(traced, c
         for _ in range(20):
             assert (await ask(client, "base")).status_code == 200
         assert not collector.spans(), "the answers were there before the collector took a span"
-        assert await came(lambda: len(collector.traces()) == 20)
+        assert await settled(lambda: len(collector.traces()) == 20)
 
 
 async def test_what_does_not_fit_into_the_queue_is_dropped_and_counted(traced, connect, collector):
@@ -471,7 +464,7 @@ async def test_a_collector_is_reached_by_grpc_too(traced, connect, tmp_path):
         )
         async with connect(config) as client:
             await ask(client, "base")
-            assert await came(lambda: any(span["name"] == "chat base" for span in received))
+            assert await settled(lambda: any(span["name"] == "chat base" for span in received))
     finally:
         server.stop(None)
 

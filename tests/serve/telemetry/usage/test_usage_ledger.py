@@ -17,6 +17,7 @@ from serve.errors import EngineUnavailable
 from serve.telemetry.prices import Price
 from serve.telemetry.usage import usage_ledger
 from serve.telemetry.usage.usage_ledger import Usage, UsageLedger
+from tests.support.waiting import settled
 
 NOVEMBER = datetime(2026, 11, 25, 12, tzinfo=UTC).timestamp()
 DAY = 86_400.0
@@ -115,10 +116,7 @@ async def test_an_outage_of_the_database_ends_no_writing(registry, monkeypatch):
         writing = asyncio.create_task(ledger.run())
         assert await asyncio.to_thread(refused.wait, 5)
     try:
-        async with asyncio.timeout(5):
-            while not ledger.rows("2026-11"):
-                assert not writing.done(), writing.exception()
-                await asyncio.sleep(0.02)
+        assert await settled(lambda: ledger.rows("2026-11") or writing.done())
     finally:
         writing.cancel()
     assert ledger.rows("2026-11")[0]["requests"] == 3
