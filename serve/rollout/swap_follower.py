@@ -106,9 +106,12 @@ class SwapFollower:
         announced = await asyncio.to_thread(self._rows.announced, base.name)
         if announced is None or announced == self._prepared.get(base.name):
             return
-        if announced.model == base.model or announced.server == self._me or announced.server not in self._living():
+        if announced.server == self._me or announced.server not in self._living():
             return
         self._prepared[base.name] = announced
+        if announced.model == base.model:
+            await asyncio.to_thread(self._rows.tell, base.name, self._me, State.ASIDE)
+            return
         log.info(
             "%s is about to be swapped to %s by %s: so does this server", base.name, announced.model, announced.server
         )
@@ -118,6 +121,7 @@ class SwapFollower:
             await swap(base, announced.model, by=WHO, approval=Approval.FOLLOWED, pace=pace)
         except LoradockError as error:
             log.warning("%s is not swapped to %s together with the others: %s", base.name, announced.model, error)
+            await pace.over(base)  # also where it had not begun
 
     async def _swap(self, base: Supervisor, model: str) -> None:
         try:

@@ -1,7 +1,8 @@
 """A swap of a base model on all servers of a registry at once: nobody answers with the new model before all could.
 
 Who is asked for the swap starts and measures the new engine, and announces it. The others start theirs meanwhile. Once
-every one that could is ready, or cannot, the registry names the new model, and each goes over at its next look.
+every one that could is ready, or cannot, the registry names the new model, and each goes over at its next look. The
+swap is done when they have.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -25,8 +26,9 @@ log = logging.getLogger(__name__)
 
 # Between two looks at how far the others are.
 LOOK_SECONDS = 0.25
-# By then a server that follows has said so, and by then it is not waited for any longer.
-NOTICED_SECONDS, PATIENCE_SECONDS = 3.0, 900.0
+# By then a server that follows has said so, also one that says nothing while it cannot; and by then it has gone over,
+# or is not waited for any longer.
+NOTICED_SECONDS, OVER_SECONDS, PATIENCE_SECONDS = 3.0, 5.0, 900.0
 
 
 class State(StrEnum):
@@ -34,6 +36,7 @@ class State(StrEnum):
 
     STARTING = "starting"
     READY = "ready"
+    ASIDE = "aside"  # it does not go over together with the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +78,18 @@ class SwapRows:
             connection.execute(delete(announcements).where(*mine))
 
     def tell(self, base: str, server: str, state: State | None) -> None:
-        """How far this server is in following; None: it does not follow, or no longer."""
+        """How far this server is in following; None: it has gone over."""
         mine = (followers.c.base == base, followers.c.server == server)
         with self._registry.adding() as connection:
             connection.execute(delete(followers).where(*mine))
             if state is not None:
                 connection.execute(insert(followers).values(base=base, server=server, state=state.value))
 
-    def starting(self, base: str) -> Sequence[str]:
-        """The servers whose engine over the new model is not ready yet."""
-        query = select(followers.c.server).where(followers.c.base == base, followers.c.state == State.STARTING.value)
+    def states(self, base: str) -> Mapping[str, str]:
+        """How far the servers are that have seen the announcement, by their ids."""
+        query = select(followers.c.server, followers.c.state).where(followers.c.base == base)
         with self._registry.reading() as connection:
-            return list(connection.scalars(query))
+            return {row.server: row.state for row in connection.execute(query)}
 
 
 class Leading:
@@ -96,27 +99,49 @@ class Leading:
         self._rows = rows
         self._me = me
         self._living = living
-        self._is_announced = False
+        # The model that was announced.
+        self._model = ""
 
     async def turn(self, base: Supervisor, model: str) -> None:
         """Returns when all others that could go over with this server are ready to."""
-        others = self._living() - {self._me}
-        if not others:
+        if not self._others:
             return
-        self._is_announced = True
+        self._model = model
         await asyncio.to_thread(self._rows.announce, base.name, model, self._me)
         began = time.monotonic()
         while (waited := time.monotonic() - began) < PATIENCE_SECONDS:
-            starting = set(await asyncio.to_thread(self._rows.starting, base.name)) & self._living()
-            if not starting and waited >= NOTICED_SECONDS:
+            states = await self._states(base)
+            silent = not self._others <= states.keys() and waited < NOTICED_SECONDS
+            if not silent and State.STARTING not in states.values():
                 return
             await asyncio.sleep(LOOK_SECONDS)
         log.warning("%s goes over to %s without the servers that are not ready yet", base.name, model)
 
     async def over(self, base: Supervisor) -> None:
-        """The swap is done, or failed."""
-        if self._is_announced:
-            await _told(self._rows.end, base.name, self._me)
+        """The swap is done, on all that were ready to go over, or it failed."""
+        if not self._model:
+            return
+        try:
+            if base.model == self._model:
+                await self._wait_for_others(base)
+        except LoradockError as error:
+            log.warning("whether other servers have gone over to %s is not known: %s", self._model, error)
+        await _told(self._rows.end, base.name, self._me)
+
+    async def _wait_for_others(self, base: Supervisor) -> None:
+        """Until they answer with the new model: whoever is told that the swap is done meets no old one."""
+        end = time.monotonic() + OVER_SECONDS
+        while State.READY in (await self._states(base)).values() and time.monotonic() < end:
+            await asyncio.sleep(LOOK_SECONDS)
+
+    @property
+    def _others(self) -> set[str]:
+        return self._living() - {self._me}
+
+    async def _states(self, base: Supervisor) -> Mapping[str, str]:
+        """Of the others that live."""
+        states = await asyncio.to_thread(self._rows.states, base.name)
+        return {server: state for server, state in states.items() if server in self._others}
 
 
 class Following:
@@ -130,6 +155,7 @@ class Following:
         self._me = me
         self._announcement = announcement
         self._living = living
+        self._goes_over = False
 
     async def turn(self, base: Supervisor, model: str) -> None:
         """Returns when the registry names the new model; Conflict, if it never will."""
@@ -138,6 +164,7 @@ class Following:
             announced = await asyncio.to_thread(self._rows.announced, base.name)
             recorded = await asyncio.to_thread(self._registry.swapped, base.name, base.configured)
             if (recorded or base.configured) == model:
+                self._goes_over = True
                 return
             if announced != self._announcement or announced.server not in self._living():
                 raise Conflict(
@@ -147,7 +174,7 @@ class Following:
 
     async def over(self, base: Supervisor) -> None:
         """It is not waited for any longer."""
-        await _told(self._rows.tell, base.name, self._me, None)
+        await _told(self._rows.tell, base.name, self._me, None if self._goes_over else State.ASIDE)
 
 
 async def _told(tell: Callable[..., None], *what: object) -> None:

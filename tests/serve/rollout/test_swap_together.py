@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from types import SimpleNamespace
@@ -60,52 +61,61 @@ def swapped(server, model):
 
 
 async def test_nobody_answers_with_the_new_model_before_all_could(pair, monkeypatch):
-    monkeypatch.setattr(swap_together, "NOTICED_SECONDS", 0.0)
+    monkeypatch.setattr(swap_together, "NOTICED_SECONDS", 1e6)
     one, other, old, new = pair
     go = asyncio.Event()
     other.backend.prepare = lambda heir: setattr(heir, "start", go.wait)
-    noticed, starting = asyncio.Event(), one.parts.swap_follower._rows.starting
-
-    def held(base):
-        # Until the other one has noticed, it is as if it had.
-        rows = starting(base)
-        return rows if noticed.is_set() else [other.me]
-
-    monkeypatch.setattr(one.parts.swap_follower._rows, "starting", held)
     swap = swapped(one, new)
     assert await settled(lambda: other.base.swapping and one.base.swapping)
-    noticed.set()
     assert await settled(lambda: one.base.swapping["step"] == "waiting for other servers")
     for _ in range(20):
         await asyncio.sleep(0.02)
         assert models(one, other) == [old, old] and not swap.done()
     go.set()
-    assert (await swap).status_code == 200
-    assert await settled(lambda: models(one, other) == [new, new])
+    assert (await asyncio.wait_for(swap, 30)).status_code == 200
+    assert models(one, other) == [new, new]
     assert await asyncio.to_thread(one.parts.swap_follower._rows.announced, "base") is None
     assert (await ask(other.client, "base")).status_code == 200
     # And back: the one that followed is asked.
     assert await settled(lambda: not other.base.swapping)
     other.backend.prepare = lambda heir: None
     assert (await swapped(other, old)).status_code == 200
-    assert await settled(lambda: models(one, other) == [old, old])
+    assert models(one, other) == [old, old]
+
+
+async def test_who_is_told_that_a_swap_is_done_meets_the_old_model_nowhere(pair):
+    one, other, _, new = pair
+    looked = other.parts.registry.swapped
+
+    def later(*base):
+        """The other one sees what the registry names some time after it does."""
+        model = looked(*base)
+        time.sleep(0.3)
+        return model
+
+    other.parts.registry.swapped = later
+    assert (await swapped(one, new)).status_code == 200
+    assert models(one, other) == [new, new]
 
 
 async def test_a_swap_that_is_given_up_is_given_up_by_all(pair):
     one, other, old, new = pair
+    go = asyncio.Event()
+    other.backend.prepare = lambda heir: setattr(heir, "start", go.wait)
     pace = one.parts.swap_follower.leading()
     swap = base_swap.swap(one.base, new, by="me", approval=Approval.FORCED, pace=pace)
     swapping = asyncio.create_task(swap)
-    assert await settled(lambda: other.base.swapping and other.base.swapping["step"].startswith("waiting"))
+    assert await settled(lambda: other.base.swapping and one.base.swapping["step"].startswith("waiting"))
     swapping.cancel()
     await asyncio.gather(swapping, return_exceptions=True)
+    go.set()
     assert await settled(lambda: not other.base.swapping and not one.base.swapping)
     assert models(one, other) == [old, old]
     assert (await ask(other.client, "base")).status_code == 200
 
 
 async def test_a_server_without_room_for_both_engines_goes_over_afterwards(pair, monkeypatch):
-    monkeypatch.setattr(swap_together, "NOTICED_SECONDS", 0.5)
+    monkeypatch.setattr(swap_together, "NOTICED_SECONDS", 1e6)
     one, other, _, new = pair
     other.backend.prepare = lambda heir: setattr(heir, "no_room", True)
     assert (await swapped(one, new)).status_code == 200
