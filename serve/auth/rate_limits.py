@@ -79,9 +79,9 @@ class Bucket:
 
 
 class Meter:
-    """One key's use of its limits."""
+    """One key's use of its limits. `used_*` count what it used on this server."""
 
-    __slots__ = ("_now", "_requests", "_running", "_tokens", "limits")
+    __slots__ = ("_now", "_requests", "_running", "_tokens", "limits", "used_at", "used_requests", "used_tokens")
 
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
         self.limits = limits
@@ -90,6 +90,9 @@ class Meter:
         self._requests = Bucket(limits.requests_per_minute, now) if limits.requests_per_minute is not None else None
         self._tokens = Bucket(limits.tokens_per_minute, now) if limits.tokens_per_minute is not None else None
         self._running = 0
+        self.used_at = 0.0
+        self.used_requests = 0
+        self.used_tokens = 0
 
     @property
     def counts_tokens(self) -> bool:
@@ -107,6 +110,25 @@ class Meter:
         full = [bucket.level(now) >= bucket.capacity for bucket in (self._requests, self._tokens) if bucket]
         return not self._running and all(full)
 
+    @property
+    def has_used(self) -> bool:
+        """There is something to tell other servers."""
+        return self.used_at > 0
+
+    def forget_use(self) -> None:
+        """What was used here begins at zero."""
+        self.used_at = 0.0
+        self.used_requests = 0
+        self.used_tokens = 0
+
+    def use_elsewhere(self, requests: int, tokens: int) -> None:
+        """Another server let this much in."""
+        now = self._now()
+        if self._requests:
+            self._requests.take(requests, now)
+        if self._tokens:
+            self._tokens.take(tokens, now)
+
     @contextmanager
     def request(self) -> Iterator[None]:
         """One request, from its arrival to its last byte; RateLimited when there is no room for it."""
@@ -120,6 +142,7 @@ class Meter:
             raise self._refusal(f"this key may use {limits.tokens_per_minute} tokens per minute", wait)
         if self._requests:
             self._requests.take(1, now)
+            self._note(1, 0)
         self._running += 1
         try:
             yield
@@ -130,11 +153,13 @@ class Meter:
         """A request that is under way is another server's to count."""
         if self._requests:
             self._requests.take(-1, self._now())
+            self._note(-1, 0)
 
     def charge(self, tokens: int) -> None:
         """A request turned out to have cost this much."""
         if self._tokens:
             self._tokens.take(tokens, self._now())
+            self._note(0, tokens)
 
     def headers(self) -> dict[str, str]:
         """OpenAI's x-ratelimit-* headers, as it stands now."""
@@ -146,6 +171,11 @@ class Meter:
                 headers[f"x-ratelimit-remaining-{kind}"] = str(max(0, math.floor(bucket.level(now))))
                 headers[f"x-ratelimit-reset-{kind}"] = _duration(bucket.wait(bucket.capacity, now))
         return headers
+
+    def _note(self, requests: int, tokens: int) -> None:
+        self.used_requests += requests
+        self.used_tokens += tokens
+        self.used_at = self._now()
 
     def _refusal(self, reason: str, wait: float) -> RateLimited:
         after = max(1, math.ceil(wait))
@@ -172,12 +202,16 @@ class RateLimitHeaders:
 class Meters:
     """The meter of each key that has limits; those without have none. As many as there are keys in use, at most.
 
-    `bodies` has what the requests of all keys hold in memory.
+    `bodies` has what the requests of all keys hold in memory. Where it is `shared` other servers are told what keys
+    used here (serve.auth.shared_limits).
     """
 
-    def __init__(self, clock: Callable[[], float] = monotonic, *, bodies: BodyMemory | None = None) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = monotonic, *, bodies: BodyMemory | None = None, shared: bool = False
+    ) -> None:
         self.bodies = bodies or BodyMemory()
         self._clock = clock
+        self._shared = shared
         self._meters: dict[str, Meter] = {}
         self._tidy_at = _MANY
 
@@ -188,10 +222,25 @@ class Meters:
         meter = self._meters.get(key)
         if meter is None:
             if len(self._meters) >= self._tidy_at:
-                self._meters = {kept: meter for kept, meter in self._meters.items() if not meter.at_rest}
+                self._meters = {kept: meter for kept, meter in self._meters.items() if not self._says_nothing(meter)}
                 self._tidy_at = max(_MANY, 2 * len(self._meters))
             meter = self._meters[key] = Meter(limits, self._clock)
+        elif meter.limits is not limits:
+            meter.limits = limits  # another server knew less of them
         return meter
+
+    def used(self) -> dict[str, Meter]:
+        """The keys that have used something that other servers are to be told of."""
+        return {key: meter for key, meter in self._meters.items() if meter.has_used}
+
+    def use_elsewhere(self, key: str, limits: Limits, requests: int, tokens: int) -> None:
+        """Another server let this much in. `limits` are what it says of them."""
+        meter = self._meters.get(key) or self.of(key, limits)
+        if meter is not None:
+            meter.use_elsewhere(requests, tokens)
+
+    def _says_nothing(self, meter: Meter) -> bool:
+        return meter.at_rest and not (self._shared and meter.has_used)
 
     def __len__(self) -> int:
         return len(self._meters)

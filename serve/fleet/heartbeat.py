@@ -27,6 +27,8 @@ ID_LENGTH = 64
 BEAT_SECONDS = 1.0
 # Reads in which the row of a server stays the same before it is gone, and before the row is.
 MISSED, FORGOTTEN = 5, 600
+# Columns that listeners fill.
+TOLD = frozenset(("address", "report", "key_use"))
 # A registry that does not answer is not waited for when the server stops.
 LEAVE_SECONDS = 2.0
 
@@ -76,16 +78,13 @@ class _Heard:
 
 
 class Heartbeat:
-    """`run` tells and hears until it is cancelled. `phase` is how far this server is; without a `listener` it shares no
-    homes."""
+    """`run` tells and hears until it is cancelled. `phase` is how far this server is."""
 
-    def __init__(
-        self, registry: Registry, me: ThisServer, phase: Callable[[], str], listener: Listener | None = None
-    ) -> None:
+    def __init__(self, registry: Registry, me: ThisServer, phase: Callable[[], str], *listeners: Listener) -> None:
         self.me = me
         self._registry = registry
         self._phase = phase
-        self._listener = listener
+        self._listeners = listeners
         # A registry that hangs takes this thread alone.
         self._thread = ThreadPoolExecutor(1, "registry-heartbeat")
         self._heard: dict[str, _Heard] = {}
@@ -104,12 +103,13 @@ class Heartbeat:
 
     async def beat(self) -> None:
         """Write this server's row, and take in those of the others."""
-        row = {
+        row: dict[str, Any] = {
             "node": self.me.node,
             "phase": self._phase(),
             "generation": self._registry.generation,
-            **(self._listener.told() if self._listener else {}),
         }
+        for listener in self._listeners:
+            row |= listener.told()
         gone = [id for id, heard in self._heard.items() if heard.unchanged >= FORGOTTEN]
         rows = await asyncio.get_running_loop().run_in_executor(self._thread, self._exchange, row, gone)
         self._take(rows)
@@ -147,7 +147,8 @@ class Heartbeat:
         ]
 
     def _exchange(self, row: Row, gone: Sequence[str]) -> list[dict[str, Any]]:
-        columns = [column for column in table.c if self._listener or column is not table.c.report]
+        # What nobody here listens to is not read.
+        columns = [column for column in table.c if column.name in row or column.name not in TOLD]
         with self._registry.adding() as connection:  # it waits for no change that is under way
             # The time of day is told for people, and for releases that compare it; here it counts that it changes.
             values = {**row, "seen": time.time()}
@@ -165,9 +166,9 @@ class Heartbeat:
 
     def _take(self, rows: Sequence[Row]) -> None:
         self._heard = {row["id"]: self._read(row) for row in rows}
-        if self._listener:
-            living = [heard.row for heard in self._heard.values() if heard.lives]
-            self._listener.hear([row for row in living if row["id"] != self.me.id])
+        others = [heard.row for id, heard in self._heard.items() if heard.lives and id != self.me.id]
+        for listener in self._listeners:
+            listener.hear(others)
 
     def _read(self, row: Row) -> _Heard:
         before = self._heard.get(row["id"])

@@ -33,6 +33,7 @@ from serve.auth.auth import Auth, Caller
 from serve.auth.body_memory import PART, BodyMemory
 from serve.auth.keys import Keys
 from serve.auth.rate_limits import Meter, Meters
+from serve.auth.shared_limits import SharedLimits
 from serve.config import Config
 from serve.dataset.feedback import Feedback
 from serve.drift.baseline_build import BaselineBuild
@@ -176,7 +177,7 @@ class Server:
         self.auth = Auth(
             config.api_keys, config.admin_keys, issued, locked, config.metrics_keys, self.keys.holder, self.tokens
         )
-        self.meters = Meters(bodies=BodyMemory(Host().total_memory() // PART))
+        self.meters = Meters(bodies=BodyMemory(Host().total_memory() // PART), shared=bool(config.registry))
         self.audit = Audit(config.data_dir / "audit.jsonl", max_bytes=config.audit_bytes, days=config.audit_days)
 
     def _answer(self, backends: Sequence[Backend]) -> None:
@@ -202,7 +203,8 @@ class Server:
             self.fleet, self.registry, self.store, popularity.used, self.forwarding, shared=bool(config.registry)
         )
         self.follower = RegistrySync(self.registry, self.keys, self.lifecycle) if config.registry else None
-        heartbeat = Heartbeat(self.registry, self._me, lambda: str(self.fleet.first.phase), self.membership)
+        listeners = [SharedLimits(self.meters), *([self.membership] if self.membership else [])]
+        heartbeat = Heartbeat(self.registry, self._me, lambda: str(self.fleet.first.phase), *listeners)
         self.heartbeat = heartbeat if config.registry else None
         living = heartbeat.living_ids if self.heartbeat else set
         self.swap_follower = SwapFollower(self.registry, self.fleet, me=self._me.id, living=living)

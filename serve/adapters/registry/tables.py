@@ -116,6 +116,7 @@ replicas = Table(
     Column("seen", Float(53), nullable=False),
     Column("address", Text),  # where other servers send requests on to; null: nowhere
     Column("report", Text),  # JSON: what it holds and has to do (serve.fleet.membership)
+    Column("key_use", Text),  # JSON: what keys with limits have used of late (serve.auth.shared_limits)
 )
 
 canary_analyses = Table(

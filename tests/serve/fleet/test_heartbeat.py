@@ -35,7 +35,7 @@ def join(registry):
 
     def beating(id, homes=True):
         member = Membership(id, f"http://{id}:8000", ["base"], Here()) if homes else None
-        beat = Heartbeat(registry, ThisServer(id, f"node of {id}"), lambda: "ready", member)
+        beat = Heartbeat(registry, ThisServer(id, f"node of {id}"), lambda: "ready", *([member] if member else []))
         return SimpleNamespace(beat=beat.beat, close=beat.close, heartbeat=beat, membership=member)
 
     return beating
