@@ -106,7 +106,7 @@ def examine(config: Config, machine: Machine | None = None) -> list[Finding]:
     machine = machine or Machine()
     of_machine = (_python, _engine, _audio, _extras, _processor, _cores, _memory, _gpu, _toolkit, _compiler, _libraries)
     of_system = (_huge_pages, _shared_memory, _descriptors)
-    of_config = (_weights, _gpu_memory, _data_dir, _model, _port, _kernels, _identity, _patches)
+    of_config = (_weights, _gpu_memory, _data_dir, _model, _port, _kernels, _identity, _registry, _patches)
     findings = [finding for check in (*of_machine, *of_system) for finding in check(machine)]
     return [*findings, *(finding for check in of_config for finding in check(config, machine))]
 
@@ -450,6 +450,27 @@ def _identity(config: Config, machine: Machine) -> Iterator[Finding]:
         yield Finding("identity provider", "problem", f"the keys of {provider.issuer} cannot be read: {error}", advice)
     else:
         yield Finding("identity provider", "ok", f"{provider.issuer}, {len(keys)} keys")
+
+
+def _registry(config: Config, machine: Machine) -> Iterator[Finding]:
+    """Whether a PostgreSQL registry answers, and has room for one more server."""
+    if not config.registry:
+        return
+    from serve.adapters.registry import database
+
+    try:
+        found = database.connections(config.registry)
+    except ConfigError as error:
+        yield Finding("registry", "problem", error.message, "look at --registry, and whether this machine reaches it")
+        return
+    if found is None:
+        return
+    taken, allowed = found
+    detail = f"{taken} of {allowed} connections are open; a server holds {database.QUIET}, and {database.BUSY} at most"
+    if allowed - taken >= database.BUSY:
+        yield Finding("registry", "ok", detail)
+    else:
+        yield Finding("registry", "warning", detail, "raise PostgreSQL's max_connections before one more server starts")
 
 
 def _patches(config: Config, machine: Machine) -> Iterator[Finding]:

@@ -36,6 +36,8 @@ LIBPQ_PATIENCE = {
 IDLE_IN_CHANGE = 5_000
 LOCK_PATIENCE = 8_000
 STATEMENT_PATIENCE = 60_000
+# Connections of a server that is quiet, and of one that has much to do. PostgreSQL lets 100 in by default.
+QUIET, BUSY = 2, 10
 SQLITE_PATIENCE = 15  # seconds that one of SQLite's writers waits for another
 # Whoever prepares a PostgreSQL database holds this lock: any number that is the same in every loradock.
 PREPARING = 0x10AD0C4
@@ -46,6 +48,11 @@ _COLUMNS = {
     "postgresql": "SELECT table_name, column_name, character_maximum_length FROM information_schema.columns "
     "WHERE table_schema = current_schema()",
 }
+# Those of clients beside the one that asks, and those that are not kept for superusers.
+_CONNECTIONS = (
+    "SELECT (SELECT count(*) FROM pg_stat_activity WHERE datname IS NOT NULL) - 1, "
+    "current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int"
+)
 
 
 def opened(url: str) -> Engine:
@@ -55,8 +62,7 @@ def opened(url: str) -> Engine:
         if parsed.get_backend_name() != "sqlite":
             patience = libpq_patience() if parsed.get_driver_name() in ("psycopg", "psycopg2") else {}
             defaults = {key: value for key, value in patience.items() if key not in parsed.query}
-            # PostgreSQL lets 100 in by default: thirty servers that are quiet hold 60.
-            pool = {"pool_size": 2, "max_overflow": 8, "pool_pre_ping": True}
+            pool = {"pool_size": QUIET, "max_overflow": BUSY - QUIET, "pool_pre_ping": True}
             return create_engine(parsed, connect_args=defaults, **pool)
         if not parsed.database or parsed.database == ":memory:":
             engine = create_engine(parsed, poolclass=StaticPool, connect_args={"check_same_thread": False})
@@ -85,6 +91,24 @@ def opened(url: str) -> Engine:
         connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def connections(url: str) -> tuple[int, int] | None:
+    """How many are open on a PostgreSQL server, and how many it lets in; None of another database. It makes no table.
+
+    ConfigError, if it cannot be asked.
+    """
+    if not url.startswith("postgresql"):
+        return None
+    engine = opened(url)
+    try:
+        with engine.connect() as connection:
+            row = connection.execute(text(_CONNECTIONS)).one()
+    except DBAPIError as error:
+        raise ConfigError(f"the registry does not answer: {reason(error)}") from error
+    finally:
+        engine.dispose()
+    return int(row[0]), int(row[1])
 
 
 def libpq_patience() -> dict[str, str]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine, text
 from typer.testing import CliRunner
 
 from serve.cli.main import app
@@ -23,6 +24,7 @@ from serve.vllm_backend.patches.applying import decide
 from serve.vllm_backend.patches.switches import Switches
 from serve.vllm_backend.patches.table import PATCHES, named
 from tests.support import identity
+from tests.support.postgres import database
 
 REQUIREMENTS = (
     "typer>=0.15",
@@ -371,6 +373,27 @@ def test_the_keys_of_the_identity_provider_are_read(machine, config):
         (found,) = [finding for finding in examine(asked, machine) if finding.name == "identity provider"]
         assert found.status == "problem" and "status 500" in found.detail and "--oidc-jwks" in found.advice
     assert not [finding for finding in examine(config, machine) if finding.name == "identity provider"]
+
+
+def test_connections_of_a_postgresql_registry_are_counted(machine, config, postgres, monkeypatch):
+    url = database(postgres)
+    finding = of(examine(replace(config, registry=url), machine), "registry")
+    assert finding.status == "ok" and "of 97 connections are open; a server holds 2, and 10 at most" in finding.detail
+    with create_engine(url).connect() as connection:
+        tables = connection.scalar(text("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"))
+        assert tables == 0, "it leaves nothing behind"
+    monkeypatch.setattr("serve.adapters.registry.database.BUSY", 1000)
+    finding = of(examine(replace(config, registry=url), machine), "registry")
+    assert finding.status == "warning" and "max_connections" in finding.advice
+
+
+def test_a_registry_that_does_not_answer_is_a_problem(machine, config):
+    pytest.importorskip("psycopg")
+    nobody = replace(config, registry="postgresql+psycopg://loradock@127.0.0.1:1/loradock")
+    finding = of(examine(nobody, machine), "registry")
+    assert finding.status == "problem" and "--registry" in finding.advice
+    local = replace(config, registry=f"sqlite:///{config.data_dir}/x.db")
+    assert not [finding for finding in examine(local, machine) if finding.name == "registry"]
 
 
 def test_which_patches_of_vllm_are_on(machine, config):
