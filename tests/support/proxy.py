@@ -7,7 +7,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Literal
 
-Mode = Literal["pass", "slow", "refusing", "halves"]
+Mode = Literal["pass", "slow", "refusing", "halves", "frozen"]
 Upstream = Callable[[], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
 
 SLOW_SECONDS = 5.0
@@ -18,6 +18,7 @@ class Proxy:
 
     slow        every answer comes `SLOW_SECONDS` late
     refusing    no connection is taken, and those that stand are cut
+    frozen      nothing passes, and no connection ends
     halves      of every answer half of the bytes come, then the connection is cut
     """
 
@@ -36,7 +37,7 @@ class Proxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._call(self._close())
+        self._call(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
 
@@ -67,6 +68,13 @@ class Proxy:
         for writer in list(self._writers):
             writer.transport.abort()
 
+    async def _end(self) -> None:
+        await self._close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             answers, asks = await self._upstream()
@@ -85,6 +93,8 @@ class Proxy:
 
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, answers: bool) -> None:
         while data := await source.read(1 << 16):
+            while self._mode == "frozen":
+                await asyncio.sleep(0.02)
             if answers and self._mode == "slow":
                 await asyncio.sleep(SLOW_SECONDS)
             if answers and self._mode == "halves":
