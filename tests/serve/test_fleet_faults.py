@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import pytest
 from sqlalchemy.engine import make_url
 
-from tests.support.app import ask, push_two, settled
+from tests.support.app import ask, push_two
 from tests.support.backend import FakeBackend
 from tests.support.postgres import database
 from tests.support.proxy import Proxy, unix
+from tests.support.waiting import settled
 
 
 @pytest.fixture
@@ -87,14 +88,14 @@ async def promoted(client, version):
 async def test_without_the_database_answers_go_on_and_a_rollback_holds_where_it_was_asked_for(pair, way, mode):
     async with traffic(pair) as bad:
         async with fault(way.proxy, mode):
-            assert await settled(lambda: all(map(troubled, pair.clients)), 20)
+            assert await settled(lambda: all(map(troubled, pair.clients)))
             told = await pair.one.post("/v1/adapters/tone/rollback")
             assert told.status_code == 200, told.text
             assert (await ask(pair.one, "tone")).json() == {"model": pair.ids[0]}
             assert (await ask(pair.other, "tone")).json() == {"model": pair.ids[1]}
-        assert await settled(lambda: not any(map(troubled, pair.clients)), 60)
+        assert await settled(lambda: not any(map(troubled, pair.clients)))
         registry = pair.one._transport.app.state.parts.registry
-        assert await settled(lambda: not registry.standing, 60), "the rollback was not written down"
+        assert await settled(lambda: not registry.standing), "the rollback was not written down"
         for client in pair.clients:
             assert (await ask(client, "tone")).json() == {"model": pair.ids[0]}
         assert await promoted(pair.other, 2)
