@@ -63,7 +63,7 @@ from serve.events import (
     Unloaded,
     VersionAdded,
 )
-from serve.fleet.heartbeat import Heartbeat, ThisServer
+from serve.fleet.heartbeat import Heartbeat, Listener, ThisServer
 from serve.fleet.membership import Membership
 from serve.gateway.auto import Auto
 from serve.gateway.fan_out import RequestBounds
@@ -203,7 +203,7 @@ class Server:
             self.fleet, self.registry, self.store, popularity.used, self.forwarding, shared=bool(config.registry)
         )
         self.follower = RegistrySync(self.registry, self.keys, self.lifecycle) if config.registry else None
-        listeners = [SharedLimits(self.meters), *([self.membership] if self.membership else [])]
+        listeners: list[Listener] = [SharedLimits(self.meters), *([self.membership] if self.membership else [])]
         heartbeat = Heartbeat(self.registry, self._me, lambda: str(self.fleet.first.phase), *listeners)
         self.heartbeat = heartbeat if config.registry else None
         living = heartbeat.living_ids if self.heartbeat else set
