@@ -26,9 +26,10 @@ log = logging.getLogger(__name__)
 
 # Between two looks at how far the others are.
 LOOK_SECONDS = 0.25
-# By then a server that follows has said so, also one that says nothing while it cannot; and by then it has gone over,
-# or is not waited for any longer.
-NOTICED_SECONDS, OVER_SECONDS, PATIENCE_SECONDS = 3.0, 5.0, 900.0
+# By then a server that follows has said so, and by then it is not waited for any longer.
+NOTICED_SECONDS, PATIENCE_SECONDS = 3.0, 900.0
+# By then one that was ready has gone over.
+OVER_SECONDS = 5.0
 
 
 class State(StrEnum):
