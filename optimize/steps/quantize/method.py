@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 
 def calibration(step: Any, context: Context) -> tuple[float, int]:
-    """Seconds and bytes of a Hessian for each input of a layer, its factor, and a sum over columns for each column."""
+    """Seconds and bytes of a Hessian for each input of a layer, its factor, and a sum over columns for each column: the
+    text goes through each layer once before it is rounded, and once after."""
     solved = context.layers * sum(width**3 for width in context.layer_inputs) / 3
-    seconds = 4 * context.calibration_tokens * context.token_seconds + (2 * solved + context.products) / FLOPS32
+    seconds = 2 * context.calibration_tokens * context.token_seconds + (2 * solved + context.products) / FLOPS32
     factor = max(0, 8 * context.widest**2 - 8 * context.largest_unit)
     return seconds, 4 * sum(width**2 for width in context.layer_inputs) + factor
 

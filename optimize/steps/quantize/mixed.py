@@ -21,9 +21,9 @@ from optimize.checkpoint.formats import FULL, W4, W8A8, W8A16, Level
 from optimize.checkpoint.model import Entered, entered, through
 from optimize.steps.calibrated import BATCH, CalibratedModel, Unit
 from optimize.steps.quantize.channel_scales import ChannelScales
-from optimize.steps.quantize.quantizer import TRIED, Quantizer
+from optimize.steps.quantize.quantizer import Quantizer
+from optimize.steps.quantize.rules import PROBED, TRIED
 
-PROBED = 256  # tokens that sensitivity is measured on
 SAFETY = 0.85  # of the budget, since the gate measures on other text
 ROUNDS = 5
 Costs = dict[str, dict[str, float]]  # unit -> level -> KL, nats a token

@@ -23,8 +23,7 @@ from optimize.steps.calibrated import CalibratedModel, Unit, first_readers, larg
 from optimize.steps.quantize import channel_scales, gptq
 from optimize.steps.quantize.kept import Found, Kept
 from optimize.steps.quantize.method import Method, methods
-
-TRIED = 8  # windows that a choice of levels is tried on
+from optimize.steps.quantize.rules import TRIED
 
 
 class Quantizer:

@@ -32,6 +32,9 @@ WANTS = {
     "mxfp4": "wants Blackwell; older GPUs keep the weights small and do not round activations",
 }
 ROUNDING = 1e-7  # seconds a weight whose 4-bit scale is searched
+PROBED = 256  # tokens that sensitivity is measured on
+TRIED = 8  # windows that a choice of levels is tried on
+MIXES = 3  # that are tried, as a rule, where the lowest level is not enough
 WIDTHS = {"fp8-block": 128, "nvfp4": 16, "nvfp4a16": 16, "mxfp4": 32, "mxfp4a16": 32}
 
 
@@ -104,8 +107,9 @@ class Quantize(Step, frozen=True, kw_only=True, tag="quantize"):
 
 def estimate(step: Quantize, context: Context) -> Estimate:
     base, calibrated = context.base, context.calibration_tokens
-    seconds, memory = methods()[step.method].estimate(step, context)
-    seconds += STARTING + base.parameters * (ROUNDING if step.scheme == "w4a16" else 2e-9)
+    calibrating, memory = methods()[step.method].estimate(step, context)
+    rounding = base.parameters * (ROUNDING if step.scheme == "w4a16" else 2e-9)
+    seconds = STARTING + calibrating + rounding + _scaling(step, context)
     # Hidden states before and after a layer, what a batch is inside one, and a layer that is rounded.
     batch = min(calibrated, 4 * context.recipe.calibration.tokens)
     memory += PROCESS + 4 * calibrated * context.hidden + 12 * batch * context.widest + 2 * context.largest_layer
@@ -113,9 +117,34 @@ def estimate(step: Quantize, context: Context) -> Estimate:
     memory += context.copied
     if step.mixed:
         memory += base.bytes
-        seconds = 2 * seconds + 4 * context.layers * min(calibrated, 4096) * context.token_seconds / 2
+        seconds += _mixing(step, context, calibrating / context.recipe.calibration.samples, rounding)
         memory += 8 * context.recipe.calibration.tokens * context.vocabulary * 6
     return Estimate("quantize", _what(step), memory, int(base.bytes * 0.65), seconds, _warning(step, context))
+
+
+def _scaling(step: Quantize, context: Context) -> float:
+    """Seconds that scales of channels take: the text goes through each layer once to smooth, and AWQ searches too."""
+    smooths = step.scheme == "w8a8" or (step.mixed and context.recipe.target == "cpu")
+    if step.scales_channels:
+        return 2 * context.calibration_tokens * context.token_seconds
+    return context.calibration_tokens * context.token_seconds if smooths and _smooth(step, context) else 0.0
+
+
+def _smooth(step: Quantize, context: Context) -> bool:
+    return step.smooth is True or (step.smooth == "auto" and not context.living)
+
+
+def _mixing(step: Quantize, context: Context, calibrating: float, rounding: float) -> float:
+    """Seconds until layers are chosen; `calibrating` is for a window, `rounding` for the model. Eight bits everywhere
+    are enough where inputs are smoothed: no layer is measured then."""
+    tried = TRIED * context.recipe.calibration.tokens * context.token_seconds
+    if step.scheme == "w8a8" and not step.bits and _smooth(step, context):
+        return 2 * tried
+    levels = 1 if step.scheme == "w8a8" else 2
+    seen = context.base.parameters / 2 + context.outside_layers  # from a layer in the middle on, as a rule
+    sensitivity = levels * 4 * context.layers * PROBED * context.token_seconds * seen / context.base.parameters
+    mixes = 0 if step.bits else MIXES
+    return sensitivity + 2 * tried + mixes * (rounding + TRIED * calibrating + tried)
 
 
 def _what(step: Quantize) -> str:

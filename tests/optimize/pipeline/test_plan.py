@@ -53,6 +53,19 @@ def test_a_step_says_what_it_will_do_and_what_it_needs(step, what, written, tmp_
     assert (last.kind, last.what) == ("export", "vllm directory, manifest, report")
 
 
+def test_layers_are_chosen_on_a_part_of_the_text_and_the_plan_counts_no_more(written, tmp_path):
+    """It counted the time of a whole quantization once more, and sixteen times the tokens that sensitivity reads."""
+
+    def seconds(samples: int, mixing: str) -> float:
+        recipe = load(
+            written(f"steps: [{{quantize: {{scheme: w4a16{mixing}}}}}]"), {"calibration.samples": str(samples)}
+        )
+        return plan.made(recipe, plan.Path(recipe.model), {}, tmp_path / "out", 10**12).steps[0].seconds
+
+    few, many = (seconds(samples, ", bits: 5, smooth: false") - seconds(samples, "") for samples in (8, 800))
+    assert 0 < few == pytest.approx(many)
+
+
 def test_fewer_bits_than_the_groups_scales_leave_room_for_are_refused(written, tmp_path):
     recipe = load(written("steps: [{quantize: {scheme: w4a16, group: 32, bits: 4.3}}]"))
     with pytest.raises(Refused, match=r"groups of 32 take 4\.5 bits a weight, and `bits` is 4\.3"):
