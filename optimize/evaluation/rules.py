@@ -28,7 +28,7 @@ def estimates(context: Context) -> list[Estimate]:
         estimates.append(Estimate("tasks", what, PROCESS + size + 8 * logits, 100_000, 2 * STARTING + 2 * answers))
     if recipe.export.format == "vllm" and recipe.evaluate.engine:
         what = "both models in vLLM: load, answers, tokens/s at 1 and 16 streams"
-        estimates.append(Estimate("engine", what, 6 * PROCESS + 3 * size + (2 << 30), 100_000, 80))
+        estimates.append(Estimate("engine", what, 3 * PROCESS + 3 * size + (2 << 30), 100_000, 100))
     return estimates
 
 
