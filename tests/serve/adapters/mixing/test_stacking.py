@@ -166,3 +166,19 @@ def test_what_its_own_type_cannot_hold_is_refused(tmp_path: Path) -> None:
         stack([(half, 100.0)], into)
     (into / WEIGHTS).unlink()
     assert stack([(part(tmp_path / "wide", 0, torch.bfloat16, lora_alpha=4e4), 100.0)], into) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_numbers_of_16_bits_are_rounded_once_however_many_alphas_there_are(tmp_path: Path, dtype: torch.dtype) -> None:
+    alphas = {"layers.0.q_proj": 3, "layers.0.down_proj": 5, "layers.1.q_proj": 7}
+    tone = part(tmp_path / "tone", 0, dtype, alpha_pattern=alphas)
+    into = tmp_path / "mixture"
+    into.mkdir()
+    stack([(tone, -0.3)], into)
+    mixed, own = load_file(into / WEIGHTS), load_file(tone / WEIGHTS)
+    for module, alpha in alphas.items():
+        name = f"base_model.model.model.{module}.lora_B.weight"
+        rank = RANKS[module.rpartition(".")[2]]
+        factor = torch.tensor(-0.3 * (alpha / rank), dtype=torch.float32)
+        assert mixed[name].dtype == dtype
+        assert torch.equal(mixed[name][:, :rank], (own[name].float() * factor).to(dtype))
