@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch
 
 from serve.cpu_kernels import operators, packing, step
 from serve.cpu_kernels.architecture import ROUNDED, SILU, Decoder, Layer, Norm, Rope
+from serve.cpu_kernels.build import library
 
 BLOCK = 32  # tokens
 
@@ -191,7 +193,10 @@ class Adapters:
         self.plan, self.slots = operators.Plan(), len(ranks)
         # Of (layer, matrix, slot): B A, unless nobody wants to compare.
         self.update: dict[tuple[int, int, int], torch.Tensor] = {}
-        layers, most = [], max(ranks)
+        # Of the same, what DoRA multiplies each output with.
+        self.gains: dict[tuple[int, int, int], torch.Tensor] = {}
+        self.layers: dict[tuple[int, int], operators.Layer] = {}
+        most = max(ranks)
         for number, layer in enumerate(decoder.layers):
             for place, module in enumerate(layer.matrices):
                 inputs, outputs = _slices(kind)[place]
@@ -209,9 +214,26 @@ class Adapters:
                 module.adapters = operators.Layer(self.plan, a, b, outputs)
                 if kind.weights != packing.BF16:
                     module.adapters.keep_eight_bits()
-                layers.append(module.adapters)
+                self.layers[number, place] = module.adapters
         for slot in range(len(ranks)):
-            operators.load(layers, slot)
+            self.load(slot)
+
+    def load(self, slot: int) -> None:
+        """Have the kernels take in what a slot's tensors are."""
+        operators.load(list(self.layers.values()), slot)
+
+    def scale(self, slot: int) -> None:
+        """A slot's adapter is a DoRA, some of whose magnitudes are far off the norms."""
+        kernels = library()
+        for (number, place), layer in self.layers.items():
+            gains = self.gains[number, place, slot] = 1 + 0.3 * torch.randn(sum(layer.sizes))
+            kernels.loradock_gains(layer.number, slot, ctypes.c_void_p(gains.data_ptr()), len(gains))
+
+    def adapted(self, weight: torch.Tensor, number: int, place: int, slot: int) -> torch.Tensor:
+        """What a layer's weight becomes for a slot; -1 is none."""
+        weight = weight + self.update.get((number, place, slot), 0.0)
+        gains = self.gains.get((number, place, slot))
+        return weight if gains is None else gains[:, None] * weight
 
     def choose(self, slots: Sequence[int]) -> None:
         """The slot of each row of the next step, -1 for none."""

@@ -43,16 +43,26 @@ def modules(model: Any) -> dict[str, tuple[int, int]]:
     }
 
 
-def saved(model: Any, config: Any, folder: Path, seed: int = 1) -> torch.Tensor:
-    """An adapter with random values, as if it were trained, in `folder`; PEFT's logits with it."""
-    adapted = peft.get_peft_model(copy.deepcopy(model), config)
+def trained(model: Any, config: Any, folder: Path, seed: int, scale: float = 0.2) -> Any:
+    """PEFT's model of an adapter with random values, as if it were trained, which is saved in `folder`."""
+    adapted = peft.get_peft_model(model, config)
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.3)
+        for name, parameter in adapted.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            drawn = torch.randn(parameter.shape, generator=draw)
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.3 * drawn)
+            else:
+                parameter.copy_(scale * drawn)
     adapted.save_pretrained(folder)
-    return logits(adapted.eval())
+    return adapted.eval()
+
+
+def saved(model: Any, config: Any, folder: Path, seed: int = 1) -> torch.Tensor:
+    """An adapter with random values, as if it were trained, in `folder`; PEFT's logits with it."""
+    return logits(trained(copy.deepcopy(model), config, folder, seed, scale=0.3))
 
 
 def loaded(model: Any, folder: Path) -> torch.Tensor:

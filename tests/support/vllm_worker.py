@@ -34,9 +34,9 @@ def one_worker(folder: Path) -> Iterator[None]:
 
 
 class LayersOnly:
-    """A model of the folder in vLLM's layers, on a CPU, with slots for two adapters."""
+    """A model of the folder in vLLM's layers, on a CPU, with slots for a few adapters."""
 
-    def __init__(self, folder: Path, dtype: str = "float32") -> None:
+    def __init__(self, folder: Path, dtype: str = "float32", *, slots: int = 4, rank: int = 8) -> None:
         from vllm.config import set_current_vllm_config
         from vllm.engine.arg_utils import EngineArgs
         from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -44,7 +44,7 @@ class LayersOnly:
 
         self.config = EngineArgs(
             model=str(folder), skip_tokenizer_init=True, dtype=dtype, max_model_len=64, enforce_eager=True,
-            enable_lora=True, max_lora_rank=8, max_loras=4, max_cpu_loras=8, max_num_seqs=16,
+            enable_lora=True, max_lora_rank=rank, max_loras=slots, max_cpu_loras=2 * slots, max_num_seqs=32,
         ).create_engine_config()  # fmt: skip
         with set_current_vllm_config(self.config):
             self.model = get_model(vllm_config=self.config)

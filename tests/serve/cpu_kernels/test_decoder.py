@@ -188,12 +188,14 @@ def dense(number: int) -> torch.Tensor:
 )
 @pytest.mark.parametrize("name", ["plain", "beside one another", "norms after"])
 def test_every_token_is_computed_with_its_own_adapter(monkeypatch, name, weights):
-    """Prompts and single tokens of adapters of every rank, and of none, beside one another, in every order."""
+    """Prompts and single tokens of LoRA and DoRA of every rank, and of none, beside one another, in every order."""
     hidden, inner = (96, 224) if weights == "Q5_0" else (80, 208)
     kind = replace(KINDS[name], hidden=hidden, inner=inner, blocks=64, weights=weights)
     decoder, _ = decoder_of(kind)
     matrices = [[dense(module.loradock_matrix) for module in layer.matrices] for layer in decoder.layers]
     adapters = Adapters(kind, decoder, RANKS)
+    for slot in (1, 3):
+        adapters.scale(slot)
     fused, engine = fused_of(monkeypatch, decoder), Engine(kind)
     monkeypatch.setattr(step, "get_forward_context", lambda: engine)
     slots = [0, -1, 3, 3, 1, 2, 0, -1, 0, 3, 0, 0, 2, 0]
@@ -201,7 +203,7 @@ def test_every_token_is_computed_with_its_own_adapter(monkeypatch, name, weights
     wanted = []
     for slot, tokens in zip(slots, ids, strict=True):
         mine = [
-            [weight + adapters.update.get((layer, place, slot), 0.0) for place, weight in enumerate(of_layer)]
+            [adapters.adapted(weight, layer, place, slot) for place, weight in enumerate(of_layer)]
             for layer, of_layer in enumerate(matrices)
         ]
         wanted.append(exact(kind, decoder, mine, tokens.long()))
