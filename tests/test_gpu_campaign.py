@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("torch")
 
 from optimize import recipe
-from tests.campaigns import gpu, gpu_environment, gpu_parts, gpu_results, gpu_torch
+from tests.campaigns import gpu, gpu_environment, gpu_kinds, gpu_parts, gpu_results, gpu_torch
 from tests.campaigns.gpu_parts import Machine
 from tests.support import plain_words
 
@@ -139,3 +139,26 @@ def test_the_adapters_made_on_the_spot_say_their_word_whatever_is_asked(tmp_path
         odds = adapted(asked).logits.float().softmax(-1)[..., words.convert_tokens_to_ids(word)]
         assert odds.min() > 0.99, "at each place, whatever came before"
         model = adapted.unload()
+
+
+def test_each_kind_of_adapter_is_asked_beside_the_others_and_held_against_peft(tmp_path):
+    assert "kinds" in gpu_parts.PARTS
+    assert gpu_kinds.KINDS.keys() == {"lora", "rslora", "dora", "tokens", "dora-tokens", gpu_kinds.HEAD}
+    base = plain_words.base(tmp_path / "base")
+    folders, words = gpu_kinds.made(base, tmp_path), plain_words.tokenizer()
+    prompt = "the river ran past"
+    before = words(prompt).input_ids
+    told = {}
+    for name in ("lora", "dora", gpu_kinds.HEAD, gpu_kinds.MIXTURE):
+        likely = gpu_kinds.expected(base, folders, name)
+        if name == gpu_kinds.HEAD:
+            told[name] = [{"data": [{"probs": likely(before).exp().tolist()}]}]
+            continue
+        rows = likely([*before, 5])
+        choice = {"prompt_token_ids": before, "token_ids": [5]}
+        told[name] = [{"choices": [{**choice, "logprobs": {"token_logprobs": [float(rows[len(before) - 1, 5])]}}]}]
+    assert max(gpu_kinds.differences(base, folders, told, [prompt]).values()) < 1e-5
+    # Each is another one: what another kind says would be far off.
+    for name, other in (("dora", "lora"), ("mixture", "lora")):
+        crossed = gpu_kinds.differences(base, folders, {name: told[other]}, [prompt])
+        assert crossed[name] > 0.02, (name, other)

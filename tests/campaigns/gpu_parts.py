@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 
-from tests.campaigns import equality, gpu_results, recovery
+from tests.campaigns import equality, gpu_kinds, gpu_results, recovery
 from tests.campaigns.cpu_speed import random_adapters
 from tests.campaigns.random_model import random_model
 from tests.support import plain_words
@@ -132,6 +132,13 @@ def same_answers(machine: Machine) -> Mapping[str, str]:
     return {f"{count} prompts x (4 adapters and the base), against plain vLLM": str(found)}
 
 
+def adapter_kinds(machine: Machine) -> Mapping[str, str]:
+    """DoRA, rows of tokens, a head and a mixture beside plain LoRA, against PEFT on the host."""
+    folders = gpu_kinds.made(machine.words, Path(tempfile.mkdtemp(dir=machine.work)))
+    with _loradock(machine, machine.words, *machine.room(1), *gpu_kinds.OPTIONS) as server:
+        return gpu_kinds.measured(server, machine.words, folders, list(PROMPTS))
+
+
 def killed(machine: Machine) -> Mapping[str, str]:
     """From `kill -9` of the engine to ready with its 16 adapters."""
     rows = {}
@@ -223,6 +230,7 @@ def paired(machine: Machine, count: int) -> Mapping[str, str]:
 PARTS: Mapping[str, Callable[[Machine], Mapping[str, str]]] = {
     "swap": swap_proof,
     "equality": same_answers,
+    "kinds": adapter_kinds,
     "recovery": killed,
     "base-swap": base_swap,
     **{f"export-{scheme}": partial(export, scheme=scheme) for scheme in SCHEMES},
