@@ -112,7 +112,8 @@ def served_problems(raw: Mapping[str, Any]) -> Iterator[str]:
     if names:
         yield (
             f"it replaces whole modules (modules_to_save: {shown(names)}), of which embeddings, output layers and "
-            f"classification heads (score, classifier) alone are served; {MERGE}"
+            "classification heads (score, classifier) alone are served: a norm or a layer of its own would cost a step "
+            f"the same work once more for every adapter in it; {MERGE}"
         )
 
 

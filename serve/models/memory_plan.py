@@ -15,12 +15,17 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Sizes in bytes; `kv_token` is what one token of context takes in the KV cache."""
+    """Sizes in bytes; `kv_token` is what one token of context takes in the KV cache.
+
+    `table` is an embedding or an output layer that an adapter brings whole. It is mapped from the adapter's file, whose
+    pages the kernel takes back, so it is no part of the total.
+    """
 
     weights: int
     kv_token: int
     kv_cache: int
     adapter: int
+    table: int
     slots: int
     host: int
     overhead: int
@@ -67,6 +72,7 @@ def plan(
         kv_token=_kv_token(config, width),
         kv_cache=hardware.kv_space(weights + slots) if kv_cache is None else kv_cache,
         adapter=adapter,
+        table=width * int(config.vocab_size) * int(config.hidden_size),
         slots=slots,
         # Where each has a slot for good, a CPU's memory holds it there alone.
         host=0 if on_cpu and max_cpu_loras <= max_loras else max_cpu_loras * adapter,

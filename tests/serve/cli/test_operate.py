@@ -12,7 +12,7 @@ from serve.cli.main import app
 from serve.models.memory_plan import Plan
 
 PLAN = Plan(
-    weights=300 << 20, kv_token=1024, kv_cache=100 << 20, adapter=1 << 20, slots=8 << 20, host=32 << 20,
+    weights=300 << 20, kv_token=1024, kv_cache=100 << 20, adapter=1 << 20, table=50 << 20, slots=8 << 20, host=32 << 20,
     overhead=700 << 20, free=4 << 30,
 )  # fmt: skip
 
@@ -29,7 +29,7 @@ def test_a_plan_is_json_in_bytes(planned):
     assert done.exit_code == 0 and plan["fits"] is True
     assert (plan["weights"], plan["total"], plan["tokens"]) == (PLAN.weights, PLAN.total, 102_400)
     assert plan["to_swap"] == PLAN.total + PLAN.weights + PLAN.kv_cache + PLAN.slots + PLAN.overhead
-    assert "MiB" in CliRunner().invoke(app, ["plan", "toy"]).stdout
+    assert "50 MiB more, mapped from its file" in CliRunner().invoke(app, ["plan", "toy"]).stdout
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 a zip", gzip.compress(b"x" * 10_000, mtime=0)[:40]])

@@ -7,7 +7,7 @@ import pytest
 from serve.errors import ConfigError
 from serve.models import hardware
 from serve.models.memory_plan import plan
-from tests.support.tiny import HIDDEN, LAYERS
+from tests.support.tiny import HIDDEN, LAYERS, VOCABULARY
 
 
 def test_the_sizes_follow_from_the_configuration(tiny_model):
@@ -16,6 +16,7 @@ def test_the_sizes_follow_from_the_configuration(tiny_model):
     sides = LAYERS * (4 * 2 * HIDDEN + 3 * 3 * HIDDEN)
     assert told.adapter == 2 * 4 * sides
     assert told.host == 5 * told.adapter
+    assert told.table == 2 * HIDDEN * VOCABULARY
     # A GPU has room for the embedding's and the output layer's too.
     more = 0 if hardware.on_cpu() else 2 * (HIDDEN + 32)
     assert told.slots == 3 * 2 * 4 * (sides + more)
