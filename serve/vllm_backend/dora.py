@@ -136,6 +136,8 @@ class Magnitudes:
             a = weights.lora_a if isinstance(weights.lora_a, list) else [weights.lora_a]
             b = weights.lora_b if isinstance(weights.lora_b, list) else [weights.lora_b]
             gains[name] = _gain(module, self._squares[name], mine, a, b)
+            if not gains[name].isfinite().all():
+                raise ValueError(f"a magnitude of {name} is too large for the base's weights: train it again")
             yield
         self._watch()
         self._gains[lora.id] = gains

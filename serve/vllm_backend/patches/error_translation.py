@@ -6,6 +6,7 @@ of the API before, an answer of the assistant that is empty or a refusal. That w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from serve.errors import AdapterRejected, EngineUnavailable
+
+POOLED = re.compile(r"/v1/(embeddings|score|rerank)|/(pooling|score|rerank|v2/rerank)")
 
 
 @contextmanager
@@ -34,20 +37,30 @@ def rejecting() -> Iterator[None]:
         raise AdapterRejected(f"the engine cannot load this adapter: {sentence(error)}") from error
 
 
-def answer_unknown_paths(app: FastAPI, model: str) -> None:
+def answer_unknown_paths(app: FastAPI, model: str, *, pools: bool) -> None:
     """Of what this kind of model does not answer: a 404 in OpenAI's shape. vLLM leaves it to its framework."""
 
     async def answer(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        message = (
-            f"{model} does not answer {request.method} {request.url.path}: what a model answers depends on its kind"
-        )
+        told = _remedy(request.url.path, pools)
+        message = f"{model} does not answer {request.method} {request.url.path}: {told}"
         kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
         body = {"error": {"message": message, "type": kind, "param": None, "code": None}}
         return JSONResponse(body, error.status_code, error.headers)
 
     app.add_exception_handler(HTTPException, answer)
     app.middleware_stack = app.build_middleware_stack()  # vLLM's has been built without it
+
+
+def _remedy(path: str, pools: bool) -> str:
+    if POOLED.fullmatch(path) and not pools:
+        return (
+            "it generates text, and vLLM pools in another engine; serve it with --runner pooling --convert embed on "
+            "another port, where adapters answer by name too"
+        )
+    if pools and not POOLED.fullmatch(path):
+        return "its engine pools (--runner pooling), and generates no text"
+    return "what a model answers depends on its kind"
 
 
 def sentence(error: BaseException) -> str:

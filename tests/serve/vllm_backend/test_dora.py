@@ -271,6 +271,28 @@ def test_a_slot_forgets_the_magnitudes_of_the_one_before(tmp_path):
         torch.testing.assert_close(worker.modules["l.o_proj"](x)[0], outputs(lora, "l.o_proj", x), atol=2e-4, rtol=2e-4)
 
 
+def test_magnitudes_may_be_zero_or_negative_and_not_beyond_all_numbers(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    worker, base = host()
+    model = adapter(base, tmp_path, 1)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "o_proj" in name and name.endswith("lora_magnitude_vector"))
+    tensors[name][:2] = torch.tensor([0.0, -3.0])
+    save_file(tensors, file)
+    model.base_model.model.l.o_proj.lora_magnitude_vector["default"].weight.data[:2] = torch.tensor([0.0, -3.0])
+    assert worker.load(tmp_path, 1) == LOADED
+    worker.step([1])
+    x = torch.randn(1, HIDDEN)
+    with torch.no_grad():
+        answer = worker.modules["l.o_proj"](x)[0]
+    torch.testing.assert_close(answer, outputs(model, "l.o_proj", x), atol=2e-4, rtol=2e-4)
+    tensors[name][0] = 3.4e38
+    save_file({each: tensor * (1e-3 if ".o_proj.lora_B" in each else 1) for each, tensor in tensors.items()}, file)
+    assert "a magnitude of l.o_proj is too large" in worker.load(tmp_path, 2)
+
+
 def test_where_layers_are_compiled_or_spread_it_is_refused_in_a_sentence(tmp_path):
     worker, base = host()
     adapter(base, tmp_path, 1)

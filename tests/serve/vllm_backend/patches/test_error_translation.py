@@ -20,7 +20,7 @@ def test_a_path_that_a_kind_of_model_does_not_have_is_a_404_in_openais_shape():
     init_exception_handler(app)
     app.state.args = SimpleNamespace(log_error_stack=False)
     app.middleware_stack = app.build_middleware_stack()  # as vLLM leaves it, with SageMaker's pieces in it
-    answer_unknown_paths(app, "smollm2")
+    answer_unknown_paths(app, "smollm2", pools=False)
 
     @app.post("/v1/own")
     def own() -> None:
@@ -31,4 +31,13 @@ def test_a_path_that_a_kind_of_model_does_not_have_is_a_404_in_openais_shape():
     error = answer.json()["error"]
     assert (answer.status_code, error["type"]) == (404, "not_found_error")
     assert error["message"].startswith("smollm2 does not answer POST /rerank")
+    assert "serve it with --runner pooling --convert embed" in error["message"], "what would answer it"
+    assert client.post("/nothing").json()["error"]["message"].endswith("what a model answers depends on its kind")
     assert client.post("/v1/own").json()["error"]["message"] == "vLLM's own word", "its handlers stay"
+
+
+def test_a_base_that_pools_says_why_it_writes_no_text():
+    app = FastAPI()
+    answer_unknown_paths(app, "vectors", pools=True)
+    told = TestClient(app).post("/v1/completions", json={}).json()["error"]["message"]
+    assert told.startswith("vectors does not answer POST /v1/completions: its engine pools")
