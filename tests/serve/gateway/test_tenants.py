@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from serve.adapters.adapter import CONFIG, TOKENIZER
 from serve.config import keys_hashed
 from serve.gateway.request import PATHS, STORED
 from serve.gateway.tenant_isolation import tenant_salt
@@ -337,6 +338,23 @@ async def test_scopes_open_what_they_say_and_no_more(issue, make_adapter):
     assert (await ask(writes, "tone")).status_code == 403
     for path in ("/v1/keys", "/v1/engines", "/metrics"):
         assert (await writes.get(path)).status_code == (await asks.get(path)).status_code == 403
+
+
+async def test_the_same_weights_with_other_tokens_or_settings_are_another_adapter_to_the_engine(issue, make_adapter):
+    """The prefix cache is keyed by its name: blocks of prompts that were encoded otherwise are never another's."""
+    acme, globex = await issue("acme"), await issue("globex")
+    asked = ((acme, "", 4), (acme, "<call>", 4), (acme, "<other>", 4), (acme, "<call>", 8), (globex, "<call>", 4))
+    ids = []
+    for client, token, alpha in asked:
+        folder = make_adapter(0)
+        settings = json.loads((folder / CONFIG).read_text()) | {"lora_alpha": alpha}
+        (folder / CONFIG).write_text(json.dumps(settings))
+        added = [{"id": 20, "content": token, "special": True}] if token else []
+        (folder / TOKENIZER).write_text(json.dumps({"added_tokens": added}))
+        pushed = await client.post("/v1/adapters", **upload(folder))
+        assert pushed.status_code == 201, pushed.text
+        ids.append((await ask(client, "tone")).json()["model"])
+    assert len(set(ids)) == len(asked)
 
 
 async def test_a_cache_salt_reaches_the_engine_inside_its_tenant_only(operator, acme, backend):
