@@ -82,7 +82,7 @@ FAMILIES = (
     Family("Cohere 2", "cohere2", PARALLEL, tied_only=True),
     # LayerNorm with bias, side by side where the config says so.
     Family("StableLM", "stablelm", adaptable=False),
-    Family("Gemma", "gemma", offset=True, tied_only=True),
+    Family("Gemma", "gemma", offset=True),
     # As Cohere 2, without windows, norms of q and k where the config says so.
     Family("Cohere", "cohere", PARALLEL, tied_only=True),
     Family("Seed-OSS", "seed_oss"),  # biases of q, k and v

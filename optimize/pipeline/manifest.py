@@ -42,7 +42,8 @@ def write(folder: Path, facts: Facts) -> None:
     files = {name: digest for name, digest in artifact.contents(folder).items() if not name.startswith("report/")}
     parent = Path(facts.plan.model).name
     recipe = {name: value for name, value in plain(facts.recipe).items() if name not in ("output", "adapters", "steps")}
-    recipe["model"] = parent
+    # A hub id, or the name of one that comes along, is what others find it by; of a folder its name alone is told.
+    recipe["model"] = parent if Path(facts.recipe.model).is_dir() else facts.recipe.model
     recipe["adapters"] = sorted(facts.recipe.adapters)
     recipe["evaluate"]["tasks"] = [Path(name).name for name in recipe["evaluate"]["tasks"]]
     own = recipe["evaluate"]["adapter_texts"]

@@ -118,7 +118,9 @@ CHAT_TEMPLATE = (
 
 
 def ensure(name: str, cache: Path | None = None, progress: Progress | None = None) -> Path:
-    """The directory of a bf16 Hugging Face checkpoint of the embedded model `name`, made when it is absent."""
+    """The directory of a bf16 Hugging Face checkpoint of the embedded model `name`, made when it is absent. Its
+    folder's name, as manifests of older exports have it, is taken too."""
+    name = next((short for short in SOURCES if checkpoint(short, Path()).name == name), name)
     source = _source(name)
     cache = cache or default()
     say = progress or _silent

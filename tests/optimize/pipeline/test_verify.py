@@ -122,6 +122,24 @@ def test_an_export_of_others_is_measured_and_held_against_what_is_claimed(export
     command("verify", *words, "--rebuild", expect=2)
 
 
+def test_an_original_that_comes_along_is_found_by_the_name_that_the_recipe_gave(
+    written, base, texts, tmp_path, capsys, steps_here
+):
+    """The manifest had the name of its folder, which nobody can fetch."""
+    recipe = written("steps: [{quantize: {scheme: w8a8, method: rtn}}]\ngate: {max_size: 2}\n")
+    recipe.write_text(recipe.read_text().replace(f"model: {base}", "model: small"))
+    out = tmp_path / "out"
+
+    def along(name: str) -> Path:
+        assert name == "small"
+        return base
+
+    words = ["verify", out, "--data", texts["evaluation"].parent]
+    for command_line in ([recipe, "--out", out], words):
+        assert cli.run([str(word) for word in command_line], along) == 0
+    assert json.loads((out / "manifest.json").read_text())["recipe"]["model"] == "small"
+
+
 def pair(folder: Path, kind: Any) -> tuple[Path, Path]:
     private = kind()
     files = folder / "private.pem", folder / "public.pem"

@@ -104,6 +104,7 @@ def test_a_cache_that_cannot_be_written_is_a_sentence(tmp_path):
 def test_what_is_there_is_given_at_once_and_asks_nobody(tmp_path, wheels):
     folder = as_if_made(tmp_path)
     assert ensure("smollm2", tmp_path) == folder, "there is no wheel that could be asked for"
+    assert ensure(folder.name, tmp_path) == folder, "manifests of older exports have its folder's name"
     assert not list(wheels.iterdir())
 
 
