@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-without-engine test-engine check lint types chaos kills cluster recovery overload watch watch-cost equality socket front-end drift-proof drift-time drift-delays upgrade drift-real drift-streams auto mixtures bench monitoring clean setup setup-dev first-hour clients tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits optimize-cost cpu-speed real-models memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base vllm-diff cuda-wheel probe-noise as-on-a-gpu gpu gpu-wheels gpu-torch gpu-torch-wheels arm64
+.PHONY: help serve test test-without-engine test-engine check lint types chaos kills cluster recovery overload watch watch-cost equality socket front-end drift-proof drift-time drift-delays fleet fleet-sim upgrade drift-real drift-streams auto mixtures bench monitoring clean setup setup-dev first-hour clients tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits optimize-cost cpu-speed real-models memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base vllm-diff cuda-wheel probe-noise as-on-a-gpu gpu gpu-wheels gpu-torch gpu-torch-wheels arm64
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -158,6 +158,9 @@ drift-streams: setup-dev ## popular prompts, sessions, bursts, new system prompt
 	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.parameter_changes --streams $(or $(STREAMS),100) --finished .campaigns/parameters.jsonl
 	@$(BIN)/python -m tests.campaigns.drift_streams --changes --streams $(or $(CHANGES),24)
 	@$(BIN)/python -m tests.campaigns.drift_streams --cost
+
+fleet: setup-dev ## servers over PostgreSQL and S3 under traffic, while each part is killed, frozen, slowed and cut off; 10 minutes, ARGS=--engine 20
+	@$(BIN)/python -m tests.campaigns.fleet $(ARGS)
 
 fleet-sim: setup-dev ## homes of adapters beside Ray's routers, consistent hashing and replica sets, in simulated time; 20 minutes
 	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.fleet_sim $(ARGS)
