@@ -13,9 +13,10 @@ SECONDS = 60
 
 def eventually(holds: Callable[[], Any], seconds: float = SECONDS) -> Any:
     """Wait for `holds()` to be true; its last answer either way."""
-    end = time.monotonic() + seconds
+    end, pause = time.monotonic() + seconds, 0.01
     while not (answer := holds()) and time.monotonic() < end:
-        time.sleep(0.1)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
     return answer
 
 

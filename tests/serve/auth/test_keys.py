@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from dataclasses import replace
 
 import httpx
 import pytest
-import uvicorn
 from typer.testing import CliRunner
 
 from serve.adapters.registry.registry import Registry
@@ -21,6 +18,7 @@ from serve.errors import BadRequest
 from serve.server.assembly import build_app
 from tests.support.app import ask, issued
 from tests.support.backend import FakeBackend
+from tests.support.listening import listening_beside
 
 
 async def test_a_secret_is_shown_once_and_only_its_hash_is_kept(operator, config):
@@ -126,14 +124,8 @@ def test_admin_stays_with_the_default_tenant():
 def served(config):
     """The real server on a real socket, with the key `run`; its address."""
     app = build_app(replace(config, admin_keys=keys_hashed(["run"])), FakeBackend(config.model))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    with listening_beside(app) as url:
+        yield url
 
 
 def run(url: str, *words: str, key: str = "run"):

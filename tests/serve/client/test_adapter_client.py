@@ -8,7 +8,6 @@ import re
 import socket
 import struct
 import threading
-import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
@@ -29,6 +27,7 @@ from serve.cli.adapters import adapters_app
 from serve.client.adapter_client import AdapterClient, Refused, Retry, Unreachable
 from serve.errors import AdapterRejected, ConfigError, Conflict, EngineUnavailable, Forbidden, NotFound, Unauthorized
 from tests.support.http_service import Handler, serving
+from tests.support.listening import listening_beside
 
 KEY = "sk-admin"
 
@@ -172,17 +171,8 @@ class Depot:
 @pytest.fixture
 def depot() -> Iterator[Depot]:
     depot = Depot()
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(depot, log_level="critical", lifespan="off"))
-        depot.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
+    with listening_beside(depot, log_level="critical", lifespan="off") as depot.url:
         yield depot
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import socket
 from contextlib import asynccontextmanager
 
 import httpx
-import uvicorn
 
 from serve.asgi.connection import recognise
 from serve.server.connection import HEAD_BYTES, URL_BYTES, ConnectionLimits, guarded
+from tests.support.listening import listening
 from tests.support.waiting import settled
 
 TIMEOUT = 0.3
@@ -43,18 +43,9 @@ async def echo(scope, receive, send):
 
 @asynccontextmanager
 async def serving(limits=ROOM):
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        kind = guarded(TIMEOUT, limits)
-        server = uvicorn.Server(uvicorn.Config(echo, http=kind, lifespan="off", log_level="error"))
-        task = asyncio.create_task(server.serve(sockets=[sock]))
-        while not server.started:
-            await asyncio.sleep(0.01)
-        try:
-            yield sock.getsockname()[1], kind.peers
-        finally:
-            server.should_exit = server.force_exit = True
-            await task
+    kind = guarded(TIMEOUT, limits)
+    async with listening(echo, force_exit=True, http=kind, lifespan="off") as url:
+        yield httpx.URL(url).port, kind.peers
 
 
 async def exchanged(port, *pieces, gap=0.0, sent=None):

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
@@ -19,6 +17,7 @@ from starlette.routing import Route
 from serve.client.bench.swap import Plan, Proof, prove
 from serve.client.bench.wire import Address
 from serve.errors import LoradockError
+from tests.support.listening import listening
 
 WORDS = {1: "alpha ", 2: "bravo "}
 PLAN = Plan("tone", (1, 2), streams=4, swaps=6, every=0.2, max_tokens=8)
@@ -72,15 +71,8 @@ class Liar:
 
 @asynccontextmanager
 async def served(liar: Liar) -> AsyncIterator[Address]:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(liar.app(), log_level="error"))
-        task = asyncio.create_task(server.serve(sockets=[sock]))
-        while not server.started:
-            await asyncio.sleep(0.01)
-        yield Address(f"http://127.0.0.1:{sock.getsockname()[1]}")
-        server.should_exit = True
-        await task
+    async with listening(liar.app()) as url:
+        yield Address(url)
 
 
 async def proof_of(lie: str) -> Proof:
