@@ -12,7 +12,8 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Awaitable, Collection, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
@@ -46,7 +47,15 @@ from serve.vllm_backend.classification import Classifications, parameters, read_
 from serve.vllm_backend.coalescing import Coalescing
 from serve.vllm_backend.detokenizer import TokenTexts
 from serve.vllm_backend.engine_arguments import parse
-from serve.vllm_backend.engine_processes import Member, cause_of_death, end, members, processes_of, resident_bytes
+from serve.vllm_backend.engine_processes import (
+    Member,
+    cause_of_death,
+    end,
+    members,
+    private_bytes,
+    processes_of,
+    resident_bytes,
+)
 from serve.vllm_backend.output_processor import OWN, Outputs
 from serve.vllm_backend.patches import applying, response_models, response_store, titles
 from serve.vllm_backend.patches.error_translation import answer_unknown_paths, rejecting, sentence
@@ -87,6 +96,7 @@ class VLLMBackend:
         # What is awaited of the engine beside answers, and since when there is anything to wait for.
         self._calls: set[asyncio.Future[Any]] = set()
         self._idle_until = time.monotonic()
+        self._elder: Callable[[], VLLMBackend | None] = lambda: None  # beside which it starts
         self._llm: Engine | None = None
         self._app: ASGIApp | None = None
         # Workers of a tensor-parallel engine among them, which nobody else knows of once the first process is dead.
@@ -197,11 +207,9 @@ class VLLMBackend:
                 return
             if self.args.kv_cache_memory_bytes is None:
                 return
-            folder = Path(self.model)
-            fused = hardware.fused_step(os.environ.get(VARIABLE, "auto"))
-            weights = self.ranks * engine_memory.weights(folder, os.environ.get(WEIGHTS, "auto"), fused)
-            slots = self.ranks * engine_memory.slots(folder, self.slots, self.max_lora_rank)
-            hardware.check_memory(weights, self.ranks * int(self.args.kv_cache_memory_bytes), slots=slots)
+            weights, slots, cache = self._sizes()
+            elder = self._elder()
+            hardware.check_memory(weights, cache, slots=slots, before=elder.untaken() if elder else 0)
         except ConfigError as error:
             raise Conflict(
                 f"there is no room for a second engine beside the first, only after it (drain_first): {error}"
@@ -209,7 +217,25 @@ class VLLMBackend:
 
     def another(self, model: str | None = None) -> VLLMBackend:
         """One more with the same options, over the same model or another; not started."""
-        return VLLMBackend(model or self.model, self.name, self._options, self._coalesce_ms)
+        made = VLLMBackend(model or self.model, self.name, self._options, self._coalesce_ms)
+        made._elder = weakref.ref(self)
+        return made
+
+    def untaken(self) -> int:
+        """Bytes of a CPU's KV cache that the engine takes once tokens lie there."""
+        if self._llm is None or self.args.kv_cache_memory_bytes is None:
+            return 0
+        weights, slots, cache = self._sizes()
+        taken = sum(private_bytes(pid) for pid in self._pids())
+        return max(0, min(cache, weights + slots + cache - taken))
+
+    def _sizes(self) -> tuple[int, int, int]:
+        """Bytes of weights, of adapters' slots and of the KV cache on a CPU."""
+        folder = Path(self.model)
+        fused = hardware.fused_step(os.environ.get(VARIABLE, "auto"))
+        weights = engine_memory.weights(folder, os.environ.get(WEIGHTS, "auto"), fused)
+        slots = engine_memory.slots(folder, self.slots, self.max_lora_rank)
+        return self.ranks * weights, self.ranks * slots, self.ranks * int(self.args.kv_cache_memory_bytes or 0)
 
     async def start(self) -> None:
         """Load the base model; minutes for a large one. The event loop stays free meanwhile."""

@@ -307,6 +307,20 @@ SPEED: tuple[Patch, ...] = (
         on="cpu",
     ),
     Patch(
+        "kv-cache-memory",
+        "speed",
+        "all of the cache is written at the start, and so is in memory before a request needs any of it",
+        (
+            Function(
+                "vllm.v1.worker.utils:allocate_kv_cache",
+                "d68296c0d93c",
+                f"{_CPU}.kv_cache:allocate_kv_cache",
+                copies="vllm.v1.worker",
+            ),
+        ),
+        on="cpu",
+    ),
+    Patch(
         "sending",
         "speed",
         "its thread sends a token only when the next step computes",

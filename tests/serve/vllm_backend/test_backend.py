@@ -287,6 +287,25 @@ def test_a_second_engine_needs_room_for_each_of_its_ranks(tiny_model, monkeypatc
         VLLMBackend(str(tiny_model), "base", {**options, "data_parallel_size": 2}).check_room()
 
 
+def test_a_second_engine_leaves_the_first_the_part_of_its_cache_where_no_token_was_yet(tiny_model, monkeypatch):
+    gib, taken = hardware.GIB, [0.0]
+    monkeypatch.setattr(hardware, "on_cpu", lambda: True)
+    monkeypatch.setattr(engine_memory, "weights", lambda *_: 3 * gib)
+    monkeypatch.setattr(engine_memory, "slots", lambda *_: gib)
+    monkeypatch.setattr(Host, "free_memory", lambda self: 3 * gib + 3 * gib + gib // 2)
+    monkeypatch.setattr("serve.vllm_backend.backend.private_bytes", lambda pid: int(taken[0] * gib))
+    first = VLLMBackend(str(tiny_model), "base", {"kv_cache_memory_bytes": gib})
+    second = first.another()
+    second.check_room()  # the first does not run
+    first._llm = SimpleNamespace()
+    monkeypatch.setattr(first, "_pids", lambda: {7})
+    for taken[0] in (0, 4, 4.4):
+        with pytest.raises(Conflict, match=r"GiB for the engines before it"):
+            second.check_room()
+    for taken[0] in (4.6, 5, 7):
+        second.check_room()
+
+
 def test_a_second_engine_beside_the_first_is_refused_where_its_gpus_are_full(tiny_model, monkeypatch):
     free, full = Device("H100", 80, 79, "GPU-a"), Device("H100", 80, 5, "GPU-b")
     nvml = Nvml([free, full, free])

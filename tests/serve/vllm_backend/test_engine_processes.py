@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import sys
 from types import SimpleNamespace
 
 from serve.vllm_backend import building
-from serve.vllm_backend.engine_processes import Member, end, members
+from serve.vllm_backend.engine_processes import Member, end, members, private_bytes
 
 # An engine that started a worker which hears of no end.
 ENGINE = """
@@ -51,3 +52,21 @@ def test_what_cannot_be_ended_is_said_and_not_waited_for_for_ever(caplog, monkey
     monkeypatch.setattr(os, "kill", lambda *_: None)
     end(members([os.getpid()]), seconds=0.05)
     assert f"processes [{os.getpid()}] of an engine were killed and are still there" in caplog.text
+
+
+def test_a_process_s_own_memory_is_what_it_has_written_and_shares_with_nobody():
+    size = 64 << 20
+    own = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    before = private_bytes(os.getpid())
+    own[: size : mmap.PAGESIZE] = bytes([1]) * (size // mmap.PAGESIZE)
+    written = private_bytes(os.getpid()) - before
+    assert size // 2 < written < 2 * size
+    child = os.fork()
+    if not child:
+        signal.pause()
+    try:
+        assert private_bytes(os.getpid()) - before < size // 2
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert private_bytes(1 << 30) == 0
