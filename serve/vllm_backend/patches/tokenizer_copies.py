@@ -10,6 +10,8 @@ import copy
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
+# Entries of what no call changes: a vocabulary or merges, which some classes keep beside the library's own.
+LARGE = 4096
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
@@ -35,9 +37,18 @@ def shared_copy(tokenizer: Any) -> Any:
     if inner is None:
         return copy.deepcopy(tokenizer)
     made = _same(tokenizer)
-    made.__dict__ = {name: copy.deepcopy(value) for name, value in vars(tokenizer).items() if name != "_tokenizer"}
+    made.__dict__ = {name: _own(value) for name, value in vars(tokenizer).items() if name != "_tokenizer"}
     made.__dict__["_tokenizer"] = inner
     return made
+
+
+def _own(value: Any) -> Any:
+    """A deep copy, but for what is large."""
+    if isinstance(value, dict | list | tuple) and len(value) >= LARGE:
+        return value
+    if type(value) is dict:
+        return {name: _own(part) for name, part in value.items()}
+    return copy.deepcopy(value)
 
 
 def _shared(tokenizer: Any) -> Any:

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 from vllm.tokenizers import hf
 
-from serve.vllm_backend.patches.tokenizer_copies import make_thread_pool, shared_copy
+from serve.vllm_backend.patches.tokenizer_copies import LARGE, make_thread_pool, shared_copy
 
 TEXTS = ["The capital of France is Paris.", "<|im_start|>user\nüber 12 Ärzte<|im_end|>", "", "  spaces\n\n\ttabs"]
 
@@ -52,6 +52,18 @@ def test_what_a_call_sets_is_its_own(tokenizer):
     assert tokenizer._tokenizer.truncation is None and "quite-new" not in tokenizer.get_vocab()
     tokenizer._tokenizer.enable_truncation(3)
     assert shared_copy(tokenizer)._tokenizer.truncation == tokenizer._tokenizer.truncation
+
+
+def test_a_vocabulary_that_a_class_keeps_beside_is_shared_and_all_else_is_its_own(tokenizer):
+    tokenizer._vocab = {f"word {number}": number for number in range(LARGE)}
+    tokenizer._merges = [(f"{number}", "!") for number in range(LARGE)]
+    tokenizer.init_kwargs |= {"vocab": tokenizer._vocab, "some": ["thing"]}
+    made = shared_copy(tokenizer)
+    assert made._vocab is tokenizer._vocab is made.init_kwargs["vocab"] and made._merges is tokenizer._merges
+    made.init_kwargs["some"].append("else")
+    made.init_kwargs["more"] = 1
+    assert tokenizer.init_kwargs["some"] == ["thing"] and "more" not in tokenizer.init_kwargs
+    assert made(TEXTS[0]).input_ids == tokenizer(TEXTS[0]).input_ids
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["plain", "as vLLM reads it"])
