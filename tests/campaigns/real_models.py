@@ -9,7 +9,12 @@ xllamacpp, in an environment of its own. Its server can be one compiled for this
 
 `--llama-server` takes several, as NAME=BINARY (ik_llama.cpp's is started alike), and `--mistral-python` a Python that
 has mistralrs. Without any loradock is measured alone. With `--adapters 16` both have the same GGUF adapters of rank 8,
-and streams take turns among them. `--no-speed` leaves out what wants a quiet machine.
+and streams take turns among them. `--no-speed` leaves out what wants a quiet machine, `--no-quality` all else.
+
+A table for AVX2 alone, on a processor that has more: loradock's kernels are compiled for an older one, and llama.cpp
+with `-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON`:
+
+    LORADOCK_CPU_MARCH=haswell make real-models DIR=models ARGS="--no-quality --llama-server avx2/bin/llama-server"
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import argparse
 import asyncio
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -33,6 +39,8 @@ import gguf
 import httpx
 import numpy as np
 
+from optimize.intervals import of_mean
+from serve.cpu_kernels.build import MARCH
 from tests.campaigns.cpu_speed import (
     CASES,
     CONTEXT,
@@ -46,6 +54,7 @@ from tests.campaigns.cpu_speed import (
     measure,
     processor,
 )
+from tests.campaigns.memory import processes
 from tests.support.server import ROOT, done, free_port
 
 TOKENS = 512  # of a window of text
@@ -175,14 +184,31 @@ def perplexity(rows: list[list[float]]) -> float:
     return math.exp(sum(map(sum, rows)) / sum(map(len, rows)))
 
 
+def difference(ours: list[list[float]], theirs: list[list[float]]) -> str:
+    """Of two perplexities of the same windows, in percent, and where that of all texts like them lies, with 95 %."""
+    pairs = [float(np.mean(mine) - np.mean(other)) for mine, other in zip(ours, theirs, strict=True)]
+    found = of_mean(pairs)
+    middle, low, high = (100 * math.expm1(value) for value in (found.measured, found.low, min(found.high, 1)))
+    return f"{middle:+.3f} %" + (f" ({low:+.3f} to {high:+.3f})" if len(pairs) > 1 else "")
+
+
+def memory(up: Up) -> None:
+    """Of its processes, each and together; what several share is a part of each."""
+    family = processes(up.pid)
+    print("| process | PSS, MB | its own |\n|---|---|---|")
+    for process in family:
+        print(f"| {process.name} | {process.pss:,.0f} | {process.private:,.0f} |")
+    print(f"| together | {sum(process.pss for process in family):,.0f} | |\n", flush=True)
+
+
 def compare_quality(up: Up, file: Path, given: argparse.Namespace) -> None:
     text = windows(up, given.windows)
-    ours = perplexity([losses(up, window) for window in text])
-    said = f"perplexity of {len(text)} windows of {TOKENS} tokens: {ours:.4f}"
+    ours = [losses(up, window) for window in text]
+    said = f"perplexity of {len(text)} windows of {TOKENS} tokens: {perplexity(ours):.4f}"
     if given.llama_python:
-        theirs = perplexity(list(losses_of_llama(given.llama_python, file, text)))
-        said += f", llama.cpp's {theirs:.4f}: {100 * (ours / theirs - 1):+.3f} %"
-    print(f"{said}\n")
+        theirs = list(losses_of_llama(given.llama_python, file, text))
+        said += f", llama.cpp's {perplexity(theirs):.4f}: {difference(ours, theirs)}"
+    print(f"{said}\n", flush=True)
 
 
 def compare_speed(every: list[Choice], up: dict[str, Up], rounds: int) -> None:
@@ -223,8 +249,9 @@ def measured(file: Path, given: argparse.Namespace, folder: Path) -> None:
     with ExitStack() as stack:
         up = {ours.name: stack.enter_context(ours.start())}
         print(f"weights: {up[ours.name].weights}\n")
-        if not adapters:
+        if not adapters and not given.no_quality:
             answers(up[ours.name])
+            memory(up[ours.name])
             compare_quality(up[ours.name], file, given)
         if given.no_speed:
             return
@@ -246,6 +273,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--no-speed", action="store_true")
+    parser.add_argument("--no-quality", action="store_true")
     parser.add_argument("--kv-cache", help="of loradock's server, as 1G; else for as many tokens as llama.cpp's")
     given = parser.parse_args()
     if given.adapters and given.llama_python and not given.llama_server:
@@ -253,7 +281,8 @@ def main() -> None:
     files = [given.folder] if given.folder.is_file() else sorted(given.folder.glob("*.gguf"))
     if not files:
         raise SystemExit(f"{given.folder} has no GGUF file")
-    print(f"{processor()}, {time.strftime('%Y-%m-%d')}\n")
+    kernels = f"loradock's kernels for {march}, " if (march := os.environ.get(MARCH)) else ""
+    print(f"{processor()}, {kernels}{time.strftime('%Y-%m-%d')}\n")
     with tempfile.TemporaryDirectory() as name:
         for file in files:
             measured(file, given, Path(name))
