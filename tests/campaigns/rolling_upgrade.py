@@ -14,17 +14,17 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import httpx
 
 from tests.support import postgres, tiny
 from tests.support.app import upload
+from tests.support.fleet_traffic import Asked, Traffic
 from tests.support.server import ROOT
 
 SERVER = """
@@ -76,66 +76,18 @@ class Running:
         self._log.close()
 
 
-class Traffic:
-    """Clients in threads, and what became of their requests."""
+def promoted(traffic: Traffic, count: int) -> None:
+    """So many promotes, through each server in turn."""
+    for turn in range(count):
+        server = traffic.servers[turn % len(traffic.servers)]
+        version = 1 + traffic.changes % 2
+        traffic.change(version, partial(promote, server, version))
+        time.sleep(0.05)
 
-    def __init__(self, clients: int) -> None:
-        self.servers: list[Running] = []
-        self.ids: list[str] = []
-        self.live = self.begun = self.changes = 0
-        self.counts: Counter[str] = Counter()
-        self.wrong: list[str] = []
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(clients)]
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        for thread in self._threads:
-            thread.start()
-        try:
-            yield
-        finally:
-            self._stop.set()
-            for thread in self._threads:
-                thread.join()
-
-    def _ask(self, number: int) -> None:
-        with httpx.Client(headers=HEADERS, timeout=30) as client:
-            while not self._stop.is_set():
-                number += 1
-                servers = self.servers
-                server = servers[number % len(servers)]
-                before = (self.live, self.changes)
-                body = {"model": "tone", "messages": []}
-                try:
-                    answer = client.post(f"{server.url}/v1/chat/completions", json=body)
-                except httpx.HTTPError as error:
-                    if server in self.servers:
-                        self.counts["failed"] += 1
-                        self.wrong.append(f"{server.name}: {error!r}")
-                    continue
-                if answer.status_code != 200:
-                    self.counts["failed"] += 1
-                    self.wrong.append(f"{server.name}: {answer.text[:300]}")
-                    continue
-                self.counts["answered"] += 1
-                if before == (self.begun, self.changes) and answer.json()["model"] != self.ids[self.live - 1]:
-                    self.counts["stale"] += 1
-                    self.wrong.append(f"{server.name}: {answer.json()}, and v{self.live} is live")
-
-    def promote(self, server: Running, version: int) -> None:
-        self.begun = version
-        told = httpx.post(f"{server.url}/v1/adapters/tone/promote", json={"version": version}, headers=HEADERS)
-        told.raise_for_status()
-        self.changes += 1
-        self.live = version
-        self.counts["promotes"] += 1
-
-    def turns(self, count: int) -> None:
-        """Promotes through each server in turn."""
-        for turn in range(count):
-            self.promote(self.servers[turn % len(self.servers)], 1 + self.changes % 2)
-            time.sleep(0.05)
+def promote(server: Asked, version: int) -> None:
+    told = httpx.post(f"{server.url}/v1/adapters/tone/promote", json={"version": version}, headers=HEADERS)
+    told.raise_for_status()
 
 
 def main() -> None:
@@ -163,26 +115,28 @@ def main() -> None:
 
 
 def upgraded(old: Path, work: Path, registry: str, promotes: int) -> dict[str, object]:
-    traffic = Traffic(clients=4)
     first = Running(old, work, "old-1", registry)
+    ids = {}
     for seed in (0, 1):
         arguments = upload(tiny.adapter(work / f"adapter-{seed}", seed, 2))
         pushed = httpx.post(f"{first.url}/v1/adapters", headers=HEADERS, timeout=30, **arguments)
         pushed.raise_for_status()
-        traffic.ids.append(pushed.json()["id"])
-    traffic.live = traffic.begun = 2
+        ids[seed + 1] = pushed.json()["id"]
+    traffic = Traffic("tone", ids, 2, 4, HEADERS)
     key = httpx.post(f"{first.url}/v1/keys", json={"name": "ci"}, headers=HEADERS)
     key.raise_for_status()
-    traffic.servers = [first, Running(old, work, "old-2", registry)]
+    running = [first, Running(old, work, "old-2", registry)]
+    traffic.servers = running
     with traffic.running():
-        traffic.turns(promotes)
+        promoted(traffic, promotes)
         for number, (tree, name) in enumerate(((ROOT, "new-1"), (ROOT, "new-2"), (old, "back-1"), (old, "back-2"))):
             fresh = Running(tree, work, name, registry)
-            leaving = traffic.servers[0]
-            traffic.servers = [traffic.servers[1], fresh]
+            leaving, staying = running
+            running = [staying, fresh]
+            traffic.servers = running
             time.sleep(0.5)  # what was sent to it is answered
             leaving.stop()
-            traffic.turns(promotes)
+            promoted(traffic, promotes)
             rows = httpx.get(f"{fresh.url}/v1/replicas", headers=HEADERS).json()["data"]
             print(
                 f"{number + 1}: {', '.join(server.name for server in traffic.servers)}; {len(rows)} listed", flush=True
@@ -191,11 +145,11 @@ def upgraded(old: Path, work: Path, registry: str, promotes: int) -> dict[str, o
         for server in traffic.servers:
             assert httpx.get(f"{server.url}/v1/models", headers=bearer).status_code == 200
         history = httpx.get(f"{traffic.servers[0].url}/v1/adapters/tone", headers=HEADERS).json()["history"]
-    for server in traffic.servers:
+    for server in running:
         server.stop()
     told = sum(row["what"] == "promote" for row in history)
     return {**dict(traffic.counts), "failed": traffic.counts["failed"], "stale": traffic.counts["stale"],
-            "promotes in the history": told, "wrong": traffic.wrong[:5]}  # fmt: skip
+            "promotes in the history": told, "wrong": [asdict(each) for each in traffic.wrong[:5]]}  # fmt: skip
 
 
 if __name__ == "__main__":
