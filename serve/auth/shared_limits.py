@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from serve.auth.rate_limits import Limits, Meter, Meters
+from serve.auth.rate_limits import Limits, Meters
 
 log = logging.getLogger(__name__)
 
@@ -49,19 +49,16 @@ class SharedLimits:
         self._meters = meters
         self._clock = clock
         self._run = uuid.uuid4().hex[:12]
-        self._mine: dict[str, Meter] = {}
         self._heard: dict[str, _Told] = {}
 
     def told(self) -> dict[str, Any]:
         """The column of this server's row."""
-        now = self._clock()
-        used = {key: meter for key, meter in self._meters.used().items() if now - meter.used_at < TOLD_SECONDS}
+        now, every = self._clock(), self._meters.used()
+        used = {key: meter for key, meter in every.items() if now - meter.used_at < TOLD_SECONDS}
         latest = sorted(used, key=lambda key: used[key].used_at, reverse=True)[:TOLD_KEYS]
         mine = {key: used[key] for key in latest}
-        for key, meter in self._mine.items():
-            if mine.get(key) is not meter:
-                meter.forget_use()
-        self._mine = mine
+        for key in every.keys() - mine.keys():
+            every[key].forget_use()
         keys = {
             key: _Use(
                 meter.used_requests,

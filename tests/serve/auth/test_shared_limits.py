@@ -139,6 +139,20 @@ def test_a_key_that_is_not_used_any_more_is_not_told_of(pair, clock):
     assert not other.asks()
 
 
+def test_of_more_keys_than_are_told_nothing_is_kept_for_telling(pair, clock, monkeypatch):
+    monkeypatch.setattr(shared_limits, "TOLD_KEYS", 2)
+    one, _ = pair
+    for number in range(5):
+        clock.now += 1
+        with one.meters.of(f"key-{number}", LIMITS).request():
+            pass
+    assert "key-4" in one.limits.told()["key_use"]
+    assert sorted(one.meters.used()) == ["key-3", "key-4"]
+    clock.now += shared_limits.TOLD_SECONDS
+    one.limits.told()
+    assert not one.meters.used()
+
+
 def test_what_cannot_be_read_is_of_no_account(pair):
     one, _ = pair
     one.limits.hear([{"id": "other", "key_use": '{"run": 1}'}])
