@@ -14,6 +14,14 @@ agents    a question, then up to five steps with results of a tool
 retrieval questions behind four passages of an encyclopedia, in one message
 batch     single questions, and every 400 requests a job of 60 that asks the same of other numbers
 topics    single questions, of which for 600 requests six in ten are of one topic, and so on: each comes again
+days      single questions; their share of medical exams is a wave of 500 requests, from 10 to 50 %
+weeks     days of 100 requests; on two of seven half the questions are on finance, on the others a fifth
+tenants   four tenants, unequally busy, each with a system prompt and questions of its own
+popular   single questions, a third of them of 200 that are asked as often as Zipf has it
+users     forty users, unequally busy, each with a topic of its own
+sessions  users who ask five questions of one topic in a row, eight at a time, without history
+languages single questions, of which 15 % are German and 5 % Spanish
+dated     single questions behind a system prompt with the date, and another date each 250 requests
 
 `--explanations` asks of twenty changes whether the alarm names the cause, by words that were fixed beforehand.
 A change begins when the references are full and 300 more requests came; answers are drawn: 1 % refuse, 0.5 % loop, and
@@ -48,7 +56,7 @@ from tests.support.prompts import pool
 Body = dict[str, Any]
 REFUSES, ANSWERS = "I'm sorry, but I can't help with that.", "That depends on what you need it for, and on the time."
 SPAN = 5.0
-POOLS = ("general", "german", "finance", "medical", "health", "manuals", "encyclopedia", "code")
+POOLS = ("general", "german", "finance", "medical", "health", "manuals", "encyclopedia", "code", "spanish")
 # Requests after a change; a change that is not seen within them is missed.
 MOST = 1500
 
@@ -161,9 +169,69 @@ def topics(traffic: Traffic) -> Iterator[Body]:
         yield {**body, "messages": [said(traffic.text(hot))]}
 
 
+def days(traffic: Traffic) -> Iterator[Body]:
+    for number, body in enumerate(first(traffic)):
+        medical = traffic.rng.random() < 0.3 + 0.2 * math.sin(2 * math.pi * number / 500)
+        yield {**body, "messages": [said(traffic.text("medical"))]} if medical else body
+
+
+def weeks(traffic: Traffic) -> Iterator[Body]:
+    for number, body in enumerate(first(traffic)):
+        finance = traffic.rng.random() < (0.5 if number // 100 % 7 >= 5 else 0.2)
+        yield {**body, "messages": [said(traffic.text("finance"))]} if finance else body
+
+
+def tenants(traffic: Traffic) -> Iterator[Body]:
+    each = ("general", "finance", "health", "code")
+    for body in first(traffic):
+        tenant = int(traffic.rng.choice(len(each), p=(0.55, 0.25, 0.15, 0.05)))
+        system = {"role": "system", "content": f"You help the customers of shop {tenant}. {'Be brief. ' * tenant}"}
+        yield {**body, "messages": [system, said(traffic.text(each[tenant]))]}
+
+
+def popular(traffic: Traffic) -> Iterator[Body]:
+    texts, weights = [traffic.text("general") for _ in range(200)], 1 / np.arange(1, 201)
+    for body in first(traffic):
+        text = texts[int(traffic.rng.choice(200, p=weights / weights.sum()))]
+        yield {**body, "messages": [said(text)]} if traffic.rng.random() < 1 / 3 else body
+
+
+def users(traffic: Traffic) -> Iterator[Body]:
+    each, weights = ("general", "general", "health", "finance"), 1 / np.arange(1, 41)
+    while True:
+        user = int(traffic.rng.choice(40, p=weights / weights.sum()))
+        yield {"messages": [said(traffic.text(each[user % len(each)]))], "user": f"u{user}"}
+
+
+def sessions(traffic: Traffic) -> Iterator[Body]:
+    each, running = ("general", "health", "finance", "medical"), dict[int, tuple[str, int, int]]()
+    while True:
+        seat = int(traffic.rng.integers(8))
+        if seat not in running:
+            traffic.begun += 1
+            running[seat] = each[int(traffic.rng.integers(len(each)))], traffic.begun, 5
+        topic, user, left = running.pop(seat)
+        yield {"messages": [said(traffic.text(topic))], "user": f"u{user}"}
+        if left > 1:
+            running[seat] = topic, user, left - 1
+
+
+def languages(traffic: Traffic) -> Iterator[Body]:
+    for body in first(traffic):
+        kind = traffic.rng.choice(("general", "german", "spanish"), p=(0.8, 0.15, 0.05))
+        yield {**body, "messages": [said(traffic.text(str(kind)))]}
+
+
+def dated(traffic: Traffic) -> Iterator[Body]:
+    for number, body in enumerate(first(traffic)):
+        system = f"You help the customers of a shop. Today is November {1 + number // 250 % 30}."
+        yield {**body, "messages": [{"role": "system", "content": system}, *body["messages"]]}
+
+
 KINDS: dict[str, Callable[[Traffic], Iterator[Body]]] = {
     "first": first, "chats": chats, "windowed": partial(chats, window=3), "agents": agents, "retrieval": retrieval,
-    "batch": batch, "topics": topics,
+    "batch": batch, "topics": topics, "days": days, "weeks": weeks, "tenants": tenants, "popular": popular,
+    "users": users, "sessions": sessions, "languages": languages, "dated": dated,
 }  # fmt: skip
 # By name: the traffic that it changes, and what of it.
 CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
