@@ -451,16 +451,19 @@ class WatchedVersion:
         sample.rows[PROMPT], row = whole_row, whole_row[: 1 + embedding.dimensions]
         for rows in (sample.rows, sample.lower_rows):
             regress_on(row, rows)
-        sample.prompt = self._described(sample, tokens, len(tokens) + sample.skipped, row[1:])
+        rest = 2 * len(tokens) < len(taken.tokens)
+        sample.prompt = self._described(sample, tokens, len(tokens) + sample.skipped, row[1:], rest=rest)
         sample.facts |= other_language(sample.spoken, sample.prompt.language)
         return sample
 
-    def _described(self, sample: _Sample, tokens: NDArray[np.integer], length: int, vector: Floats) -> Prompt:
+    def _described(
+        self, sample: _Sample, tokens: NDArray[np.integer], length: int, vector: Floats, *, rest: bool = False
+    ) -> Prompt:
         # Words are the owner's to read, so only the owner's are counted.
         text = self.text.last(tokens[-TAIL:].tolist()) if self.text is not None else ""
         language, words = read(text)
         counted = hashed(words, STOP_WORDS) if words and sample.words else {}
-        return Prompt(length, language, sample.tenant, counted, sample.asker or 0, vector, marks_of(text))
+        return Prompt(length, language, sample.tenant, counted, sample.asker or 0, vector, marks_of(text, rest=rest))
 
     def _message(self, exchange: Exchange, turn: Turn, asker: int | None) -> _FollowUp | None:
         """None of one that begins a conversation, or repeats what was asked."""

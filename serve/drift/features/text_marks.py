@@ -19,7 +19,9 @@ SAID = {
 LETTERS, CAPITALS = 20, 0.8
 # Letters of the longest word; and the share of the words that are none.
 LONG, SHARE = 25, 0.4
-_LETTER, _WORD = re.compile(r"[^\W\d_]"), re.compile(r"[A-Za-z0-9+/=_]{4,}")
+_LETTER = re.compile(r"[^\W\d_]")
+# A number is no word, and none that is missing.
+_WORD = re.compile(r"(?<![A-Za-z0-9+/=_])(?=[0-9+/=_]*[A-Za-z])[A-Za-z0-9+/=_]{4,}")
 _VOWEL = re.compile(r"[aeiouy]", re.IGNORECASE)
 _CONSONANTS = re.compile(r"[bcdfghjklmnpqrstvwxz]{5}|[A-Za-z][0-9][A-Za-z]|[a-z][A-Z][a-z]*[A-Z]")
 # UTF-8 that was read as Latin-1 or Windows-1252, and what stands for what could not be read.
@@ -50,16 +52,17 @@ _JAILBREAK = re.compile(
 )  # fmt: skip
 
 
-def marks_of(text: str) -> tuple[str, ...]:
-    """Those of SAID that a text has."""
+def marks_of(text: str, *, rest: bool = False) -> tuple[str, ...]:
+    """Those of SAID that a text has. rest: it is what is left of one that others share most of: how that is cased, and
+    whether it is more than a name or a number, was nobody's choice."""
     plain = text.isascii()
     letters, capitals = _plain_letters(text) if plain else _letters(text)
     found = []
-    if letters >= LETTERS:
+    if letters >= LETTERS and not rest:
         found += [LOWER] if not capitals else [UPPER] if capitals > CAPITALS * letters else []
     if (not plain or "&" in text) and _DAMAGE.search(text):
         found.append(DAMAGED)
-    words = _WORD.findall(text) if plain and _MAY_BE_NONE.search(text) else []
+    words = _WORD.findall(text) if plain and not rest and _MAY_BE_NONE.search(text) else []
     if words and sum(map(_is_none, words)) > SHARE * len(words):
         found.append(NO_WORDS)
     # To look for the words first takes a fraction of the time.
