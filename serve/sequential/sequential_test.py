@@ -51,8 +51,11 @@ State: TypeAlias = dict[str, NDArray]
 
 # Strengths of the bets: the weak find small differences late, the strong ones large differences at once.
 STRENGTHS = (1.0, 2.0, 4.0, 8.0, 16.0)
-# The same of a rate: ln of odds ratios.
-ODDS = (0.5, 1.0, 2.0, 3.0, 4.0)
+# The same of a rate: ln of odds ratios, and what each weighs at first. Small differences take longest to be seen.
+ODDS = (0.5, 0.75, 1.0, 2.0, 4.0)
+ODDS_WEIGHTS = (0.25, 0.35, 0.2, 0.12, 0.08)
+# Of a rate blocks are longer: in short ones there is often no 1 to draw, or nobody who draws it.
+RATE_BLOCKS = 2
 # Grades of either version from which on they are a part of the proof.
 FEW = 20
 # What is said of grades whose difference decides nothing.
@@ -159,7 +162,7 @@ class Comparison:
         # Requests that a verdict may rest on, and what was left out because its asker had been counted already.
         self.requests = self.skipped = 0
         whole = sum(check.share for check in checks)
-        self._tests = [_CheckTest(check, _block(weight), check.share / whole) for check in checks]
+        self._tests = [_CheckTest(check, _block(weight, check.unit), check.share / whole) for check in checks]
         self._rng = np.random.Generator(np.random.PCG64(seed))
         self._askers: OrderedDict[int, None] = OrderedDict()
         self._verdict = Verdict.UNDECIDED
@@ -219,7 +222,7 @@ class Comparison:
             raise ValueError(f"weight {weight} leaves one version without requests; it lies between 0 and 1")
         self.weight = weight
         for test in self._tests:
-            test.restart(_block(weight))
+            test.restart(_block(weight, test.check.unit))
 
     def state(self) -> State:
         states = [test.state().items() for test in self._tests]
@@ -286,8 +289,8 @@ class _CheckTest:
         self._sides = {Worse.HIGHER: (0,), Worse.LOWER: (1,), Worse.EITHER: (0, 1)}[check.worse]
         self._open: list[tuple[bool, float]] = []
         # ln wealth by side and strength, of "worse than the tolerance" and of "not worse than that"
-        self._bad = np.zeros((2, len(STRENGTHS)))
-        self._good = np.zeros((2, len(STRENGTHS)))
+        first = np.log(np.array(ODDS_WEIGHTS) * len(ODDS)) if check.unit is Unit.RATE else np.zeros(len(STRENGTHS))
+        self._bad, self._good = np.tile(first, (2, 2, 1))
         self._most = np.zeros((2, 2))  # the highest that either has been, by side
         self.counts = np.zeros(2, np.int64)  # live, canary
         self._sums = np.zeros(2)
@@ -449,25 +452,41 @@ class _CheckTest:
 
     def _bet(self, side: int, labels: NDArray, values: NDArray, rng: np.random.Generator) -> None:
         """On one block's draw."""
-        k, n = int(labels.sum()), len(labels)
-        shifted = self._shifted(labels, values, side, rng)
-        # Values of 0 and 1 are as good as ranks, which would only add the noise of breaking all their ties.
-        rate = self.check.unit is Unit.RATE
-        ranks = shifted if rate else _ranks(shifted, rng)
-        ones = int(shifted.sum()) if rate else None
-        score = float(ranks[labels].sum())
-        for i, strength in enumerate(STRENGTHS if not rate else ODDS):
-            bad = strength if side == 0 else -strength
-            self._bad[side, i] += bad * score - _log_mean_of_draws(n, k, bad, ones)
-            if self.check.unit is not Unit.GRADE:
-                self._good[side, i] += -bad * score - _log_mean_of_draws(n, k, -bad, ones)
+        if self.check.unit is Unit.RATE:
+            self._bet_on_rates(side, labels, values)
+        else:
+            k, n = int(labels.sum()), len(labels)
+            score = float(_ranks(self._shifted(labels, values, side), rng)[labels].sum())
+            for i, strength in enumerate(STRENGTHS):
+                bad = strength if side == 0 else -strength
+                self._bad[side, i] += bad * score - _log_mean_of_draws(n, k, bad)
+                if self.check.unit is not Unit.GRADE:
+                    self._good[side, i] += -bad * score - _log_mean_of_draws(n, k, -bad)
         if self.check.unit is Unit.GRADE:
             won = float(values[labels].mean() - values[~labels].mean()) + self.check.proof
             self._good[side] += np.log1p(np.array(BETS) * won / (1 - self.check.proof))
         if not self._beyond(side, for_proof=True):
             self._most[1, side] = max(self._most[1, side], _log_mean(self._good[side]))
 
-    def _shifted(self, labels: NDArray, values: NDArray, side: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    def _bet_on_rates(self, side: int, labels: NDArray, values: NDArray) -> None:
+        """Values of 0 and 1 are as good as ranks, which would only add the noise of breaking all their ties.
+
+        Each 0 of the side that should be lower is a 1 with the tolerance's probability; what is bet is the mean over
+        that chance, so that none of it is luck.
+        """
+        lifted = ~labels if side == 0 else labels
+        k, n, ones, score = int(labels.sum()), len(labels), int(values.sum()), float(values[labels].sum())
+        chances = _lifts(int(lifted.sum() - values[lifted].sum()), self.check.tolerance)
+        for i, odds in enumerate(ODDS):
+            for wealth, bet in ((self._bad, odds), (self._good, -odds)):
+                strength = bet if side == 0 else -bet
+                won = [
+                    chance + strength * (score + side * more) - _log_mean_of_draws(n, k, strength, ones + more)
+                    for more, chance in enumerate(chances)
+                ]
+                wealth[side, i] += float(np.logaddexp.reduce(won))
+
+    def _shifted(self, labels: NDArray, values: NDArray, side: int) -> NDArray[np.float64]:
         """The values as if the canary were the whole tolerance better than it is."""
         tolerance = self.check.tolerance
         if self.check.unit is Unit.RATIO:
@@ -475,14 +494,13 @@ class _CheckTest:
             return np.where(labels, values * factor, values)
         if self.check.unit is Unit.DIFFERENCE:
             return np.where(labels, values + (-tolerance if side == 0 else tolerance), values)
-        # Of a rate: each 0 of the side that should be lower becomes a 1 with the tolerance's probability.
-        lifted = ~labels if side == 0 else labels
-        return np.where(lifted & (rng.random(len(values)) < tolerance), 1.0, values)
+        return values
 
 
-def _block(weight: float) -> int:
+def _block(weight: float, unit: Unit) -> int:
     """Requests a block: enough that two of the rarer version are in it."""
-    return min(max(round(2 / min(weight, 1 - weight)), 8), 200)
+    few = max(round(2 / min(weight, 1 - weight)), 8)
+    return min(few * (RATE_BLOCKS if unit is Unit.RATE else 1), 200)
 
 
 def _ranks(values: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
@@ -509,6 +527,17 @@ def _log_mean_of_draws(n: int, k: int, strength: float, ones: int | None = None)
     for term in strength * (np.arange(n) - (n - 1) / 2) / n:
         polynomial[1:] = np.logaddexp(polynomial[1:], polynomial[:-1] + term)
     return float(polynomial[k] - ways)
+
+
+@lru_cache(maxsize=4096)
+def _lifts(zeros: int, tolerance: float) -> tuple[float, ...]:
+    """ln of the probability that 0, 1, ... of so many become 1; as far as it matters."""
+    if not tolerance:
+        return (0.0,)
+    odds = math.log(tolerance / (1 - tolerance))
+    logs = [_log_choose(zeros, more) + more * odds + zeros * math.log1p(-tolerance) for more in range(zeros + 1)]
+    least = max(logs) - 30
+    return tuple(logs[: max(more for more, log in enumerate(logs) if log > least) + 1])
 
 
 def _log_choose(n: int, k: int) -> float:

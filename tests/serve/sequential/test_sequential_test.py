@@ -18,6 +18,7 @@ from serve.sequential.sequential_test import (
     Unit,
     Verdict,
     Worse,
+    _CheckTest,
     _log_mean_of_draws,
 )
 
@@ -136,6 +137,33 @@ def test_errors_are_compared_as_rates_with_a_tolerance():
     assert some.count(Verdict.WORSE) <= at_most(0.05, len(some))
     assert many.count(Verdict.WORSE) >= 0.9 * STREAMS
     assert none.count(Verdict.PROVED) >= 0.6 * STREAMS
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_bet_on_rates_is_fair_where_the_canary_is_worse_by_the_tolerance(side):
+    tolerance, lower = 0.1, 0.3
+    higher = lower + tolerance * (1 - lower)
+    worse = Worse.HIGHER if side == 0 else Worse.LOWER
+    labels, mean = np.array([True, True, False, False, False]), 0.0
+    chance = np.where(labels == (side == 0), higher, lower)
+    for values in product((0.0, 1.0), repeat=len(labels)):
+        test = _CheckTest(Check("error", "errors", worse, Unit.RATE, tolerance), len(labels), 1.0)
+        before = test._bad[side].copy()
+        test._bet_on_rates(side, labels, np.array(values))
+        mean += float(np.prod(np.where(values, chance, 1 - chance))) * np.exp(test._bad[side] - before)
+    assert mean == pytest.approx(1.0)
+
+
+def test_small_rises_of_errors_are_seen_in_half_of_the_streams_within_1800_requests():
+    check = Check("error", "errors", Worse.HIGHER, Unit.RATE, 0.02, required=True)
+
+    def failing(rng, labels):
+        return {"error": (rng.random(len(labels)) < np.where(labels, 0.07, 0.02)).astype(float)}
+
+    runs = [judged(failing, seed, checks=[check], alpha=0.05, weight=0.25)[:2] for seed in range(2 * STREAMS)]
+    seen = sorted(requests for verdict, requests in runs if verdict is Verdict.WORSE)
+    print(f"errors of 7 % for 2 %: {len(seen)}/{len(runs)}, median {np.median(seen):.0f} of those seen")
+    assert len(seen) >= 0.75 * len(runs) and seen[len(runs) // 2] <= 1800
 
 
 def test_either_way_is_worse_where_the_check_says_so():
