@@ -244,6 +244,8 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "a quarter shorter": ("first", {"factor": 0.75}),
     "5 % German": ("first", {"foreign": 0.05}),
     "20 % German": ("first", {"foreign": 0.2}),
+    "5 % Japanese": ("first", {"style": "japanese", "styled": 0.05}),
+    "5 % jailbreaks": ("first", {"style": "jailbreak", "styled": 0.05}),
     "another topic": ("first", {"asks": "finance"}),
 }
 
