@@ -475,7 +475,8 @@ class _CheckTest:
         that chance, so that none of it is luck.
         """
         lifted = ~labels if side == 0 else labels
-        k, n, ones, score = int(labels.sum()), len(labels), int(values.sum()), float(values[labels].sum())
+        k, n = int(labels.sum()), len(labels)
+        ones, score = int(values.sum()), float(values[labels].sum())
         chances = _lifts(int(lifted.sum() - values[lifted].sum()), self.check.tolerance)
         for i, odds in enumerate(ODDS):
             for wealth, bet in ((self._bad, odds), (self._good, -odds)):

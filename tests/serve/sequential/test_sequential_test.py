@@ -144,7 +144,8 @@ def test_a_bet_on_rates_is_fair_where_the_canary_is_worse_by_the_tolerance(side)
     tolerance, lower = 0.1, 0.3
     higher = lower + tolerance * (1 - lower)
     worse = Worse.HIGHER if side == 0 else Worse.LOWER
-    labels, mean = np.array([True, True, False, False, False]), 0.0
+    labels = np.array([True, True, False, False, False])
+    mean = 0.0
     chance = np.where(labels == (side == 0), higher, lower)
     for values in product((0.0, 1.0), repeat=len(labels)):
         test = _CheckTest(Check("error", "errors", worse, Unit.RATE, tolerance), len(labels), 1.0)
