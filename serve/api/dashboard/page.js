@@ -282,7 +282,9 @@ const on = {
     const before = older.get(adapter.name)?.versions.at(-1).version ?? 2 ** 31;
     const more = await call(cardPath(adapter.name, `?before=${before}`)).catch(failed);
     if (!more?.versions.length) return;
-    older.set(adapter.name, { ...more, versions: [...older.get(adapter.name)?.versions ?? [], ...more.versions] });
+    // Two clicks, before there is an answer, ask for the same twenty twice.
+    const shown = older.get(adapter.name)?.versions ?? [], last = shown.at(-1)?.version ?? 2 ** 31;
+    older.set(adapter.name, { ...more, versions: [...shown, ...more.versions.filter((version) => version.version < last)] });
     refresh();
   },
 };
@@ -385,10 +387,11 @@ $("changes-filter").addEventListener("input", () => { olderChanges = []; later(r
 $("previous").addEventListener("click", () => turnTo(offset - ROWS));
 $("next").addEventListener("click", () => turnTo(offset + ROWS));
 $("older-changes").addEventListener("click", async () => {
-  const search = encodeURIComponent($("changes-filter").value.trim());
-  const more = await call(`/v1/overview/changes?limit=${CHANGES}&search=${search}&before=${$("older-changes").dataset.before}`).catch(failed);
-  if (!more) return;
-  olderChanges = [...olderChanges, ...more.data];
+  const search = $("changes-filter").value.trim();
+  const more = await call(`/v1/overview/changes?limit=${CHANGES}&search=${encodeURIComponent(search)}&before=${$("older-changes").dataset.before}`).catch(failed);
+  if (!more || search !== $("changes-filter").value.trim()) return;
+  const last = olderChanges.at(-1)?.id ?? Infinity;
+  olderChanges = [...olderChanges, ...more.data.filter((entry) => entry.id < last)];
   $("older-changes").hidden = !more.has_more;
   await refresh();
 });
