@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import uvicorn
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
@@ -19,6 +17,8 @@ from serve.server.assembly import build_app
 from serve.server.connection import guarded
 from serve.server.front_ends import FrontEnds
 from tests.support.backend import FakeBackend
+from tests.support.listening import listening
+from tests.support.waiting import settled
 
 
 def chunk(model: str, content: str, reason: str | None = None) -> bytes:
@@ -82,29 +82,19 @@ async def _left(receive: Any) -> None:
 
 
 @asynccontextmanager
-async def listening(app: Any, beside: int, **options: Any) -> AsyncIterator[tuple[str, FrontEnds]]:
+async def with_front_ends(app: Any, beside: int, **options: Any) -> AsyncIterator[tuple[str, FrontEnds]]:
     """The app's address, and so many processes beside this one that send its tokens."""
     front_ends = FrontEnds(beside)
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        http = guarded(30, front_ends=front_ends)
-        server = uvicorn.Server(uvicorn.Config(app, http=http, log_level="error", **options))
-        serving = asyncio.create_task(server.serve(sockets=[sock]))
-        async with front_ends.running():
-            while not server.started or len(front_ends.pids) < beside:
-                await asyncio.sleep(0.01)
-            try:
-                yield "http://{}:{}".format(*sock.getsockname()), front_ends
-            finally:
-                server.should_exit = True
-                await serving
+    async with front_ends.running(), listening(app, http=guarded(30, front_ends=front_ends), **options) as url:
+        assert await settled(lambda: len(front_ends.pids) == beside)
+        yield url, front_ends
 
 
 @asynccontextmanager
 async def served(config: Config, backend: FakeBackend, beside: int) -> AsyncIterator[tuple[str, FrontEnds, Any]]:
     """The whole server over the backend, and its parts."""
     app = build_app(config, backend)  # type: ignore[arg-type]
-    async with listening(app, beside, lifespan="on") as (url, front_ends):
+    async with with_front_ends(app, beside, lifespan="on") as (url, front_ends):
         parts = app.state.parts
         await asyncio.wait_for(parts.health.ready.wait(), 30)
         yield url, front_ends, parts

@@ -24,7 +24,7 @@ from serve.server import front_ends as module
 from serve.server.front_end_process import FORGET, GIVE_BACK, OPEN, STUCK, Messages, Streams, framed, packed
 from serve.server.front_ends import how_many
 from tests.support.app import upload
-from tests.support.speaking import Speaking, chunk, listening, served
+from tests.support.speaking import Speaking, chunk, served, with_front_ends
 from tests.support.waiting import settled
 
 PATH = "/v1/chat/completions"
@@ -106,7 +106,7 @@ async def answer(reader):
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_a_stream_is_the_same_to_the_last_byte_and_its_connection_answers_on(loop):
     async def exchanged(beside):
-        async with listening(Story(' wörd "\n'), beside, lifespan="off") as (url, front_ends):
+        async with with_front_ends(Story(' wörd "\n'), beside, lifespan="off") as (url, front_ends):
             reader, writer = await connected(url)
             bodies = []
             for pieces in (100, 3, 1000):
@@ -133,7 +133,7 @@ def test_a_stream_is_the_same_to_the_last_byte_and_its_connection_answers_on(loo
 
 async def test_a_next_request_that_comes_meanwhile_is_answered_after_the_stream():
     story = Story(waits=50)
-    async with listening(story, 1, lifespan="off") as (url, front_ends):
+    async with with_front_ends(story, 1, lifespan="off") as (url, front_ends):
         reader, writer = await connected(url)
         writer.write(request(100))
         await reader.readuntil(b"49 word")
@@ -149,7 +149,7 @@ async def test_a_next_request_that_comes_meanwhile_is_answered_after_the_stream(
 
 async def test_a_client_that_reads_slowly_gets_every_piece_and_holds_up_nobody():
     story = Story(word="x" * 2000)
-    async with listening(story, 1, lifespan="off") as (url, front_ends):
+    async with with_front_ends(story, 1, lifespan="off") as (url, front_ends):
         host, port = url.removeprefix("http://").split(":")
         slow = socket.socket()
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -171,7 +171,7 @@ async def test_a_client_that_reads_slowly_gets_every_piece_and_holds_up_nobody()
 
 async def test_a_client_that_leaves_ends_its_answer_and_leaves_nothing_open():
     story = Story(waits=50)
-    async with listening(story, 1, lifespan="off") as (url, front_ends):
+    async with with_front_ends(story, 1, lifespan="off") as (url, front_ends):
         (pid,) = front_ends.pids
         story.waits = None
         reader, writer = await connected(url)
@@ -192,7 +192,7 @@ async def test_a_client_that_leaves_ends_its_answer_and_leaves_nothing_open():
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSTOP])
 async def test_a_process_that_dies_or_hangs_ends_its_streams_with_an_error_and_has_a_follower(end, monkeypatch):
     story = Story(word="x" * 2000, waits=50)
-    async with listening(story, 1, lifespan="off") as (url, front_ends):
+    async with with_front_ends(story, 1, lifespan="off") as (url, front_ends):
         (pid,) = front_ends.pids
         reader, writer = await connected(url)
         writer.write(request(100_000))
@@ -217,7 +217,7 @@ async def test_a_process_that_dies_or_hangs_ends_its_streams_with_an_error_and_h
 
 async def test_what_is_under_way_when_the_server_stops_is_told_to_its_end():
     story = Story(waits=50)
-    async with listening(story, 2, lifespan="off") as (url, front_ends):
+    async with with_front_ends(story, 2, lifespan="off") as (url, front_ends):
         pids = front_ends.pids
         streams = [await connected(url) for _ in range(4)]
         for reader, writer in streams:

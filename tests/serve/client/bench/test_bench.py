@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -31,6 +28,7 @@ from serve.client.bench.prompts import WORDS, Prompts, Scale
 from serve.client.bench.rounds import CannotBench, Result, Round, bench, find
 from serve.client.bench.watch import Process, Snapshot, Use, Watch, is_local, listeners, snapshot
 from serve.client.bench.wire import Address, Connection, WireError
+from tests.support.listening import listening_beside
 
 TOKENS = 6
 
@@ -94,18 +92,8 @@ class Peer:
 
 @contextmanager
 def running(peer: Peer) -> Iterator[Peer]:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(peer.app(), log_level="critical", lifespan="off")
-        server = uvicorn.Server(config)
-        peer.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
+    with listening_beside(peer.app(), log_level="critical", lifespan="off") as peer.url:
         yield peer
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture
