@@ -353,7 +353,8 @@ void loradock_keep_eight_bits(int number) {
 void loradock_gains(int number, int slot, const float* gains, int count) {
   Layer& layer = *layers[number];
   if (layer.gains.size() <= size_t(slot)) layer.gains.resize(slot + 1);
-  layer.gains[slot].assign(gains, gains ? gains + count : gains);
+  layer.gains[slot].assign((count + 15) / 16, Gains{});
+  if (count) std::memcpy(layer.gains[slot].data(), gains, count * sizeof(float));
 }
 
 int loradock_rank(int number, int slot) {

@@ -65,6 +65,11 @@ struct Slice {
   std::vector<Weights> slots;
 };
 
+// What a step multiplies sixteen outputs with: a line of a cache's, which is fetched ahead as a whole.
+struct alignas(64) Gains {
+  float of[16];
+};
+
 struct Layer {
   Plan* plan;
   int dtype;     // 0 float32, 1 bfloat16, 2 float16: of A, B, x and y
@@ -72,10 +77,10 @@ struct Layer {
   int max_rank;
   int size;      // bytes of an element
   std::vector<Slice> slices;
-  std::vector<std::vector<float>> gains;  // by slot: what a step multiplies each of its rows' outputs with, or nothing
+  std::vector<std::vector<Gains>> gains;  // by slot: of each of its rows' outputs, or nothing
 
   const float* gains_of(int slot) const {
-    return size_t(slot) < gains.size() && !gains[slot].empty() ? gains[slot].data() : nullptr;
+    return size_t(slot) < gains.size() && !gains[slot].empty() ? gains[slot].data()->of : nullptr;
   }
 
   // Bytes of t = x A^T: where a slice's begin in a row, and of a row. Of 8 bits it has 8 too, and a `Middle` before.

@@ -327,6 +327,7 @@ struct Delta {
         const Weights& w = layer->slices[h.slice].slots[slot];
         const size_t bytes = size_t(parts(w)) * 64;
         for (size_t i = 0; i < bytes; i += 64) soon(w.packed() + h.output / 16 * bytes + i);
+        if (const float* gains = layer->gains_of(slot)) soon(gains + layer->slices[h.slice].offset + h.output);
       });
     }
   }
