@@ -56,7 +56,7 @@ def _remedy(path: str, pools: bool) -> str:
     if POOLED.fullmatch(path) and not pools:
         return (
             "it generates text, and vLLM pools in another engine; serve it with --runner pooling --convert embed on "
-            "another port, where adapters answer by name too"
+            "another port"
         )
     if pools and not POOLED.fullmatch(path):
         return "its engine pools (--runner pooling), and generates no text"
