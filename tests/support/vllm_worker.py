@@ -18,12 +18,12 @@ from serve.vllm_backend.worker_extension import LOADED, LOADING, Loader
 
 
 @contextmanager
-def one_worker(folder: Path) -> Iterator[None]:
-    """vLLM's state of a process that is the only worker."""
+def one_worker(folder: Path, *patches: str) -> Iterator[None]:
+    """vLLM's state of a process that is the only worker: its layers want to know their place among parallel ones."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
 
-    for name in ("lora-rows", "lora-device"):
+    for name in ("lora-rows", "lora-device", *patches):
         apply(named(name))
     with set_current_vllm_config(VllmConfig()):
         parallel_state.init_distributed_environment(1, 0, f"file://{folder / 'init'}", 0, backend="gloo")

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 from prometheus_client import CollectorRegistry
 
 from serve.asgi.cancellation import CancellableCall
@@ -21,6 +20,8 @@ from serve.asgi.connection import BODY
 from serve.asgi.fast_stream import FLOW, LONG, FastStream
 from serve.server.connection import guarded
 from serve.server.front_ends import FrontEnds
+from tests.support.listening import listening
+from tests.support.waiting import settled
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 FIRST = {
@@ -118,16 +119,12 @@ async def test_uvicorn_says_whether_the_client_reads_and_sends_without_waiting(p
         seen.count = number
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    config = uvicorn.Config(app, port=0, log_level="error", http=guarded(60), lifespan="off")
-    server = uvicorn.Server(config)
-    serving = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    async with httpx.AsyncClient() as client, client.stream("POST", f"http://127.0.0.1:{port}{CHAT}") as answer:
+    async with (
+        listening(app, http=guarded(60), lifespan="off") as url,
+        httpx.AsyncClient() as client,
+        client.stream("POST", url + CHAT) as answer,
+    ):
         got = await answer.aread()
-    server.should_exit = True
-    await serving
     assert seen.blocked, "nothing was read while the app wrote"
     assert said(got) == ["first", *(f" {number}" for number in range(seen.count))]
 
@@ -559,17 +556,11 @@ async def vllm_server(monkeypatch, options, beside=0):
 
     front_ends = FrontEnds(beside)
     http = guarded(60, front_ends=front_ends)
-    server = uvicorn.Server(uvicorn.Config(endpoint, port=0, log_level="error", http=http, lifespan="off"))
-    serving = asyncio.create_task(server.serve())
     try:
-        async with front_ends.running():
-            while not server.started or len(front_ends.pids) < beside:
-                await asyncio.sleep(0.01)
-            url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        async with listening(endpoint, http=http, lifespan="off") as url, front_ends.running():
+            assert await settled(lambda: len(front_ends.pids) == beside)
             both = Both(url, core, AutoTokenizer.from_pretrained(model))
             yield both
             assert bool(front_ends.handed) == bool(beside)
     finally:
-        server.should_exit = True
-        await serving
         llm.shutdown()

@@ -17,9 +17,8 @@ import torch
 
 pytest.importorskip("vllm")
 
-from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig, set_current_vllm_config
+from vllm.config import CompilationMode, CUDAGraphMode, set_current_vllm_config
 from vllm.config.lora import LoRAConfig
-from vllm.distributed import parallel_state
 from vllm.lora.layers import (
     LoRAMapping,
     MergedColumnParallelLinearWithLoRA,
@@ -35,9 +34,8 @@ if not current_platform.is_cpu():
     pytest.skip("its layers are built on a CPU", allow_module_level=True)
 
 from serve.vllm_backend.dora import Magnitudes
-from serve.vllm_backend.patches.applying import apply
-from serve.vllm_backend.patches.table import named
 from serve.vllm_backend.worker_extension import LOADED, LOADING, Loader
+from tests.support import vllm_worker
 
 HIDDEN, INNER, RANK, SLOTS, ALPHA = 64, 96, 4, 4, 8
 PACKED = {
@@ -53,15 +51,8 @@ ALL = tuple(name.rpartition(".")[2] for name in SIZES)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_worker(tmp_path_factory):
-    for name in ("lora-rows", "lora-device"):
-        apply(named(name))
-    place = tmp_path_factory.mktemp("init") / "file"
-    with set_current_vllm_config(VllmConfig()):
-        parallel_state.init_distributed_environment(1, 0, f"file://{place}", 0, backend="gloo")
-        parallel_state.initialize_model_parallel(1, 1)
+    with vllm_worker.one_worker(tmp_path_factory.mktemp("init")):
         yield
-    parallel_state.destroy_model_parallel()
-    parallel_state.destroy_distributed_environment()
 
 
 class Rounded:

@@ -15,9 +15,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.lora import LoRAConfig
-from vllm.distributed import parallel_state
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
@@ -32,8 +30,7 @@ if not current_platform.is_cpu():
 
 from serve.cpu_kernels import operators, punica
 from serve.vllm_backend.patches import prompt_logprobs
-from serve.vllm_backend.patches.applying import apply
-from serve.vllm_backend.patches.table import named
+from tests.support import vllm_worker
 
 HIDDEN, VOCABULARY, SLOTS = 64, 320, 2
 TENANT, RIVAL = 7, 8  # adapters of lm_head
@@ -42,16 +39,8 @@ ROOT = Path(__file__).parents[4]
 
 @pytest.fixture(scope="module", autouse=True)
 def one_worker(tmp_path_factory):
-    """vLLM's layers want to know their place among parallel workers."""
-    apply(named("lora-rows"))
-    apply(named("prompt-logprobs"))
-    place = tmp_path_factory.mktemp("init") / "file"
-    with set_current_vllm_config(VllmConfig()):
-        parallel_state.init_distributed_environment(1, 0, f"file://{place}", 0, backend="gloo")
-        parallel_state.initialize_model_parallel(1, 1)
+    with vllm_worker.one_worker(tmp_path_factory.mktemp("init"), "prompt-logprobs"):
         yield
-    parallel_state.destroy_model_parallel()
-    parallel_state.destroy_distributed_environment()
 
 
 class Model(torch.nn.Module):
