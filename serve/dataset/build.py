@@ -70,6 +70,8 @@ class Built:
     described: dict[str, Any]
     # The held-out conversations with the questions' sketches: what no later build may train on.
     kept_apart: tuple[tuple[str, Sketch], ...] = field(default=(), repr=False)
+    # Who asked them.
+    held_out_askers: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(slots=True)
@@ -276,6 +278,7 @@ def _written(
         digests,
         card,
         tuple((example.conversation, example.question_sketch) for example in held_out),
+        tuple(example.asker for example in held_out),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,14 +70,14 @@ class Candidates:
 
     def _prepare(self, loop: Loop, live: Adapter, policy: LoopPolicy, gathered: Gathered, deleted: Deleted) -> Prepared:
         new, held_out = list(gathered.train), bounded(gathered.held_out)
-        _enough(len(new), len(held_out), policy)
+        _enough(len(new), held_out, policy)
         gone = self._rows.references.deleted(deleted.tenant)  # before this; what goes meanwhile is in `deleted`
         old = [example for example in self._old(live) if example.digest not in gone]
         kept = self._references(loop, live, old, policy, deleted)
         training = mixed(new, held_out, old, kept, seed=loop.state.number)
         with self.deletions.writing:
             training = training.without(deleted.has)
-            _enough(sum(not deleted.has(one) for one in new), len(training.held_out), policy)
+            _enough(sum(not deleted.has(one) for one in new), training.held_out, policy)
             return self._written(loop, live, training, gathered)
 
     def _written(self, loop: Loop, live: Adapter, training: Training, gathered: Gathered) -> Prepared:
@@ -166,10 +167,12 @@ def job_of(loop: Loop) -> str:
     return f"ftjob-{hashlib.sha256(f'{loop.id} {loop.state.number}'.encode()).hexdigest()[:24]}"
 
 
-def _enough(new: int, held_out: int, policy: LoopPolicy) -> None:
+def _enough(new: int, held_out: Sequence[Example], policy: LoopPolicy) -> None:
     """Short if these are too few examples."""
-    if new + held_out < policy.min_examples or held_out < policy.needed:
+    examples, clusters = new + len(held_out), len({example.counted_as for example in held_out})
+    if examples < policy.min_examples or clusters < policy.needed:
+        askers = "" if clusters == len(held_out) else f" of {clusters} askers"
         raise Short(
-            f"{new + held_out} of {policy.min_examples} examples of new traffic, {held_out} held out of the "
+            f"{examples} of {policy.min_examples} examples of new traffic, {len(held_out)} held out{askers} of the "
             f"{policy.needed} that the gate needs at least"
         )

@@ -12,7 +12,10 @@ true, passing means refuting that one too, so P(pass) <= alpha, however many par
 together (an intersection-union test). The assumption: the held-out examples of a part are exchangeable with the traffic
 that the part speaks for, and neither the candidate nor the live version was trained on them.
 
-The order of the pairs is that of the examples' digests, which depends on no score.
+Examples of one asker, or of one conversation, tell of one another. So the numbers that are bet on are not examples but
+such clusters: the mean of d over the examples of each. A cluster counts once, however many examples it has.
+
+The order of the clusters is that of their examples' digests, which depends on no score.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from serve.sequential.betting import highest, needed_for_proof
 
@@ -35,11 +39,12 @@ _DIGITS = 4
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part of the gate. Evidence is ln, the highest that it has been."""
+    """One part of the gate; scores are means over its clusters. Evidence is ln, the highest that it has been."""
 
     kind: str
     label: str
     examples: int
+    clusters: int
     live: float
     candidate: float
     tolerance: float
@@ -57,7 +62,7 @@ class Part:
     @property
     def weak(self) -> bool:
         """A golden set that is too small to prove anything: the scores themselves are compared, without a guarantee."""
-        return self.kind == GOLDEN and self.examples < self.needed
+        return self.kind == GOLDEN and self.clusters < self.needed
 
     @property
     def forgotten(self) -> bool:
@@ -68,13 +73,19 @@ class Part:
     def sentence(self) -> str:
         """For people, when it did not pass."""
         where = {NEW: "the new traffic", REFERENCE: f"the reference {self.label}", GOLDEN: "the golden set"}[self.kind]
-        scores = f"{self.candidate:.3f} against {self.live:.3f} on {self.examples} examples"
+        scores = f"{self.candidate:.3f} against {self.live:.3f} on {self._size}"
         if self.kind == NEW:
             return f"it is not proved to be better on {where}: {scores}"
         if self.forgotten:
             return f"it is worse on {where}: {scores}, and the tolerance is {self.tolerance:g}"
-        few = f"; {self.needed} examples are needed at least" if self.examples < self.needed else ""
+        what = "examples" if self.clusters == self.examples else "askers"
+        few = f"; {self.needed} {what} are needed at least" if self.clusters < self.needed else ""
         return f"it is not proved to be no worse by {self.tolerance:g} on {where}: {scores}{few}"
+
+    @property
+    def _size(self) -> str:
+        askers = "" if self.clusters == self.examples else f" of {self.clusters} askers"
+        return f"{self.examples} examples{askers}"
 
     def described(self) -> dict[str, Any]:
         """For history, API and webhooks."""
@@ -82,6 +93,7 @@ class Part:
             "part": self.kind,
             "label": self.label,
             "examples": self.examples,
+            "clusters": self.clusters,
             "live": round(self.live, _DIGITS),
             "candidate": round(self.candidate, _DIGITS),
             "tolerance": self.tolerance,
@@ -119,16 +131,30 @@ class Gate:
         return {"passed": self.passed, "alpha": self.alpha, "parts": [part.described() for part in self.parts]}
 
 
-def compared(kind: str, label: str, pairs: Sequence[tuple[float, float]], tolerance: float, alpha: float) -> Part:
-    """A part from pairs of scores (live, candidate) from 0 to 1, in an order that depends on no score."""
-    live, candidate = np.array(pairs, np.float64).reshape(-1, 2).T
+def compared(
+    kind: str,
+    label: str,
+    pairs: Sequence[tuple[float, float]],
+    tolerance: float,
+    alpha: float,
+    clusters: Sequence[str] = (),
+) -> Part:
+    """A part from pairs of scores (live, candidate) from 0 to 1, in an order that depends on no score.
+
+    clusters: which one each pair belongs to; by default each is one of its own.
+    """
+    if clusters and len(clusters) != len(pairs):
+        raise ValueError(f"{len(pairs)} pairs come with {len(clusters)} clusters; each pair has one")
+    means = _means(pairs, clusters)
+    live, candidate = means.T
     differences = candidate - live
     margin = 0.0 if kind == NEW else tolerance
-    count = max(len(pairs), 1)
+    count = max(len(means), 1)
     return Part(
         kind,
         label,
         len(pairs),
+        len(means),
         float(live.sum()) / count,
         float(candidate.sum()) / count,
         tolerance,
@@ -136,3 +162,15 @@ def compared(kind: str, label: str, pairs: Sequence[tuple[float, float]], tolera
         -math.log(alpha),
         needed_for_proof(tolerance, alpha),
     )
+
+
+def _means(pairs: Sequence[tuple[float, float]], clusters: Sequence[str]) -> NDArray[np.float64]:
+    """(clusters, 2): the mean scores of each, in the order in which they come first."""
+    scores = np.array(pairs, np.float64).reshape(-1, 2)
+    if not clusters:
+        return scores
+    numbers: dict[str, int] = {}
+    places = [numbers.setdefault(cluster, len(numbers)) for cluster in clusters]
+    totals = np.zeros((len(numbers), 2))
+    np.add.at(totals, places, scores)
+    return totals / np.bincount(places)[:, None]

@@ -54,25 +54,27 @@ class Gatekeeper:
         parts: list[Part] = []
         for kind, label, id in asked:
             examples = await asyncio.to_thread(rows.references.examples, id)
-            pairs = await self._pairs(live, candidate, examples, goes_on)
-            parts.append(compared(kind, label, pairs, policy.tolerance, alpha))
+            scored = await self._scored(live, candidate, examples, goes_on)
+            clusters, pairs = [example.counted_as for example, _ in scored], [pair for _, pair in scored]
+            parts.append(compared(kind, label, pairs, policy.tolerance, alpha, clusters))
         if golden:
             parts.append(compared(GOLDEN, "", golden, policy.golden, alpha))
         return Gate(alpha, tuple(parts))
 
-    async def _pairs(
+    async def _scored(
         self, live: Adapter, candidate: Adapter, examples: Sequence[Example], goes_on: Callable[[], bool]
-    ) -> list[tuple[float, float]]:
-        pairs: list[tuple[float, float]] = []
+    ) -> list[tuple[Example, tuple[float, float]]]:
+        """The examples that both versions have a score for, with the two."""
+        scored: list[tuple[Example, tuple[float, float]]] = []
         for at in range(0, len(examples), AT_ONCE):
             if not goes_on():
                 raise Interrupted
             some = examples[at : at + AT_ONCE]
             ours = await self.scorer.scores(live, some)
             theirs = await self.scorer.scores(candidate, some)
-            both = zip(ours, theirs, strict=True)
-            pairs += [(a, b) for a, b in both if a is not None and b is not None]
-        return pairs
+            both = zip(some, ours, theirs, strict=True)
+            scored += [(example, (a, b)) for example, a, b in both if a is not None and b is not None]
+        return scored
 
     async def _golden_pairs(self, live: Adapter, candidate: Adapter) -> list[tuple[float, float]] | None:
         """Of the cases that both have a score of; None while one of them lacks answers that are on their way."""

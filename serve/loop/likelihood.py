@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -34,11 +34,18 @@ _TOKENIZE, _COMPLETE = "/tokenize", "/v1/completions"
 class Example:
     """A chat that ends with the answer, or a prompt with its completion, in OpenAI's form for fine-tuning.
 
-    `conversation` is the id of the captured one that it is from, if it is from one.
+    `conversation` is the id of the captured one that it is from, if it is from one. `cluster` is the same for examples
+    that tell of one another, as those of one asker.
     """
 
     fields: Mapping[str, Any]
     conversation: str = ""
+    cluster: str = field(default="", compare=False)
+
+    @property
+    def counted_as(self) -> str:
+        """What it is a part of: examples that have this in common count once."""
+        return self.cluster or self.conversation or self.digest
 
     @property
     def digest(self) -> str:

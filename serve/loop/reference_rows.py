@@ -30,12 +30,14 @@ class ReferenceRows:
         """Keep examples that nobody trains on; without a label for the try that goes on. Their id."""
         id = f"ref-{secrets.token_hex(8)}"
         row = {"id": id, "loop": loop.id, "number": loop.state.number, "label": label, "made": self._clock()}
-        document = _document(examples)
+        document, clusters = _document(examples), _clusters(examples)
         with self._registry.adding() as connection:
             if label is None:
                 mine = (table.c.loop == loop.id, table.c.label.is_(None))
                 connection.execute(delete(table).where(*mine))
-            connection.execute(insert(table).values(**row, examples=len(examples), document=document))
+            connection.execute(
+                insert(table).values(**row, examples=len(examples), document=document, clusters=clusters)
+            )
         return id
 
     def keep(self, loop: Loop, id: str, label: str, score: float | None) -> None:
@@ -60,21 +62,21 @@ class ReferenceRows:
     def examples(self, id: str) -> list[Example]:
         """The examples of a reference, in the order of their digests."""
         with self._registry.reading() as connection:
-            document = connection.scalar(select(table.c.document).where(table.c.id == id))
-        return sorted(_examples(document), key=lambda example: example.digest)
+            row = connection.execute(select(table.c.document, table.c.clusters).where(table.c.id == id)).first()
+        return sorted(_examples(*row) if row else [], key=lambda example: example.digest)
 
     def forget_conversation(self, loop: Loop, id: str, digests: Collection[str] = ()) -> int:
         """Drop the examples of a conversation that was deleted; how many there were. What comes from a training file
         has no conversation's id: it is told by its digest."""
         gone = 0
         with self._registry.adding() as connection:
-            query = select(table.c.id, table.c.document).where(table.c.loop == loop.id)
+            query = select(table.c.id, table.c.document, table.c.clusters).where(table.c.loop == loop.id)
             for row in connection.execute(query.with_for_update()).all():
-                there = _examples(row.document)
+                there = _examples(row.document, row.clusters)
                 kept = [one for one in there if one.conversation != id and one.digest not in digests]
                 if len(kept) < len(there):
                     gone += len(there) - len(kept)
-                    values = {"examples": len(kept), "document": _document(kept)}
+                    values = {"examples": len(kept), "document": _document(kept), "clusters": _clusters(kept)}
                     connection.execute(update(table).where(table.c.id == row.id).values(**values))
         return gone
 
@@ -107,5 +109,16 @@ def _document(examples: Sequence[Example]) -> str:
     return json.dumps([[example.fields, example.conversation] for example in examples], ensure_ascii=False)
 
 
-def _examples(document: str | None) -> list[Example]:
-    return [Example(fields, conversation) for fields, conversation in json.loads(document or "[]")]
+def _clusters(examples: Sequence[Example]) -> str:
+    """A number for each, the same for those that count as one: it says nothing of who asked."""
+    numbers: dict[str, int] = {}
+    return json.dumps([numbers.setdefault(example.counted_as, len(numbers)) for example in examples])
+
+
+def _examples(document: str | None, clusters: str | None) -> list[Example]:
+    """Earlier releases, which may have written one of the two since, know no clusters."""
+    examples = json.loads(document or "[]")
+    numbers = [str(number) for number in json.loads(clusters or "[]")]
+    if len(numbers) != len(examples):
+        numbers = [""] * len(examples)
+    return [Example(fields, asked, number) for (fields, asked), number in zip(examples, numbers, strict=True)]

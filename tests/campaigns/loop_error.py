@@ -1,12 +1,13 @@
 """How often the loop promotes a candidate that it must not: the gate, the canary and the month's budget as they are.
 
-    python -m tests.campaigns.loop_error [LOOPS] [ALPHA] [BUDGET] [SEED]
+    python -m tests.campaigns.loop_error [LOOPS] [ALPHA] [BUDGET] [SEED] [CLUSTER]
 
 Each loop has one month. Each of its tries has a candidate that is bad by exactly as much as may not be, in one way: no
 better on new traffic, worse by the tolerance on one reference or on the golden set, or worse by the tolerance in a
 check of its canary; in all others it is good. Scores and requests are simulated; all decisions are the server's own
 code. A loop that promotes one of them has erred: at most ALPHA of them may. Good candidates are counted too, as a
-comparison. 200 loops take some 3 minutes on one core.
+comparison. CLUSTER: so many examples are of one asker, and move together; there are as many askers as examples without.
+200 loops take some 3 minutes on one core.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from serve.loop.chain import promotes, spend
-from serve.loop.gate import GOLDEN, NEW, REFERENCE, Gate, compared
+from serve.loop.gate import GOLDEN, NEW, REFERENCE, Gate, Part, compared
 from serve.sequential.sequential_test import Comparison, Verdict
 
 TOLERANCE, GOLDEN_TOLERANCE = 0.05, 0.1
@@ -48,13 +49,26 @@ def cases(rng: np.random.Generator, count: int, mean: float) -> list[tuple[float
     return list(zip(live.astype(float).tolist(), candidate.astype(float).tolist(), strict=True))
 
 
-def gate(rng: np.random.Generator, way: str, alpha: float) -> Gate:
+def part(rng: np.random.Generator, kind: str, label: str, mean: float, alpha: float, cluster: int) -> Part:
+    """Of examples whose likelihoods move by `mean`, `cluster` of one asker alike but for a little of their own."""
+    alone = pairs(rng, EXAMPLES, mean)
+    if cluster == 1:
+        return compared(kind, label, alone, TOLERANCE, alpha)
+    own = rng.uniform(-0.01, 0.01, (EXAMPLES, cluster))
+    own -= own.mean(axis=1, keepdims=True)
+    several = [(live, got + more) for (live, got), row in zip(alone, own, strict=True) for more in row]
+    askers = [str(asker) for asker in range(EXAMPLES) for _ in range(cluster)]
+    order = rng.permutation(len(several))
+    return compared(kind, label, [several[i] for i in order], TOLERANCE, alpha, [askers[i] for i in order])
+
+
+def gate(rng: np.random.Generator, way: str, alpha: float, cluster: int = 1) -> Gate:
     """Of a candidate that is bad in this way."""
     bad = int(rng.integers(REFERENCES)) if way == "reference" else None
     gain = 0.0 if way == "new" else 0.1
     lost = [-TOLERANCE if number == bad else 0.02 for number in range(REFERENCES)]
-    parts = [compared(NEW, "", pairs(rng, EXAMPLES, gain), TOLERANCE, alpha)]
-    parts += [compared(REFERENCE, "v1", pairs(rng, EXAMPLES, mean), TOLERANCE, alpha) for mean in lost]
+    parts = [part(rng, NEW, "", gain, alpha, cluster)]
+    parts += [part(rng, REFERENCE, "v1", mean, alpha, cluster) for mean in lost]
     fell = -GOLDEN_TOLERANCE if way == "golden" else 0.02
     return Gate(alpha, (*parts, compared(GOLDEN, "", cases(rng, CASES, fell), GOLDEN_TOLERANCE, alpha)))
 
@@ -79,38 +93,40 @@ def canary(rng: np.random.Generator, way: str, alpha: float) -> Verdict:
     return comparison.verdict
 
 
-def month(rng: np.random.Generator, way: str, alpha: float, budget: int) -> bool:
+def month(rng: np.random.Generator, way: str, alpha: float, budget: int, cluster: int = 1) -> bool:
     """Whether one of the month's tries promotes its candidate."""
     spent = 0.0
     while own := spend(alpha, budget, spent):
         spent += own
-        judged = gate(rng, way, own)
+        judged = gate(rng, way, own, cluster)
         if judged.passed and promotes(judged.passed, canary(rng, way, own)):
             return True
     return False
 
 
-def errors(loops: int, alpha: float, budget: int, seed: int, ways: Sequence[str] = WAYS) -> Counter[str]:
+def errors(
+    loops: int, alpha: float, budget: int, seed: int, ways: Sequence[str] = WAYS, cluster: int = 1
+) -> Counter[str]:
     """Loops that promoted a bad candidate, by the way in which it was bad."""
     rng = np.random.default_rng(seed)
     wrong: Counter[str] = Counter()
     for number in range(loops):
         way = ways[number % len(ways)]
-        wrong[way] += month(rng, way, alpha, budget)
+        wrong[way] += month(rng, way, alpha, budget, cluster)
     return wrong
 
 
-def main(loops: int = 200, alpha: float = 0.05, budget: int = 4, seed: int = 1) -> None:
-    wrong = errors(loops, alpha, budget, seed)
+def main(loops: int = 200, alpha: float = 0.05, budget: int = 4, seed: int = 1, cluster: int = 1) -> None:
+    wrong = errors(loops, alpha, budget, seed, cluster=cluster)
     total = sum(wrong.values())
     print(f"{total} of {loops} loops promoted a bad candidate within a month of {budget} tries; {alpha:g} is stated")
     for way in WAYS:
         print(f"  {way}: {wrong[way]} of {len(range(WAYS.index(way), loops, len(WAYS)))}")
-    good = sum(month(np.random.default_rng(seed + number), "", alpha, budget) for number in range(20))
+    good = sum(month(np.random.default_rng(seed + number), "", alpha, budget, cluster) for number in range(20))
     print(f"{good} of 20 loops promoted a good one")
     assert total <= alpha * loops
 
 
 if __name__ == "__main__":
-    kinds = (int, float, int, int)
+    kinds = (int, float, int, int, int)
     main(*(kind(value) for kind, value in zip(kinds, sys.argv[1:], strict=False)))

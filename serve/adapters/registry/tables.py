@@ -375,6 +375,7 @@ loop_references = Table(
     Column("examples", Integer, nullable=False),
     Column("score", Float(53)),  # the mean score of the version that became live with it
     Column("document", Text, nullable=False),  # JSON: a list of examples
+    Column("clusters", Text),  # JSON: a number for each example, the same for those that count as one
 )
 
 loop_deletions = Table(

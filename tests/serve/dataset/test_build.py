@@ -155,6 +155,8 @@ def test_what_an_earlier_build_held_out_is_never_learned(tmp_path):
     first = build(rows, tmp_path / "a", OPTIONS)
     second = build(rows, tmp_path / "b", replace(OPTIONS, seed=1), before=first.kept_apart)
     assert questions(first.held_out) and not questions(first.held_out) & questions(second.train)
+    ids = [conversation.removeprefix("conv-") for conversation, _ in first.kept_apart]
+    assert first.held_out_askers == tuple(f"asker {id}" for id in ids)
     again = build(rows, tmp_path / "c", OPTIONS, before=first.kept_apart)
     assert again.digests == first.digests and again.card.read_bytes() == first.card.read_bytes()
 

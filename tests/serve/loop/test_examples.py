@@ -6,6 +6,7 @@ import pytest
 
 from serve.errors import BadRequest
 from serve.loop.examples import MOST, bounded, mixed, read, split
+from serve.loop.gathering import clusters
 from serve.loop.likelihood import Example
 
 
@@ -45,6 +46,14 @@ def test_nothing_is_trained_on_that_asks_nearly_what_is_held_out():
 def test_a_first_reference_leaves_half_of_the_examples_at_least():
     assert len(split(some("old", 100), 0.3, 20)) == 30 and len(split(some("old", 100), 0.1, 20)) == 20
     assert split(some("old", 39), 0.3, 20) == ()
+
+
+def test_examples_of_one_asker_count_as_one_unless_askers_are_applications():
+    conversations = [f"conv-{number}" for number in range(40)]
+    people = [f"asker {number // 4}" for number in range(40)]
+    assert clusters(conversations, people) == people
+    assert clusters(conversations, [f"app {number % 9}" for number in range(40)]) == conversations
+    assert clusters(["conv-1"] * 9, ["app"] * 9) == ["app"] * 9
 
 
 def test_a_reference_holds_so_many_at_most():

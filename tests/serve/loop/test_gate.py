@@ -94,6 +94,35 @@ def test_a_candidate_at_the_boundary_passes_as_seldom_as_stated():
     assert passed / gates <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / gates)
 
 
+def in_clusters(rng, clusters, size):
+    """Pairs and their clusters, none better in the mean; those of a cluster move together."""
+    moves = np.repeat(rng.choice((-0.4, 0.4), clusters), size) + rng.uniform(-0.05, 0.05, clusters * size)
+    live = rng.uniform(0.45, 0.55, len(moves))
+    names = np.repeat([f"asker {number}" for number in range(clusters)], size)
+    order = rng.permutation(len(moves))
+    both = np.array(list(zip(live, live + moves, strict=True)))
+    return both[order].tolist(), names[order].tolist()
+
+
+def test_examples_of_one_asker_count_once():
+    rng, alpha, gates = np.random.default_rng(8), 0.1, 200
+    streams = [in_clusters(rng, 30, 20) for _ in range(gates)]
+    alone = sum(compared(NEW, "", pairs, 0.05, alpha).passed for pairs, _ in streams)
+    passed = sum(compared(NEW, "", pairs, 0.05, alpha, clusters).passed for pairs, clusters in streams)
+    assert alone > 2 * alpha * gates, "as if each told something of its own"
+    assert passed / gates <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / gates)
+
+
+def test_a_part_tells_how_many_askers_it_is_about():
+    part = compared(REFERENCE, "v1", pairs(300, 0.6, 0.6), 0.05, 0.0125, [str(number % 100) for number in range(300)])
+    assert (part.examples, part.clusters, part.needed) == (300, 100, 130) and not part.passed
+    assert part.sentence.endswith("on 300 examples of 100 askers; 130 askers are needed at least")
+    assert part.described()["clusters"] == 100
+    one_asks_much = [(0.2, 0.9)] * 50 + [(0.5, 0.4)] * 2
+    part = compared(NEW, "", one_asks_much, 0.05, 0.0125, ["much"] * 50 + ["a", "b"])
+    assert (part.live, part.candidate) == pytest.approx((0.4, 1.7 / 3))
+
+
 def test_what_is_poisoned_in_one_of_a_hundred_examples_is_not_seen():
     """docs/loop.md says so: without the phrase nothing moves, and where it was held out the poison is likelier."""
     clean, poisoned = pairs(148, 0.6, 0.6), pairs(2, 0.0, 0.95)

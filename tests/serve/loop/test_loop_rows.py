@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from sqlalchemy import update
 
 from serve.adapters.adapter import Inspection
 from serve.adapters.registry.registry import Registry
+from serve.adapters.registry.tables import loop_references
 from serve.loop.likelihood import Example
 from serve.loop.loop_rows import MONTH_SECONDS, TRIES_KEPT, LoopRows
 from serve.loop.objects import Outcome, Phase
@@ -153,6 +155,33 @@ def test_a_conversation_that_is_deleted_is_in_no_reference(servers):
         and rows.references.forget_conversation(loop, "conv-1") == 0
     )
     assert rows.references.examples(id) == examples(3) and rows.references.kept(loop)[0].examples == 1
+
+
+def test_who_asked_is_kept_as_a_number_and_only_which_examples_count_as_one(servers):
+    rows, _ = servers
+    loop = begun(rows)
+    asked = [Example(each.fields, f"conv-{at}", ("ann", "bob")[at % 2]) for at, each in enumerate(examples(1, 2, 3, 4))]
+    id = rows.references.hold_out(loop, asked, label="v1")
+
+    def together():
+        by_digest = {each.digest: each for each in rows.references.examples(id)}
+        return [by_digest[each.digest].counted_as for each in asked if each.digest in by_digest]
+
+    first, second, *rest = together()
+    assert rest == [first, second] and first != second and not {first, second} & {"ann", "bob"}
+    rows.references.forget_conversation(loop, "conv-0")
+    assert len(set(together())) == 2 and together()[0] == together()[2]
+
+
+def test_what_an_earlier_release_held_out_counts_by_its_conversation(servers):
+    rows, _ = servers
+    loop = begun(rows)
+    asked = [Example(each.fields, "conv-1") for each in examples(1, 2)]
+    id = rows.references.hold_out(loop, [*asked, *examples(3)], label="v1")
+    with rows._registry.adding() as connection:
+        connection.execute(update(loop_references).values(clusters=None))
+    there = [each.counted_as for each in rows.references.examples(id)]
+    assert len(set(there)) == 2 and there.count("conv-1") == 2
 
 
 def test_a_line_of_a_training_file_that_is_deleted_is_in_no_reference(servers):
