@@ -277,11 +277,15 @@ def descendants(pid: int) -> set[int]:
 
 
 def alive(pids: set[int]) -> set[int]:
-    """Those of the processes that run; a zombie does not."""
+    """Those of the processes that run. A zombie does not, nor one that was killed and that the kernel has not let go yet:
+    a guest's was seen to keep one for minutes (serve.vllm_backend.forkserver)."""
     running = set()
     for pid in pids:
         with suppress(FileNotFoundError, ProcessLookupError):
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+            told = {line[0]: line[1] for line in lines if len(line) > 1}
+            killed = (int(told["SigPnd:"], 16) | int(told["ShdPnd:"], 16)) >> (signal.SIGKILL - 1) & 1
+            if told["State:"] != "Z" and not killed:
                 running.add(pid)
     return running
 
