@@ -159,7 +159,7 @@ drift-streams: setup-dev ## popular prompts, sessions, bursts, new system prompt
 	@$(BIN)/python -m tests.campaigns.drift_streams --changes --streams $(or $(CHANGES),24)
 	@$(BIN)/python -m tests.campaigns.drift_streams --cost
 
-fleet: setup-dev ## servers over PostgreSQL and S3 under traffic, while each part is killed, frozen, slowed and cut off; 10 minutes, ARGS=--engine 20
+fleet: setup-dev ## servers over PostgreSQL and S3 under traffic, while each part is killed, frozen, slowed and cut off (ARGS=--engine: 20 minutes); 10 minutes
 	@$(BIN)/python -m tests.campaigns.fleet $(ARGS)
 
 fleet-sim: setup-dev ## homes of adapters beside Ray's routers, consistent hashing and replica sets, in simulated time; 20 minutes

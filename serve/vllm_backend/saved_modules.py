@@ -154,7 +154,8 @@ class SavedModules:
         places = _places(folder / WEIGHTS)
         if not places:
             return self._read(request)
-        if self._runner.vllm_config.model_config.runner_type != "generate":
+        model = self._runner.vllm_config.model_config
+        if model.runner_type != "generate":
             raise ValueError("tables, tokens and heads of its own are served where text is generated: merge them")
         settings, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
         saved = _saved({place: tensors.pop(name) for name, place in places.items()}, settings, self._known().tied)

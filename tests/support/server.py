@@ -277,8 +277,8 @@ def descendants(pid: int) -> set[int]:
 
 
 def alive(pids: set[int]) -> set[int]:
-    """Those of the processes that run. A zombie does not, nor one that was killed and that the kernel has not let go yet:
-    a guest's was seen to keep one for minutes (serve.vllm_backend.forkserver)."""
+    """Those of the processes that run. A zombie does not, nor one that was killed and that the kernel has not let go
+    yet: a guest's was seen to keep one for minutes (serve.vllm_backend.forkserver)."""
     running = set()
     for pid in pids:
         with suppress(FileNotFoundError, ProcessLookupError):

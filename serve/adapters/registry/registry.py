@@ -447,9 +447,11 @@ class Registry(SnapshotReader):
     # For neighbours that keep a table of their own here
 
     @contextmanager
-    def reading(self) -> Iterator[Connection]:
-        """A connection for one query, whose errors are ours; it waits for no change that is under way."""
-        with database.translated(), self._shared_memory, self._reading.connect() as connection:
+    def reading(self, *, together: bool = False) -> Iterator[Connection]:
+        """A connection for one query, or for several that see one moment `together`; its errors are ours, and it waits
+        for no change that is under way."""
+        opened = self._one_moment if together else self._reading.connect
+        with database.translated(), self._shared_memory, opened() as connection:
             yield connection
 
     @contextmanager
@@ -504,8 +506,12 @@ class Registry(SnapshotReader):
             return True
 
     def _read(self, read: Callable[[Connection], Snapshot]) -> Snapshot:
-        engine = self._reading
-        if engine.dialect.name == "postgresql":
-            engine = engine.execution_options(isolation_level="REPEATABLE READ")  # several queries, one moment
-        with self._shared_memory, engine.connect() as connection, connection.begin():
+        with self._shared_memory, self._one_moment() as connection:
             return read(connection)
+
+    @contextmanager
+    def _one_moment(self) -> Iterator[Connection]:
+        postgresql = self._engine.dialect.name == "postgresql"  # over `_reading` it would be what that is
+        engine = self._engine.execution_options(isolation_level="REPEATABLE READ") if postgresql else self._reading
+        with engine.connect() as connection, connection.begin():
+            yield connection

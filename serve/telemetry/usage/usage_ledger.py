@@ -146,7 +146,7 @@ class UsageLedger:
     def rows(self, month: str, tenant: str | None = None) -> list[dict[str, Any]]:
         """What was written for a month (YYYY-MM), by tenant and adapter: what costs most first. `causes` is a part of
         each by what it was for."""
-        with self._registry.reading() as connection:
+        with self._registry.reading(together=True) as connection:
             rows = {
                 (row["tenant"], row["adapter"]): _plain(row) | {"causes": {}}
                 for row in connection.execute(_summed(table, month, tenant)).mappings()

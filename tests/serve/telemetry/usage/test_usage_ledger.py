@@ -106,6 +106,23 @@ def test_what_the_database_does_not_take_is_written_later_and_once(registry, mon
     assert ledger.rows("2026-11")[0]["requests"] == 5
 
 
+def test_sums_and_their_causes_are_of_one_moment(registry, monkeypatch):
+    ledger = opened(registry)
+    asked(ledger, 3)
+    ledger.write()
+    plain = usage_ledger._plain
+
+    def others_write(row):
+        monkeypatch.setattr(usage_ledger, "_plain", plain)
+        asked(ledger, 2, tenant="globex")
+        ledger.write()
+        return plain(row)
+
+    monkeypatch.setattr(usage_ledger, "_plain", others_write)
+    assert [row["requests"] for row in ledger.rows("2026-11")] == [3]
+    assert [row["requests"] for row in ledger.rows("2026-11")] == [3, 2]
+
+
 async def test_an_outage_of_the_database_ends_no_writing(registry, monkeypatch):
     monkeypatch.setattr(usage_ledger, "WRITE_SECONDS", 0.02)
     ledger = opened(registry)
