@@ -27,8 +27,6 @@ ID_LENGTH = 64
 BEAT_SECONDS = 1.0
 # Reads in which the row of a server stays the same before it is gone, and before the row is.
 MISSED, FORGOTTEN = 5, 600
-# Columns that listeners fill.
-TOLD = frozenset(("address", "report", "key_use"))
 # A registry that does not answer is not waited for when the server stops.
 LEAVE_SECONDS = 2.0
 
@@ -147,8 +145,6 @@ class Heartbeat:
         ]
 
     def _exchange(self, row: Row, gone: Sequence[str]) -> list[dict[str, Any]]:
-        # What nobody here listens to is not read.
-        columns = [column for column in table.c if column.name in row or column.name not in TOLD]
         with self._registry.adding() as connection:  # it waits for no change that is under way
             # The time of day is told for people, and for releases that compare it; here it counts that it changes.
             values = {**row, "seen": time.time()}
@@ -157,8 +153,10 @@ class Heartbeat:
             for id in gone:
                 same = table.c.seen == self._heard[id].row["seen"]
                 connection.execute(delete(table).where(table.c.id == id, same))
+        # What this server tells nothing of, it does not listen to.
+        query = select(table.c.id, *(table.c[name] for name in values))
         with self._registry.reading() as connection:
-            return [dict(row) for row in connection.execute(select(*columns)).mappings()]
+            return [dict(row) for row in connection.execute(query).mappings()]
 
     def _leave(self) -> None:
         with self._registry.adding() as connection:

@@ -78,7 +78,11 @@ class Registry(SnapshotReader):
         self._writing = threading.RLock()
         self._publishing = threading.Lock()
         self._engine = database.opened(url)
-        self._reading = self._engine.execution_options(**_READING[self._engine.dialect.name == "sqlite"])
+        is_sqlite = self._engine.dialect.name == "sqlite"
+        self._reading = self._engine.execution_options(**_READING[is_sqlite])
+        # Not over `_reading`: what that has set would win.
+        moment = {"isolation_level": "REPEATABLE READ"}
+        self._together = self._reading if is_sqlite else self._engine.execution_options(**moment)
         # A database in memory has one connection for all threads.
         self._shared_memory = self._writing if isinstance(self._engine.pool, StaticPool) else nullcontext()
         try:
@@ -511,7 +515,5 @@ class Registry(SnapshotReader):
 
     @contextmanager
     def _one_moment(self) -> Iterator[Connection]:
-        postgresql = self._engine.dialect.name == "postgresql"  # over `_reading` it would be what that is
-        engine = self._engine.execution_options(isolation_level="REPEATABLE READ") if postgresql else self._reading
-        with engine.connect() as connection, connection.begin():
+        with self._together.connect() as connection, connection.begin():
             yield connection
