@@ -101,6 +101,7 @@ async def test_proved_by_traffic_waits_until_the_golden_set_agrees(client, backe
     assert await parts.golden.verdicts.admitted(verdict) is verdict, "without a set nothing waits"
     backend.flow.clear()
     stream = asyncio.create_task(client.post("/v1/chat/completions", json={"model": "tone", "stream": True}))
+    assert await settled(lambda: asyncio.sleep(0, backend.running == 1))
     await put(client, cases(80))
     await client.post("/v1/adapters/tone/canary", json={"version": 2, "weight": 0.2})
     assert await parts.golden.verdicts.admitted(verdict) is None
