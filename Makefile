@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-without-engine test-engine check lint types chaos kills cluster recovery overload watch watch-cost equality socket front-end drift-proof drift-time drift-delays fleet fleet-sim upgrade drift-real drift-streams auto mixtures bench monitoring clean setup setup-dev first-hour clients tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits optimize-cost cpu-speed real-models memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base vllm-diff cuda-wheel probe-noise as-on-a-gpu gpu gpu-wheels gpu-torch gpu-torch-wheels arm64
+.PHONY: help serve test test-without-engine test-engine check lint types chaos kills cluster recovery overload watch watch-cost equality socket front-end drift-proof drift-time drift-delays fleet fleet-size fleet-sim upgrade drift-real drift-streams auto mixtures bench monitoring clean setup setup-dev first-hour clients tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits optimize-cost cpu-speed real-models memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base vllm-diff cuda-wheel probe-noise as-on-a-gpu gpu gpu-wheels gpu-torch gpu-torch-wheels arm64
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -161,6 +161,9 @@ drift-streams: setup-dev ## popular prompts, sessions, bursts, new system prompt
 
 fleet: setup-dev ## servers over PostgreSQL and S3 under traffic, while each part is killed, frozen, slowed and cut off (ARGS=--engine: 20 minutes); 10 minutes
 	@$(BIN)/python -m tests.campaigns.fleet $(ARGS)
+
+fleet-size: setup-dev ## four servers on a registry of 10,000 adapters: what a change and lists cost, stale answers, connections; 5 minutes
+	@$(BIN)/python -m tests.campaigns.fleet_size $(ARGS)
 
 fleet-sim: setup-dev ## homes of adapters beside Ray's routers, consistent hashing and replica sets, in simulated time; 20 minutes
 	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.fleet_sim $(ARGS)
