@@ -47,3 +47,8 @@ class Health:
             for base in self._fleet:
                 if not base.is_ready:
                     raise base.unavailable()
+
+    def check_registry(self) -> None:
+        """EngineUnavailable while this server answers nobody, for it has not seen the registry for too long."""
+        if self._follower:
+            self._follower.check_age()

@@ -1,4 +1,7 @@
-"""Headers of ours on every answer: the request's id, which version of an adapter gave it, and its span."""
+"""Headers of ours on every answer: the request's id, which version of an adapter gave it, and its span.
+
+While the registry cannot be looked at, how old what the answer follows from is.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ REQUEST_ID = b"x-request-id"
 VERSION = "x-loradock-version"
 # What `auto` chose, and why.
 AUTO = b"x-loradock-auto"
+# Seconds since this server read the registry last, while it cannot.
+REGISTRY_AGE = b"x-loradock-registry-age"
 # As W3C's Trace Context Level 2 has it.
 SPAN = b"traceresponse"
 
@@ -22,7 +27,12 @@ def version_tag(full: str, version: int | str, tenant: str) -> str:
 
 
 def labelled(
-    start: Message, request_id: str, version: str, trace: RequestTrace | None = None, auto: str = ""
+    start: Message,
+    request_id: str,
+    version: str,
+    trace: RequestTrace | None = None,
+    auto: str = "",
+    registry_age: float | None = None,
 ) -> Message:
     """The start of an answer with these, where they are not empty."""
     headers, own = start["headers"], []
@@ -33,6 +43,8 @@ def labelled(
         own.append((VERSION.encode(), version.encode()))
     if auto:
         own.append((AUTO, auto.encode()))
+    if registry_age is not None:
+        own.append((REGISTRY_AGE, f"{registry_age:.0f}".encode()))
     if trace and trace.sampled:
         own.append((SPAN, trace.header.encode()))
     return {**start, "headers": [*headers, *own]} if own else start

@@ -353,6 +353,7 @@ class Tap:
         "over_context",
         "question",
         "question_bytes",
+        "registry_age",
         "request_id",
         "status",
         "tenant",
@@ -397,6 +398,8 @@ class Tap:
         self.question: Mapping[str, Any] | None = None
         self.question_bytes = 0
         self.over_context = False
+        # Seconds since the registry was read last, where it cannot be.
+        self.registry_age: float | None = None
 
     @property
     def begun(self) -> bool:
@@ -406,9 +409,8 @@ class Tap:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message = labelled(
-                message, self.request_id.echo, self._version_tag(), self.trace, self.auto.header if self.auto else ""
-            )
+            auto = self.auto.header if self.auto else ""
+            message = labelled(message, self.request_id.echo, self._version_tag(), self.trace, auto, self.registry_age)
             self.events = any(
                 name == b"content-type" and value.startswith(b"text/event-stream") for name, value in message["headers"]
             )
@@ -422,6 +424,10 @@ class Tap:
         if self.version == MIXED:
             return short_name(self.id, self.tenant)
         return version_tag(self.adapter, self.version, self.tenant) if self.id else ""
+
+    def registry_was_read(self, age: float | None) -> None:
+        """Say how many seconds ago the registry was read, if it cannot be read now."""
+        self.registry_age = age
 
     def asked(self, question: Mapping[str, Any], nbytes: int) -> None:
         """Say what the request's body holds, and how long it is; a long one, as with pictures, is not kept."""

@@ -27,7 +27,7 @@ from serve.errors import Forbidden
 
 READS = frozenset({"GET", "HEAD", "OPTIONS"})
 PREFLIGHT_SECONDS = 600
-EXPOSED = "x-request-id, x-loradock-version, retry-after, etag"
+EXPOSED = "x-request-id, x-loradock-version, x-loradock-registry-age, retry-after, etag"
 
 
 def origins(option: object) -> frozenset[str]:

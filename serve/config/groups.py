@@ -10,7 +10,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("model", "name", "host", "port", "data_dir", "api_keys", "admin_keys"),
         *("cpu_weights", "speculation", "drift", "loop", "policies", "log_level"),
     ),
-    "Storage": ("cache_dir", "registry", "blobs", "tenant_bytes", "history_rows", "audit_bytes", "audit_days"),
+    "Storage": (
+        *("cache_dir", "registry", "registry_stale_seconds", "blobs", "tenant_bytes"),
+        *("history_rows", "audit_bytes", "audit_days"),
+    ),
     "Who may ask, and how": (
         *("metrics_keys", "open_gateway_metrics", "ssl_certfile", "ssl_keyfile"),
         *("max_wait", "max_sequences", "max_prompt_logprobs", "max_batch", "client_timeout"),

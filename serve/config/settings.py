@@ -78,6 +78,11 @@ class Config:
     data_dir: Path = _folder("XDG_DATA_HOME", ".local/share", "where adapters and the registry live")
     cache_dir: Path = _folder("XDG_CACHE_HOME", ".cache", "where the embedded model is kept")
     registry: str = _setting("", "database URL of the registry (default: SQLite in data_dir)")
+    registry_stale_seconds: Seconds = _setting(
+        0.0,
+        "seconds without the registry of several servers after which this one answers nobody, as others may have "
+        "changed what it knows (0: it goes on)",
+    )
     blobs: str = _setting("", "folder by URL where all servers of one registry keep adapters, as s3://bucket/prefix")
     api_keys: Texts = _setting((), "keys that may ask for answers (or their sha256:HEX)")
     admin_keys: Texts = _setting((), "keys that may also change adapters (or their sha256:HEX)")

@@ -112,6 +112,8 @@ class Inference:
             async with Deadline(requested_timeout(Headers(scope=scope))) as deadline:
                 if self._follower:
                     await self._follower.fresh()
+                    tap.registry_was_read(self._follower.age)
+                    self._follower.check_age()
                 await self.intake.answer(scope, connection, tap, deadline)
         except ClientTooSlow as error:
             tap.failed(error)
@@ -207,6 +209,8 @@ class Intake:
         if peer is None:
             return False
         forwarded = forwarding.call(peer, request.body, tap.request_id.echo)
+        registry_age = tap.registry_age
+        tap.registry_was_read(None)  # how old what the other one knows is, it says itself
         call = CancellableCall(in_flight.receive, tap.send, lambda: None)
         try:
             with in_flight.deadline.hand_over(call):
@@ -215,6 +219,7 @@ class Intake:
             forwarding.ended(forwarded)
         in_flight.deadline.resume()
         if not forwarded.taken:
+            tap.registry_was_read(registry_age)
             return False
         tap.leave_out()
         if meter := in_flight.payer.meter:

@@ -5,8 +5,10 @@ whoever has been answered by a new version, by any server, is never answered by 
 was acknowledged by one server holds on all. Between requests the registry is looked at twice a second, and what is new
 is loaded before somebody asks for it.
 
-While the registry does not answer, requests are answered from what was read last: then nothing can be changed either.
-A name that was not read by then may have been pushed on another server, so it is a 503 and not a 404.
+While the registry does not answer, requests are answered from what was read last: then nothing can be changed here
+either. Where this server alone is cut off, others go on changing things; so each answer, `/ready` and a metric say how
+old that is, and beyond `stale_seconds` nothing is answered any more. A name that was not read by then may have been
+pushed on another server, so it is a 503 and not a 404.
 """
 
 from __future__ import annotations
@@ -14,7 +16,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from serve.adapters.registry.registry import Registry, Stamp
 from serve.auth.keys import Keys
@@ -26,14 +34,31 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 # A look that takes longer is not waited for.
 LOOK_SECONDS = 2.0
+LATE = "it did not answer in time"
 
 
-class RegistrySync:
-    """This server's view of a registry that others change too. `poll` runs until it is cancelled."""
+class RegistrySync(Collector):
+    """This server's view of a registry that others change too. `poll` runs until it is cancelled.
 
-    def __init__(self, registry: Registry, keys: Keys, lifecycle: Lifecycle) -> None:
+    `stale_seconds` after the last look that was answered, this server answers nobody any more (0: it goes on).
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        keys: Keys,
+        lifecycle: Lifecycle,
+        stale_seconds: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         # Why the registry cannot be looked at, while it cannot.
-        self.problem = ""
+        self._problem = ""
+        self._stale_seconds = stale_seconds
+        self._clock = clock
+        # When the last look began that was answered; by the time of day, for people.
+        self._read_at = clock()
+        self._read_on = datetime.now(UTC)
+        self._is_refusing = False
         self._registry = registry
         self._keys = keys
         self._lifecycle = lifecycle
@@ -45,9 +70,40 @@ class RegistrySync:
         # When the look that is under way began.
         self._since: float | None = None
 
+    @property
+    def problem(self) -> str:
+        """Since when the registry cannot be looked at, why, and what becomes of requests; "" while it can."""
+        if not self._problem:
+            return ""
+        since = f"the registry cannot be looked at since {self._read_on:%Y-%m-%dT%H:%M:%SZ} ({self._problem})"
+        if self._is_too_old:
+            return f"{since}: this server answers nobody, for registry_stale_seconds is {self._stale_seconds:g}"
+        until = f", for {self._stale_seconds:g} s" if self._stale_seconds else ""
+        return f"{since}: answers go on from what was read then{until}"
+
+    @property
+    def age(self) -> float | None:
+        """Seconds since the registry was read last, while it cannot be looked at."""
+        return self._clock() - self._read_at if self._problem else None
+
+    @property
+    def _is_too_old(self) -> bool:
+        age = self.age
+        return age is not None and 0 < self._stale_seconds < age
+
+    def check_age(self) -> None:
+        """EngineUnavailable, if what was read last is too old to answer from."""
+        if not self._is_too_old:
+            return
+        if not self._is_refusing:
+            log.error("%s", self.problem)
+        self._is_refusing = True
+        raise EngineUnavailable(f"{self.problem}; ask another server, or retry")
+
     async def fresh(self) -> None:
-        """Returns once every change is seen that was committed before this call; it raises nothing."""
+        """Returns once every change is seen that was committed before this call, or what was read last has to do."""
         if self._since is not None and time.monotonic() - self._since > LOOK_SECONDS:
+            self._unseen(LATE)
             return
         if self._next is None:
             self._next = asyncio.create_task(self._look(self._looking))
@@ -55,11 +111,11 @@ class RegistrySync:
             async with asyncio.timeout(LOOK_SECONDS):
                 await asyncio.shield(self._next)
         except TimeoutError:
-            self._unseen("it did not answer in time")
+            self._unseen(LATE)
 
     def doubted(self, error: LoradockError) -> LoradockError:
         """The error that says so, if it is about a name that is unknown here while the registry cannot be looked at."""
-        if not self.problem or error.code != "model_not_found":
+        if not self._problem or error.code != "model_not_found":
             return error
         return EngineUnavailable(
             f"{error.message} This server knows no such name, but cannot look at the registry now: retry shortly"
@@ -82,6 +138,7 @@ class RegistrySync:
         # Who comes from now on needs a look that begins later.
         self._looking, self._next = asyncio.current_task(), None
         self._since = time.monotonic()
+        began_at, began_on = self._clock(), datetime.now(UTC)
         try:
             loop = asyncio.get_running_loop()
             stamp = await loop.run_in_executor(self._look_thread, self._registry.stamp)
@@ -89,13 +146,11 @@ class RegistrySync:
                 await loop.run_in_executor(self._look_thread, self._read, stamp)
                 self._lifecycle.adopt()
                 self._stamp = stamp
-            if self.problem:
-                log.info("the registry is looked at again")
-            self.problem = ""
+            self._seen(began_at, began_on)
         except LoradockError as error:
             self._unseen(str(error))
         except Exception as error:  # requests wait for this look: they are answered from what was read last
-            if not self.problem:
+            if not self._problem:
                 log.exception("a look at the registry failed")
             self._unseen(f"{type(error).__name__}: {error}")
         finally:
@@ -107,7 +162,20 @@ class RegistrySync:
         if stamp.keys != self._stamp.keys:
             self._keys.refresh()
 
+    def _seen(self, began_at: float, began_on: datetime) -> None:
+        if (age := self.age) is not None:
+            log.info("the registry is looked at again, after %.0f s", age)
+        self._problem, self._is_refusing = "", False
+        self._read_at, self._read_on = began_at, began_on
+
     def _unseen(self, why: str) -> None:
-        if not self.problem:
-            log.error("the registry cannot be looked at, answers go on from what was read last: %s", why)
-        self.problem = why
+        is_new, self._problem = not self._problem, why
+        if is_new:
+            log.error("%s", self.problem)
+
+    def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(
+            "loradock_registry_unread_seconds",
+            "How old what this server knows of the registry is, while it cannot look at it; 0 while it can.",
+            value=self.age or 0.0,
+        )

@@ -202,7 +202,8 @@ class Server:
         self.router = Router(
             self.fleet, self.registry, self.store, popularity.used, self.forwarding, shared=bool(config.registry)
         )
-        self.follower = RegistrySync(self.registry, self.keys, self.lifecycle) if config.registry else None
+        follower = RegistrySync(self.registry, self.keys, self.lifecycle, config.registry_stale_seconds)
+        self.follower = follower if config.registry else None
         listeners: list[Listener] = [SharedLimits(self.meters), *([self.membership] if self.membership else [])]
         heartbeat = Heartbeat(self.registry, self._me, lambda: str(self.fleet.first.phase), *listeners)
         self.heartbeat = heartbeat if config.registry else None
@@ -459,6 +460,7 @@ class Server:
             self._loop_metrics,
             *([self.tracing] if self.tracing else []),
             *([self.forwarding] if self.forwarding else []),
+            *([self.follower] if self.follower else []),
         ]
 
     def _lifetimes(self) -> list[Lifetime]:

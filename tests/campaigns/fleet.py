@@ -219,8 +219,9 @@ def server_cut(stage: Stage) -> dict[str, Any]:
         promote(stage, others[0].server)
         refused = place.server.http.post(f"/v1/adapters/{NAME}/promote", json={"version": 1}).status_code
         time.sleep(FAULT_SECONDS / 3)
-        alone = place.server.http.post("/v1/chat/completions", json={"model": NAME, "messages": MESSAGES}).status_code
-    assert (refused, alone) == (503, 200), (refused, alone)
+        answer = place.server.http.post("/v1/chat/completions", json={"model": NAME, "messages": MESSAGES})
+        alone, age = answer.status_code, answer.headers.get("x-loradock-registry-age", "")
+    assert (refused, alone) == (503, 200) and age.isdecimal(), (refused, alone, age)
     seconds = until(lambda: "registry" not in degraded(place.server), CONVERGED_SECONDS)
     stage.ask_all()
     return {"a change there": refused, "an answer there": alone, "well again after s": seconds}

@@ -33,6 +33,8 @@ class ScopeCheck:
             return Caller("gateway", frozenset({self.scope}))
         if follower:
             await follower.fresh()
+            if self.scope is not Scope.METRICS:  # they tell of it
+                follower.check_age()
         request.state.caller = known = auth.known(request.headers)
         return allowed(known, self.scope)
 

@@ -48,17 +48,19 @@ async def health() -> Response:
 
 @router.get("/ping", response_class=Response)
 async def ping(fleet: TheFleet, health: TheHealth) -> Response:
-    """SageMaker's: every engine answers."""
+    """SageMaker's: as `/ready`."""
     await is_ready(fleet, health)
     return Response()
 
 
 @router.get("/ready")
 async def is_ready(fleet: TheFleet, health: TheHealth) -> Response:
-    """Every engine answers. `degraded` names what else does not work, if anything."""
+    """Every engine answers, and the registry was seen within `registry_stale_seconds`. `degraded` names what else does
+    not work, if anything."""
     for base in fleet:
         if not base.is_ready:
             raise base.unavailable()
+    health.check_registry()
     body: dict[str, Any] = {"status": "ready", "model": fleet.first.name}
     return JSONResponse(body | {"degraded": degraded} if (degraded := health.degraded) else body)
 

@@ -116,6 +116,7 @@ class LineRunner:
         """The answer, be it an error's. Raises as `InternalRequests.ask`, and Stopped if it was not begun."""
         if self._follower:
             await self._follower.fresh()
+            self._follower.check_age()
         request = InferenceRequest(body)
         _check_whole(request)
         try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
+import time
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from types import SimpleNamespace
@@ -26,6 +28,12 @@ def places(request, tmp_path):
         return f"sqlite:///{tmp_path}/registry.db", f"file://{tmp_path}/shared"
     request.getfixturevalue("s3")
     return database(request.getfixturevalue("postgres")), "s3://models/adapters"
+
+
+@pytest.fixture
+def config(config):
+    """What was read a minute ago is too old to answer from."""
+    return replace(config, registry_stale_seconds=60.0)
 
 
 @pytest.fixture
@@ -207,6 +215,70 @@ async def test_an_outage_of_the_registry_is_seen_and_gets_over_without_a_restart
     assert (await ask(other, "tone")).json() == {"model": second}
     assert "registry" not in parts.health.degraded
     assert await listed(other, 2)
+
+
+async def unread(client, least, most):
+    """Whether the series comes to lie between these; it is rendered once a second."""
+
+    async def lies():
+        lines = (await client.get("/metrics")).text.splitlines()
+        seconds = next(line.split()[1] for line in lines if line.startswith("loradock_registry_unread_seconds "))
+        return least <= float(seconds) <= most
+
+    return await settled(lies)
+
+
+def later(follower, seconds, monkeypatch):
+    monkeypatch.setattr(follower, "_clock", lambda: time.monotonic() + seconds)
+
+
+async def test_a_server_that_is_cut_off_says_how_old_what_it_answers_from_is(pair, make_adapter, outage, monkeypatch):
+    one, other, *_ = pair
+    first = (await one.post("/v1/adapters", **upload(make_adapter(0)))).json()["id"]
+    answer = await ask(other, "tone")
+    assert "x-loradock-registry-age" not in answer.headers and await unread(other, 0, 0)
+    outage.begin()
+    parts = other._transport.app.state.parts
+    assert await settled(lambda: "registry" in parts.health.degraded)
+    await one.post("/v1/adapters", **upload(make_adapter(1)))
+    later(parts.follower, 30, monkeypatch)
+    answer = await ask(other, "tone")
+    assert answer.json() == {"model": first}
+    assert 30 <= int(answer.headers["x-loradock-registry-age"]) < 60
+    assert await unread(other, 30, 59)
+    told = (await other.get("/ready")).json()["degraded"]["registry"]
+    assert "(the registry is gone): answers go on from what was read then, for 60 s" in told
+    assert re.search(r"since 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", told)
+    outage.end()
+    assert "x-loradock-registry-age" not in (await ask(other, "tone")).headers and await unread(other, 0, 0)
+
+
+async def test_beyond_the_bound_a_server_that_is_cut_off_answers_nobody(
+    pair, make_adapter, outage, monkeypatch, caplog
+):
+    one, other, *_ = pair
+    await one.post("/v1/adapters", **upload(make_adapter(0)))
+    assert (await ask(other, "tone")).status_code == 200
+    outage.begin()
+    parts = other._transport.app.state.parts
+    assert await settled(lambda: "registry" in parts.health.degraded)
+    later(parts.follower, 61, monkeypatch)
+    for answer in (
+        await ask(other, "tone"),
+        await ask(other, "base"),
+        await other.get("/v1/adapters"),
+        await other.post("/v1/adapters/tone/rollback"),
+        await other.get("/ready"),
+        await other.get("/ping"),
+    ):
+        assert answer.status_code == 503 and answer.headers["retry-after"]
+        assert "answers nobody, for registry_stale_seconds is 60" in answer.json()["error"]["message"]
+    assert (await other.get("/health")).status_code == 200
+    assert await unread(other, 61, 1000)
+    assert sum("answers nobody" in record.message for record in caplog.records) == 1
+    outage.end()
+    assert (await ask(other, "tone")).status_code == 200
+    assert (await other.get("/ready")).status_code == 200
 
 
 async def test_a_name_that_only_others_can_know_is_no_404_while_the_registry_cannot_be_looked_at(
