@@ -59,7 +59,8 @@ class DeletedConversations:
             "turns": json.dumps(sorted({turn for captured in gone for turn in turns_of(captured)})),
             "until": now + self._seconds,
         }
-        with self._registry.adding() as connection:
+        # One after another on all servers: else one that is committed late has a lower id than those that are applied.
+        with self._registry.adding(table.name) as connection:
             connection.execute(delete(table).where(table.c.until < now))
             connection.execute(insert(table).values(row))
 

@@ -163,11 +163,12 @@ def _add_columns(connection: Connection) -> None:
 
 
 @contextmanager
-def begun(engine: Engine, tenant: str | None) -> Iterator[Connection]:
-    """A transaction; those of one tenant wait for one another, on all servers. SQLite has one writer anyway."""
+def begun(engine: Engine, alone: str | None) -> Iterator[Connection]:
+    """A transaction; those that say the same `alone` wait for one another, on all servers. SQLite has one writer
+    anyway."""
     with engine.begin() as connection:
-        if tenant is not None and connection.dialect.name == "postgresql":
-            connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(tenant, PREPARING))))
+        if alone is not None and connection.dialect.name == "postgresql":
+            connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(alone, PREPARING))))
         yield connection
 
 

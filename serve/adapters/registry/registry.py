@@ -465,9 +465,10 @@ class Registry(SnapshotReader):
             yield connection
 
     @contextmanager
-    def adding(self, tenant: str | None = None) -> Iterator[Connection]:
-        """A transaction on a table that no snapshot holds, alone among those of its `tenant`: what it counts holds."""
-        with database.translated(), self._shared_memory, database.begun(self._engine, tenant) as connection:
+    def adding(self, alone: str | None = None) -> Iterator[Connection]:
+        """A transaction on a table that no snapshot holds, one after another with those that say the same `alone`, on
+        all servers: what a tenant has, say, holds until it is counted."""
+        with database.translated(), self._shared_memory, database.begun(self._engine, alone) as connection:
             yield connection
 
     # Inside
