@@ -24,7 +24,7 @@ NAMES = {
 }  # fmt: skip
 
 _COMMON = {
-    "en": "also only then than them been being did during between before after first many most such these those "
+    "en": "a also only then than them been being did during between before after first many most such these those "
     "through under where while within without into over just because both any same other another every much "
     "more following used use using make made give tell know need want like one two new time way may might would "
     "us our its here except seen very even still the of and to in is that it was for on are with as his they at "

@@ -41,6 +41,13 @@ def test_a_sentence_is_in_its_language(language):
     assert language_of(TEXTS[language]) == language and language in NAMES
 
 
+@pytest.mark.parametrize(
+    "text", ["is a lieutenant colonel higher than a captain", "is a boston terrier a small breed dog", "is it a loan"]
+)
+def test_a_short_question_in_english_is_in_no_other_language(text):
+    assert language_of(text) in ("en", UNKNOWN)
+
+
 @pytest.mark.parametrize("text", ["", "42", "Invoice 2024-17", "Müller GmbH Hamburg", "ok", "!!! ???", "😀 😀"])
 def test_what_says_nothing_of_its_language_is_in_none(text):
     assert language_of(text) == UNKNOWN
