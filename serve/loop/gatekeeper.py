@@ -96,5 +96,6 @@ class Gatekeeper:
         outcomes = await asyncio.to_thread(self._golden.results.outcomes, version, golden)
         missing = [key for key in golden.by_key if key not in outcomes]
         if missing:
-            runs.request(version, missing, "loop", Payer(version.tenant, Cause.LOOP, None))
+            payer = Payer(version.tenant, Cause.LOOP, None)
+            runs.request(version, missing, "loop", payer, unanswered=True)
         return bool(missing)

@@ -56,7 +56,7 @@ async def put_golden(
     with paying(meters, caller, Cause.GOLDEN) as payer:
         unanswered = await asyncio.to_thread(golden.put, full, body, caller, live)
         if live is not None:
-            golden.runs.request(live, unanswered, "put", payer)
+            golden.runs.request(live, unanswered, "put", payer, unanswered=True)
     return await _described(golden, adapter.name, full)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serve.adapters.adapter import Adapter
 from serve.auth.rate_limits import Meter
@@ -53,11 +53,13 @@ class _Run:
 
 @dataclass(slots=True)
 class _Request:
-    """Somebody asked for a run: the cases that are left, and who pays."""
+    """Why a version is asked, the cases that are left, and who pays."""
 
     reason: str
     keys: list[str]
     payer: Payer
+    # A case that has a score by then is left out.
+    unanswered: bool = False
 
 
 class GoldenRuns:
@@ -97,9 +99,11 @@ class GoldenRuns:
         self._seen: dict[str, tuple[object, ...]] = {}
         self._next: dict[str, float] = {}
 
-    def request(self, adapter: Adapter, cases: Iterable[str], reason: str, payer: Payer) -> None:
-        """Ask a version these cases, as soon as there is a gap."""
-        self._requests[adapter.name, adapter.version] = _Request(reason, list(cases), payer)
+    def request(
+        self, adapter: Adapter, cases: Iterable[str], reason: str, payer: Payer, *, unanswered: bool = False
+    ) -> None:
+        """Ask a version these cases, as soon as there is a gap; with `unanswered` those alone that have no score."""
+        self._requests[adapter.name, adapter.version] = _Request(reason, list(cases), payer, unanswered)
         self._next[adapter.name] = 0.0
         self.wake()
 
@@ -174,30 +178,41 @@ class GoldenRuns:
         return {**dict.fromkeys([*new, *asked], False), **dict.fromkeys(serving, True)}
 
     async def _run_due(self, adapter: Adapter, golden: GoldenSet, repeats: bool) -> None:
-        key, now = (adapter.name, adapter.version), self._clock()
+        key = (adapter.name, adapter.version)
+        if await self._due(adapter, golden, repeats):
+            if not await asyncio.to_thread(self._store.claim, adapter.name, self._store.me, CLAIM_SECONDS):
+                self._next[adapter.name] = 0.0  # another server runs it
+                return
+            try:
+                # Read again: another server may have asked them before it gave its claim back.
+                if due := await self._due(adapter, golden, repeats):
+                    await self._ask(adapter, golden, due, self._runs.setdefault(key, _Run(due.reason, self._clock())))
+                    return
+            finally:
+                await asyncio.shield(asyncio.to_thread(self._store.release, adapter.name, self._store.me))
+        # Another server asked the rest, or the set has changed.
+        self._requests.pop(key, None)
+        self._runs.pop(key, None)
+
+    async def _due(self, adapter: Adapter, golden: GoldenSet, repeats: bool) -> _Request | None:
+        """The cases that a version has to be asked now; None if there are none."""
         outcomes = await asyncio.to_thread(self._results.outcomes, adapter, golden)
         bases = {case: self._runner.basis(adapter, golden.by_key[case]) for case in golden.by_key}
-        due, again = due_cases(bases, outcomes, now, self._interval if repeats else 0.0)
+        cases, again = due_cases(bases, outcomes, self._clock(), self._interval if repeats else 0.0)
         self._next[adapter.name] = min(self._next[adapter.name], again)
-        reason = "scheduled" if repeats and outcomes else "new"
-        payer = Payer(adapter.tenant, Cause.GOLDEN, self._meter_of(self._results.sets[adapter.name].key))
-        if request := self._requests.get(key):
-            request.keys = [case for case in request.keys if case in golden.by_key]
-            due = request.keys
-            reason = request.reason
-            payer = request.payer
-        if not due:
-            # Another server asked the rest, or the set has changed.
-            self._requests.pop(key, None)
-            self._runs.pop(key, None)
-        elif await asyncio.to_thread(self._store.claim, adapter.name, self._store.me, CLAIM_SECONDS):
-            run = self._runs.setdefault(key, _Run(reason, now))
-            await self._ask(adapter, golden, list(due), run, payer)
-        else:
-            self._next[adapter.name] = 0.0  # another server runs it
+        if request := self._requests.get((adapter.name, adapter.version)):
+            scored = {case for case, outcome in outcomes.items() if request.unanswered and outcome.score is not None}
+            request.keys = [case for case in request.keys if case in golden.by_key and case not in scored]
+            return replace(request, keys=list(request.keys)) if request.keys else None
+        row = self._results.sets.get(adapter.name)
+        if row is None or not cases:
+            return None
+        payer = Payer(adapter.tenant, Cause.GOLDEN, self._meter_of(row.key))
+        return _Request("scheduled" if repeats and outcomes else "new", cases, payer)
 
-    async def _ask(self, adapter: Adapter, golden: GoldenSet, due: list[str], run: _Run, payer: Payer) -> None:
+    async def _ask(self, adapter: Adapter, golden: GoldenSet, wanted: _Request, run: _Run) -> None:
         """A slice of a run; what is left is due at the next look."""
+        due, payer = wanted.keys, wanted.payer
         end = asyncio.get_running_loop().time() + SLICE_SECONDS
         try:
             while due and asyncio.get_running_loop().time() < end and self._goes_on(adapter, golden, payer):
@@ -219,7 +234,6 @@ class GoldenRuns:
                 await self._end(adapter, golden, run)
         finally:
             self._retire(adapter)
-            await asyncio.shield(asyncio.to_thread(self._store.release, adapter.name, self._store.me))
 
     async def _ask_some(self, adapter: Adapter, golden: GoldenSet, batch: Sequence[str], payer: Payer) -> list[Outcome]:
         """The outcomes, in the database too; the first error of the engine is raised once those are kept."""

@@ -135,7 +135,7 @@ async def test_bytes_that_come_again_while_a_refused_push_of_them_is_cleared_awa
             refused = await client.post("/v1/adapters", **upload(make_adapter()), headers={"if-match": '"7"'})
             assert refused.status_code == 409
         assert (await client.post("/v1/adapters", **upload(make_adapter()))).status_code == 201
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await client._transport.app.state.parts.lifecycle.settle()
         assert len(list((config.data_dir / "blobs").iterdir())) == 1
         assert (await ask(client, "tone")).status_code == 200
@@ -299,7 +299,7 @@ async def test_only_the_engines_route_waits_for_a_busy_backend(client, backend, 
         ("POST", "/tone/pin", None), ("DELETE", "/tone/pin", None), ("POST", "/tone/promote", {"version": 1}),
         ("POST", "/tone/rollback", None), ("DELETE", "/tone/versions/2?force=true", None),
     ]:  # fmt: skip
-        done = await asyncio.wait_for(client.request(method, f"/v1/adapters{path}", json=body), 5)
+        done = await asyncio.wait_for(client.request(method, f"/v1/adapters{path}", json=body), 60)
         assert done.status_code == 200, f"{method} {path}"
     assert asked == []
     backend.flow.clear()

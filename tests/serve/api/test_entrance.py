@@ -171,7 +171,7 @@ async def test_what_a_client_waits_for_in_vain_is_not_begun_once_it_has_left(ope
     asking = asyncio.create_task(operator._transport.app(scope, receive, send))
     await asyncio.sleep(0.05)
     left.set()
-    await asyncio.wait_for(asking, 10)
+    await asyncio.wait_for(asking, 60)
     held.set()
     await asyncio.gather(*busy)
     assert not begun and not sent

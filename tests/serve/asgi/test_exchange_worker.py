@@ -148,7 +148,7 @@ def test_what_fails_on_one_request_goes_on_with_the_next_and_hinders_no_other(no
 def test_it_saves_also_when_no_traffic_comes(notes):
     worker = ExchangeWorker([notes], save_seconds=0.01)
     worker.start()
-    assert notes.saved.wait(10)
+    assert notes.saved.wait(60)
     worker.stop()
 
 

@@ -85,9 +85,8 @@ async def test_a_crowd_is_turned_away_at_once_and_let_in_when_it_is_over(crowded
     backend.flow.clear()
     holding = asyncio.create_task(ask(crowded, "base", stream=True))
     assert await settled(lambda: backend.running == 1)
-    began = time.perf_counter()
-    told = await ask(crowded, "base")
-    assert time.perf_counter() - began < 0.5, "it waited, which takes a second"
+    told = await asyncio.wait_for(ask(crowded, "base"), 60)
+    assert not holding.done(), "it waited"
     assert (told.status_code, told.json()["error"]["code"]) == (429, "overloaded")
     assert int(told.headers["retry-after"]) >= 1
     backend.flow.set()
@@ -133,7 +132,7 @@ async def test_a_client_that_reads_nothing_gives_its_turn_back(crowded, backend)
         if message["type"] == "http.response.body":
             await asyncio.Event().wait()
 
-    await asyncio.wait_for(crowded._transport.app(scope, receive, send), 15)
+    await asyncio.wait_for(crowded._transport.app(scope, receive, send), 60)
     assert (crowded._transport.app.state.parts.fleet.first.leases, backend.running) == (0, 0)
 
 
@@ -143,7 +142,7 @@ async def test_a_client_that_never_ends_its_request_is_let_go(crowded):
     async def receive():
         return await asyncio.Event().wait()
 
-    await asyncio.wait_for(crowded._transport.app(scope, receive, send), 15)
+    await asyncio.wait_for(crowded._transport.app(scope, receive, send), 60)
     assert sent[0]["status"] == 408
 
 
@@ -156,7 +155,7 @@ async def test_a_client_that_leaves_its_place_in_line_leaves_it_at_once(crowded,
     waiting = asyncio.create_task(crowded._transport.app(scope, receive, send))
     assert await settled(lambda: engine.engine.queue.waiting == 1)
     left.set()
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, 60)
     assert (engine.engine.queue.waiting, engine.leases) == (0, 1)
     backend.flow.set()
     assert (await holding).status_code == 200

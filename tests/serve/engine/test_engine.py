@@ -10,6 +10,7 @@ import uvloop
 from serve.engine.engine import LOW_PRIORITY, SETTLE, Engine
 from serve.engine.payer import PROBES, Cause, Payer
 from serve.errors import AdapterRejected, EngineUnavailable
+from tests.support.waiting import settled
 
 
 @pytest.fixture
@@ -98,8 +99,7 @@ async def test_the_longest_unused_makes_room_and_those_in_use_stay(engine, backe
     async with engine.lease("tone@0", path, payer=PROBES):
         for number in range(1, 10):
             await engine.ensure(f"tone@{number}", path)
-        await asyncio.sleep(3 * SETTLE)
-        assert sorted(backend.held) == ["tone@0", "tone@7", "tone@8", "tone@9"]
+        assert await settled(lambda: sorted(backend.held) == ["tone@0", "tone@7", "tone@8", "tone@9"]), backend.held
 
 
 async def test_an_engine_that_is_not_ready_says_so_and_counts_no_lease(backend):
@@ -138,8 +138,7 @@ async def test_never_more_is_loaded_than_fits_and_who_is_pushed_out_while_waitin
 async def test_what_waits_in_line_is_loaded_before_its_turn_if_there_is_room(engine, backend, path):
     async with engine.lease("tone@1", path, payer=PROBES), engine.lease("tone@2", path, payer=PROBES):
         waiting = asyncio.create_task(engine.lease("tone@3", path, payer=PROBES).__aenter__())
-        await asyncio.sleep(0.05)
-        assert engine.holds("tone@3") and not waiting.done()
+        assert await settled(lambda: engine.holds("tone@3")) and not waiting.done()
     await waiting
 
 

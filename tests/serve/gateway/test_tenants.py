@@ -323,10 +323,12 @@ async def test_a_shadow_stays_in_its_tenant_and_is_on_nobodys_key(operator, issu
     for _ in range(3):
         assert (await ask(limited, "tone")).status_code == 200, "a shadow under way counts as one of the key's"
     assert (config.data_dir / "audit.jsonl").read_text() == audited
-    assert (
-        'loradock_shadow_requests_total{adapter="acme/tone",result="answered",version="v2"} 2.0'
-        in (await operator.get("/metrics")).text
-    )
+    answered = 'loradock_shadow_requests_total{adapter="acme/tone",result="answered",version="v2"} 2.0'
+
+    async def counted():
+        return answered in (await operator.get("/metrics")).text
+
+    assert await settled(counted)
 
 
 async def test_scopes_open_what_they_say_and_no_more(issue, make_adapter):

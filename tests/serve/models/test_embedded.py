@@ -117,7 +117,7 @@ def test_who_waits_for_another_maker_takes_what_that_one_made(tmp_path, wheels):
         waiting.join(0.3)
         assert waiting.is_alive()
         folder = as_if_made(tmp_path)
-    waiting.join(10)
+    waiting.join(60)
     assert found == [folder]
 
 

@@ -34,10 +34,10 @@ def hang(monkeypatch, client, backend, where, name):
     store = parts_of(client).store
     if where == "upload":
         put = store.shared.put
-        monkeypatch.setattr(store.shared, "put", lambda digest, folder: (go.wait(30), put(digest, folder)))
+        monkeypatch.setattr(store.shared, "put", lambda digest, folder: (go.wait(120), put(digest, folder)))
     elif where == "hash":
         admit = store.admit
-        monkeypatch.setattr(store, "admit", lambda *args, **more: (go.wait(30), admit(*args, **more))[1])
+        monkeypatch.setattr(store, "admit", lambda *args, **more: (go.wait(120), admit(*args, **more))[1])
     else:
         step = getattr(backend, where)
 
@@ -58,7 +58,7 @@ async def test_an_automatic_rollback_waits_for_nobodys_push(shared, backend, mak
     go = hang(monkeypatch, shared, backend, where, name)
     pushing = asyncio.create_task(shared.post("/v1/adapters", **upload(make_adapter(7), name)))
     await asyncio.sleep(0.3)
-    verdict = await asyncio.wait_for(parts_of(shared).automatic_rollback.rollback("tone", 2, "errors", {}), 5)
+    verdict = await asyncio.wait_for(parts_of(shared).automatic_rollback.rollback("tone", 2, "errors", {}), 60)
     assert verdict.done, verdict.message
     assert not pushing.done()
     assert (await shared.get("/v1/adapters/tone")).json()["live"] == 1
@@ -76,7 +76,7 @@ async def test_a_rollback_waits_for_no_engine(connect, config, backend, make_ada
         backend.dead = True
         base = parts_of(client).fleet.first
         assert await settled(lambda: base.phase is Phase.RESTARTING)
-        told = await asyncio.wait_for(client.post("/v1/adapters/tone/rollback"), 5)
+        told = await asyncio.wait_for(client.post("/v1/adapters/tone/rollback"), 20)
         assert (told.status_code, told.json()["version"]) == (200, 1)
 
 

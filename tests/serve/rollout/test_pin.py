@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from tests.support.app import upload
@@ -15,10 +13,12 @@ async def push(client, make_adapter, name, seed, **fields):
 
 
 async def crowd(client, make_adapter, count=8):
-    """More adapters than the engine holds, and a while for what they push out to leave."""
+    """More adapters than the engine holds; what they push out has left."""
     for seed in range(count):
         await push(client, make_adapter, f"guest-{seed}", 100 + seed)
-    await asyncio.sleep(0.2)
+    engine = client._transport.app.state.parts.fleet.first.engine
+    backend = engine.backend
+    assert await settled(lambda: not engine._leaving and len(backend.held) <= backend.max_resident)
 
 
 async def pin(client, name="tone", **body):

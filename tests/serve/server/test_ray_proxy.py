@@ -117,9 +117,9 @@ async def test_a_slow_body_is_not_waited_for_and_arrives_whole(monkeypatch):
 
     scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
     call = asyncio.create_task(ModelHeader(app)(scope, receive, None))
-    await asyncio.wait_for(begun.wait(), 10)
+    await asyncio.wait_for(begun.wait(), 60)
     late.set()
-    await asyncio.wait_for(call, 10)
+    await asyncio.wait_for(call, 60)
     assert got == [{}, b'{"model": ', b'"tone"}']
 
 

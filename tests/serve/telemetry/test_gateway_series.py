@@ -62,8 +62,8 @@ async def test_who_waits_in_the_servers_own_queue_waits_for_a_picker_too(client,
     await client.post("/v1/adapters", **upload(make_adapter()))
     backend.standstill.set()
     asked = [asyncio.create_task(ask(client, "tone")) for _ in range(9)]
-    assert await settled(lambda: backend.running > 0)
-    await asyncio.sleep(0.1)
+    queue = _fleet_of(client).first.engine.queue
+    assert await settled(lambda: backend.running > 0 and backend.running + queue.waiting == len(asked))
     endpoint = await picked(client)
     assert endpoint.running == backend.running
     assert endpoint.waiting == WAITING_INSIDE + len(asked) - backend.running

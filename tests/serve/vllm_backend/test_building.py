@@ -59,7 +59,7 @@ async def test_a_build_that_nothing_ends_is_not_waited_for_and_its_engine_discar
     await asyncio.sleep(0.05)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(task, 10)
+        await asyncio.wait_for(task, 20)
     assert not discarded
     go.set()
     assert await settled(lambda: discarded == ["an engine"])

@@ -184,7 +184,7 @@ def test_a_process_follows_its_parent_and_not_what_its_parent_writes():
     following.join(0.2)
     assert following.is_alive() and not left
     os.close(parents)
-    following.join(5)
+    following.join(60)
     assert left == [1]
     os.close(ours)
 

@@ -44,11 +44,12 @@ async def test_while_no_client_is_answered_so_many_lines_run_at_a_time():
 
 
 async def test_beside_clients_a_line_waits_for_a_gap_and_then_goes_alone(monkeypatch):
-    monkeypatch.setattr(line_runner, "GAP_SECONDS", 0.3)
+    monkeypatch.setattr(line_runner, "GAP_SECONDS", 1e9)
     base = Base(leases=2)
     crowd = Crowd(Gaps(3), base, 8)
     await asyncio.sleep(0.15)
     assert crowd.running == 0
+    monkeypatch.setattr(line_runner, "GAP_SECONDS", 0.3)
     assert await settled(lambda: crowd.running == 1)
     await asyncio.sleep(0.5)
     assert crowd.running == 1, "one at a time"

@@ -51,10 +51,10 @@ async def test_the_candidate_answers_too_and_the_client_sees_the_live_version(cl
 async def test_the_share_is_exact(client, pairs, make_adapter):
     await push_two(client, make_adapter)
     await shadow(client, 0.25)
+    shadows = client._transport.app.state.parts._shadows
     for _ in range(40):
         await said(client, user="the same one")
-        await asyncio.sleep(0.005)
-    assert await settled(lambda: len(pairs) >= 9)
+        assert await settled(lambda: not shadows._running), "more than a few at once are dropped"
     assert 9 <= len(pairs) <= 11
 
 
@@ -97,7 +97,7 @@ async def test_while_all_are_busy_more_are_dropped_and_counted_and_no_answer_wai
     live, candidate = await push_two(client, make_adapter)
     await shadow(client, 1)
     backend.slow = candidate
-    answers = [await asyncio.wait_for(said(client), 15) for _ in range(5)]
+    answers = [await asyncio.wait_for(said(client), 60) for _ in range(5)]
     assert answers == [live] * 5
     assert await counted(client, "dropped") == [3.0]
 
@@ -119,7 +119,7 @@ async def test_a_stop_does_not_wait_for_a_shadow(connect, config, backend, make_
         await shadow(client, 1)
         backend.slow = candidate
         await said(client)
-        await asyncio.sleep(0.05)
+        assert await settled(lambda: backend.bodies[-1]["model"] == candidate)
 
 
 async def test_without_room_for_any_all_are_dropped(connect, config, make_adapter):

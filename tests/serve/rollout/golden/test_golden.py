@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
@@ -223,12 +224,21 @@ async def test_a_run_that_is_asked_for_during_another_breaks_off_nothing(client,
     assert "is not run now" not in caplog.text
 
 
-async def test_a_run_ends_when_the_set_is_replaced_by_one_that_was_answered_already(client, backend, make_adapter):
+async def test_a_run_ends_when_the_set_is_replaced_by_one_that_was_answered_already(
+    client, backend, make_adapter, monkeypatch
+):
     skill = Skill(backend)
     await client.post("/v1/adapters", **upload(make_adapter(0)))
     await put(client, cases(200))
     await ran(client, 1)
-    tasks = []
+    tasks, runner = [], client._transport.app.state.parts.golden.runs._runner
+    run = runner.run
+
+    async def held(*case):
+        await asyncio.gather(*tasks)
+        return await run(*case)
+
+    monkeypatch.setattr(runner, "run", held)
     backend.say = when_asked(skill, 5, lambda: tasks.append(asyncio.create_task(put(client, cases(3)))))
     await client.post(f"{GOLDEN}/run")
     assert await settled(lambda: asyncio.sleep(0, tasks and tasks[0].done()))
@@ -357,6 +367,38 @@ async def test_of_two_servers_that_share_a_registry_one_runs_a_set_and_both_know
         rows = [(await ran(client, 1))[0] for client in (first, second)]
         assert [row["score"] for row in rows] == [1.0, 1.0]
         assert sum(len(skill.asked) for skill in skills) == 30, "no case was asked twice"
+
+
+async def test_what_another_server_asked_before_it_gave_its_claim_back_is_not_asked_again(
+    connect, config, tiny_model, tmp_path, make_adapter, monkeypatch
+):
+    shared = {"registry": f"sqlite:///{tmp_path}/registry.db", "blobs": f"file://{tmp_path}/shared"}
+    async with AsyncExitStack() as servers:
+        clients, skills = [], []
+        for number in range(2):
+            other = FakeBackend(str(tiny_model))
+            skills.append(Skill(other))
+            own = replace(config, data_dir=tmp_path / f"data-{number}", **shared)
+            clients.append(await servers.enter_async_context(connect(own, other)))
+        first, second = clients
+        stores = [client._transport.app.state.parts.golden.runs._store for client in clients]
+        looked, go = threading.Event(), threading.Event()
+        hold(monkeypatch, stores[0], threading.Event(), looked)
+        hold(monkeypatch, stores[1], looked, go)
+        await first.post("/v1/adapters", **upload(make_adapter(0)))
+        await put(second, cases(30))
+        assert await settled(looked.is_set), "the second one knows what is due"
+        await ran(first, 1)
+        go.set()
+        assert (await ran(second, 1))[0]["score"] == 1.0
+        await second._transport.app.state.parts.golden.runs.round()
+        assert [len(skill.asked) for skill in skills] == [30, 0]
+
+
+def hold(monkeypatch, store, begun, go_on):
+    """Claims of this store set `begun`, and wait for `go_on`."""
+    claim = store.claim
+    monkeypatch.setattr(store, "claim", lambda *args: (begun.set(), go_on.wait(60), claim(*args))[-1])
 
 
 @pytest.mark.parametrize("interval", [0.0, 1000.0])
