@@ -223,8 +223,9 @@ async def test_a_base_that_is_another_by_then_ends_the_job(training, sdk, tiny_m
     async with training(hold=str(hold)) as client:
         ai = sdk(client)
         id = await begun(ai)
-        await stepped(client, id)
+        process = await stepped(client, id)
         await ai.fine_tuning.jobs.pause(id)
+        assert await settled(lambda: not alive(process)), "who resumes before that lets it go on"
         config = tiny_model / "config.json"
         before = config.read_bytes()
         try:
