@@ -7,22 +7,23 @@ from fastapi import Depends, Request
 from serve.adapters.registry.registry import Registry
 from serve.adapters.store import Store
 from serve.api.captures import Captures
+from serve.api.deletion import Deletion
 from serve.api.health import Health
 from serve.api.incoming import Incoming
 from serve.api.overview import Overview
+from serve.api.rated_answers import RatedAnswers
 from serve.api.removal import Removal
 from serve.asgi.exchange_worker import ExchangeWorker
 from serve.auth.auth import Auth
 from serve.auth.keys import Keys
 from serve.auth.rate_limits import Meters
 from serve.config import Config
-from serve.dataset.feedback import Feedback
 from serve.drift.baseline_build import BaselineBuild
 from serve.drift.monitor import DriftMonitor
 from serve.engine.fleet import Fleet
 from serve.fleet.heartbeat import Heartbeat
+from serve.fleet.server_messages import ServerMessages
 from serve.gateway.auto import Auto
-from serve.gateway.forwarding import Forwarding
 from serve.gateway.moderation import Moderator
 from serve.gateway.router import Router
 from serve.jobs.batches.batches import Batches
@@ -79,12 +80,13 @@ TheAuth = Annotated[Auth, part("auth")]
 TheMeters = Annotated[Meters, part("meters")]
 TheMetrics = Annotated[Metrics, part("metrics")]
 TheKeys = Annotated[Keys, part("keys")]
-TheFeedback = Annotated[Feedback, part("feedback")]
+TheRatedAnswers = Annotated[RatedAnswers, part("rated_answers")]
+TheDeletion = Annotated[Deletion, part("deletion")]
 TheTracing = Annotated[Tracing | None, part("tracing")]
 TheBaselineBuild = Annotated[BaselineBuild, part("baseline_build")]
 TheUsageLedger = Annotated[UsageLedger, part("usage_ledger")]
 TheModerator = Annotated[Moderator, part("moderator")]
-TheForwarding = Annotated[Forwarding | None, part("forwarding")]
+TheMessages = Annotated[ServerMessages | None, part("messages")]
 TheFollower = Annotated[RegistrySync | None, part("follower")]
 TheHeartbeat = Annotated[Heartbeat | None, part("heartbeat")]
 TheSwapFollower = Annotated[SwapFollower, part("swap_follower")]

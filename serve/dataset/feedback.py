@@ -96,6 +96,10 @@ class Feedback:
         if len(recent.by_id) > self._memory:
             recent.forget_oldest()
 
+    def find(self, tenant: str, key: str, request_id: str) -> Answered | None:
+        """The recent request that this id means, as `join` looks for it."""
+        return self._recent.get(tenant, _Recent()).find(key, request_id)
+
     def join(
         self, tenant: str, key: str, request_id: str, rating: float | None, answer: str | None
     ) -> tuple[Answered, float]:
@@ -107,7 +111,7 @@ class Feedback:
             raise BadRequest("feedback takes a rating from 0 to 1, or the correct answer, and not both", param="rating")
         if rating is not None and not 0 <= rating <= 1:
             raise BadRequest(f"a rating lies between 0 (bad) and 1 (good), not {rating}", param="rating")
-        answered = self._recent.get(tenant, _Recent()).find(key, request_id)
+        answered = self.find(tenant, key, request_id)
         if answered is None or answered.rating is not None:
             raise NotFound(
                 "no recent request of this tenant has this id alone and no feedback yet: send an answer's id, or its "

@@ -26,8 +26,6 @@ from serve.fleet.membership import Membership, Peer
 
 MARK = b"x-loradock-forwarded"
 CONNECT_SECONDS = 1.0
-# For another server to say whether it knows what a request is about.
-ELSEWHERE_SECONDS = 3.0
 # What a home says when it does not take a request; longer answers are a client's to read.
 REFUSAL_BYTES = 64 << 10
 # They belong to one connection, and not to the request (RFC 9110, 7.6.1).
@@ -56,21 +54,6 @@ class Forwarding(Collector):
     def call(self, peer: Peer, body: bytes, request_id: str) -> ForwardedCall:
         """The request, on its way to `peer`."""
         return ForwardedCall(self._http(), self._membership.me, peer, body, request_id)
-
-    async def elsewhere(self, scope: Scope, body: bytes) -> bytes | None:
-        """What the first other server answers that takes this request, where this one knows nothing of its subject;
-        None, if none takes it, or another server asks this one."""
-        if _is_marked(scope):
-            return None
-        for peer in self._membership.peers:
-            try:
-                request = _sent_on(scope, self._membership.me, peer, body, "", ELSEWHERE_SECONDS)
-                answer = await self._http().send(request)
-            except (httpx.HTTPError, httpx.InvalidURL, OSError):
-                continue
-            if answer.status_code == 200:
-                return answer.content
-        return None
 
     def ended(self, call: ForwardedCall) -> None:
         """Count it; a peer that did not take it is left alone for a while, unless it is only full."""
@@ -188,11 +171,8 @@ class ForwardedCall:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _sent_on(
-    scope: Scope, me: str, peer: Peer, body: bytes, request_id: str, read: float | None = None
-) -> httpx.Request:
-    """The same request to another server, which has `read` seconds for each part of its answer (None: as long as it
-    takes)."""
+def _sent_on(scope: Scope, me: str, peer: Peer, body: bytes, request_id: str) -> httpx.Request:
+    """The same request to another server, which answers for as long as it takes."""
     headers = [(name, value) for name, value in scope["headers"] if name not in _OWN]
     headers += [(MARK, me.encode()), *([(REQUEST_ID, request_id.encode())] if request_id else [])]
     path: bytes = scope.get("raw_path") or scope["path"].encode()
@@ -204,7 +184,7 @@ def _sent_on(
         peer.address.rstrip("/") + target,
         headers=headers,
         content=body,
-        extensions={"timeout": {"connect": CONNECT_SECONDS, "pool": None, "read": read, "write": read}},
+        extensions={"timeout": {"connect": CONNECT_SECONDS, "pool": None, "read": None, "write": None}},
     )
 
 

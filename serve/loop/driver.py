@@ -111,6 +111,8 @@ class LoopDriver:
         """One step."""
         loop, policy = work.loop, self._policies[work.loop.name].loop
         try:
+            # What was asked through another server may be about a change that this one has not read yet.
+            await asyncio.to_thread(self._registry.refresh)
             if who := await asyncio.to_thread(self._stopped, loop):
                 await self._granted(loop)
                 if loop.phase is not Phase.WAITING:

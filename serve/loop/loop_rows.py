@@ -14,10 +14,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Row, Select, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, delete, exists, func, insert, select, update
 
 from serve.adapters.registry.registry import Registry
-from serve.adapters.registry.tables import loop_references, loop_tries, names
+from serve.adapters.registry.tables import loop_references, loop_tries, names, versions
 from serve.adapters.registry.tables import loops as table
 from serve.adapters.registry.work_table import Claims
 from serve.errors import NotFound
@@ -82,8 +82,11 @@ class LoopRows(Claims[Loop]):
             return self._read(connection.execute(self._rows().where(table.c.name_id == id)).one())
 
     def forget(self, id: str) -> None:
-        """Its adapter is gone: so are the examples of its traffic."""
+        """If its adapter is gone, so are the examples of its traffic. A snapshot may not know the adapter yet."""
+        has_versions = exists().where(versions.c.name_id == table.c.name_id)
         with self._registry.adding() as connection:
+            if connection.scalar(select(table.c.id).where(table.c.id == id, has_versions)) is not None:
+                return
             for other in (loop_references, loop_tries):
                 connection.execute(delete(other).where(other.c.loop == id))
             connection.execute(delete(table).where(table.c.id == id))

@@ -18,6 +18,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from prometheus_client.core import GaugeMetricFamily
@@ -27,6 +28,7 @@ from prometheus_client.registry import Collector
 from serve.adapters.registry.registry import Registry, Stamp
 from serve.auth.keys import Keys
 from serve.errors import EngineUnavailable, LoradockError
+from serve.fleet.server_messages import ServerMessages
 from serve.rollout.lifecycle import Lifecycle
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class RegistrySync(Collector):
         registry: Registry,
         keys: Keys,
         lifecycle: Lifecycle,
+        messages: ServerMessages,
         stale_seconds: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -62,6 +65,7 @@ class RegistrySync(Collector):
         self._registry = registry
         self._keys = keys
         self._lifecycle = lifecycle
+        self._messages = messages
         # One query at a time, and not behind what other threads do: a database that hangs takes this one alone.
         self._look_thread = ThreadPoolExecutor(1, "registry-look")
         self._stamp = Stamp()
@@ -144,7 +148,10 @@ class RegistrySync(Collector):
             stamp = await loop.run_in_executor(self._look_thread, self._registry.stamp)
             if stamp != self._stamp:
                 await loop.run_in_executor(self._look_thread, self._read, stamp)
-                self._lifecycle.adopt()
+                if replace(stamp, messages=None) != replace(self._stamp, messages=None):
+                    self._lifecycle.adopt()
+                if stamp.messages != self._stamp.messages:
+                    self._messages.wake()
                 self._stamp = stamp
             self._seen(began_at, began_on)
         except LoradockError as error:

@@ -21,9 +21,11 @@ from serve.adapters.store import Store
 from serve.api.app import app_of
 from serve.api.background_tasks import BackgroundTasks
 from serve.api.captures import Captures
+from serve.api.deletion import DELETE, Deletion
 from serve.api.health import Health
 from serve.api.incoming import Incoming
 from serve.api.overview import Overview
+from serve.api.rated_answers import RATE, RatedAnswers
 from serve.api.removal import Removal
 from serve.api.resolver import FolderResolver
 from serve.asgi.exchange import Exchange
@@ -65,6 +67,7 @@ from serve.events import (
 )
 from serve.fleet.heartbeat import Heartbeat, Listener, ThisServer
 from serve.fleet.membership import Membership
+from serve.fleet.server_messages import ServerMessages
 from serve.gateway.auto import Auto
 from serve.gateway.fan_out import RequestBounds
 from serve.gateway.forwarding import Forwarding
@@ -202,9 +205,12 @@ class Server:
         self.router = Router(
             self.fleet, self.registry, self.store, popularity.used, self.forwarding, shared=bool(config.registry)
         )
-        follower = RegistrySync(self.registry, self.keys, self.lifecycle, config.registry_stale_seconds)
+        messages = ServerMessages(self.registry, self._me.id)
+        follower = RegistrySync(self.registry, self.keys, self.lifecycle, messages, config.registry_stale_seconds)
+        self.messages = messages if config.registry else None
         self.follower = follower if config.registry else None
-        listeners: list[Listener] = [SharedLimits(self.meters), *([self.membership] if self.membership else [])]
+        listeners: list[Listener] = [SharedLimits(self.meters), messages]
+        listeners += [self.membership] if self.membership else []
         heartbeat = Heartbeat(self.registry, self._me, lambda: str(self.fleet.first.phase), *listeners)
         self.heartbeat = heartbeat if config.registry else None
         living = heartbeat.living_ids if self.heartbeat else set
@@ -222,7 +228,7 @@ class Server:
         """Metrics, traces, webhooks."""
         config = self.config
         self.recent = Recent()
-        self.feedback = Feedback()
+        self._feedback = Feedback()
         self.metrics = Metrics(
             self.fleet,
             self.registry,
@@ -376,6 +382,17 @@ class Server:
     ) -> None:
         """What routes use beside all that."""
         config, tracing = self.config, self.tracing
+        self.rated_answers = RatedAnswers(
+            self._feedback,
+            self.captures,
+            self.policies,
+            self.loops,
+            self.metrics,
+            tracing,
+            self.exchange_worker,
+            self.canary_monitor,
+        )
+        self.deletion = Deletion(self.captures.datasets, self.loops)
         self.removal = Removal(self.lifecycle, self.drift_monitor, self.golden, config.keep_unloaded)
         self.incoming = Incoming(config, self.store, self.lifecycle, self.admission, self.removal)
         self.overview = Overview(
@@ -400,7 +417,7 @@ class Server:
         )
         looks: list[Callable[[Exchange], None]] = [
             self.metrics.take,
-            self.feedback.remember,
+            self._feedback.remember,
             self.exchange_worker.offer,
         ]
         looks += [self.quality_worker.offer] if config.data_quality else []
@@ -517,6 +534,10 @@ class Server:
             self.background.start("registry_poll", self.follower.poll)
             self.background.start("swap_follower", self.swap_follower.run)
             self.background.start("deleted_conversations", self.captures.follow_deletions)
+        if self.messages:
+            self.messages.read_by(RATE, self.rated_answers.rate_for_another)
+            self.messages.read_by(DELETE, self.deletion.delete_for_another)
+            self.background.start("server_messages", self.messages.run)
         if self.membership and self.store.shared:
             self.background.start("evict", self.lifecycle.evict)
         if self.heartbeat:

@@ -55,6 +55,7 @@ _STAMP = select(
     select(func.count(keys.c.revoked)).scalar_subquery(),
     select(func.count(bases.c.name)).scalar_subquery(),
     select(func.max(bases.c.when)).scalar_subquery(),
+    select(func.max(tables.server_messages.c.id)).scalar_subquery(),
 )
 # How a read spares the database a lock or a transaction, by whether that is SQLite.
 _READING: dict[bool, dict[str, Any]] = {True: {"reads": True}, False: {"isolation_level": "AUTOCOMMIT"}}
@@ -67,6 +68,7 @@ class Stamp:
     names: int | None = None
     keys: tuple[Any, ...] = ()
     bases: tuple[Any, ...] = ()
+    messages: int | None = None
 
 
 class Registry(SnapshotReader):
@@ -429,10 +431,10 @@ class Registry(SnapshotReader):
                     return after.generation != generation
 
     def stamp(self) -> Stamp:
-        """Another one after each change that another process may have made: of names, keys or bases."""
+        """Another one after each change that another process may have made: of names, keys, bases or messages."""
         with self.reading() as connection:
-            names, *others = connection.execute(_STAMP).one()
-            return Stamp(names, tuple(others[:2]), tuple(others[2:]))
+            names, *others, messages = connection.execute(_STAMP).one()
+            return Stamp(names, tuple(others[:2]), tuple(others[2:]), messages)
 
     def swapped(self, base: str, configured: str) -> str | None:
         """The model that was put in the place of the configured one; None also once another one is configured."""

@@ -117,6 +117,19 @@ replicas = Table(
     Column("address", Text),  # where other servers send requests on to; null: nowhere
     Column("report", Text),  # JSON: what it holds and has to do (serve.fleet.membership)
     Column("key_use", Text),  # JSON: what keys with limits have used of late (serve.auth.shared_limits)
+    Column("messages_read", BigInteger),  # the last one of `server_messages`; null: it reads none
+)
+
+server_messages = Table(
+    "server_messages",  # what servers ask of one another (serve.fleet.server_messages)
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("sender", String(64), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("content", Text, nullable=False),  # JSON
+    Column("when", Float(53), nullable=False),
+    Column("answer", Text),  # JSON; empty: somebody is about to answer
+    sqlite_autoincrement=True,
 )
 
 canary_analyses = Table(

@@ -11,13 +11,14 @@ from fastapi import APIRouter, Query, Request
 
 from serve.adapters.adapter import Adapter
 from serve.api.captures import Captures
+from serve.api.deletion import DELETE
 from serve.api.json_body import JsonBody
 from serve.api.parts import (
     TheCaptures,
+    TheDeletion,
     TheFiles,
-    TheForwarding,
     TheGolden,
-    TheLoops,
+    TheMessages,
     TheMeters,
     ThePolicies,
     TheRegistry,
@@ -30,6 +31,7 @@ from serve.dataset.build import Built, Options
 from serve.dataset.replay import Replayed, chosen, replay, report
 from serve.engine.payer import Cause
 from serve.errors import Conflict, Forbidden, NotFound
+from serve.fleet.server_messages import Content
 from serve.jobs.batches.files import Files
 from serve.names import short_name, shown, tenant_of
 from serve.rollout.golden.golden import Golden
@@ -84,28 +86,24 @@ async def progress(adapter: TheAdapter, captures: TheCaptures) -> dict[str, Any]
 @router.delete("/v1/adapters/{name:path}/data/conversations/{id}")
 async def delete_conversation(
     id: str,
-    request: Request,
     caller: Manager,
     adapter: TheAdapter,
-    captures: TheCaptures,
-    loops: TheLoops,
-    forwarding: TheForwarding,
+    deletion: TheDeletion,
+    messages: TheMessages,
 ) -> dict[str, Any]:
     """Delete a captured conversation, by its id or that of one of its answers; no later build has any of it, and no
     reference of a loop. Each server that kept some of it deletes it before it builds, and within a minute."""
     adapter.about(f" {shown(id)}")
-    full, forget = _own(adapter), loops.forget_conversation
+    full = _own(adapter)
+    gone: Content | None
     try:
-        gone = await captures.datasets.forget(full, caller.key, id)
+        gone = await deletion.delete(full, caller.key, id)
     except NotFound:
+        gone = await messages.ask(DELETE, {"adapter": full, "key": caller.key, "id": id}) if messages else None
         # A reference may hold it longer than it is kept.
-        if not await asyncio.to_thread(forget, caller.tenant, id):
-            if forwarding is None or (told := await forwarding.elsewhere(request.scope, b"")) is None:
-                raise
-            return msgspec.json.decode(told, type=dict[str, Any])
-        return {"id": id, "object": "data.conversation", "deleted": True, "requests": 0}
-    await asyncio.to_thread(forget, caller.tenant, gone.conversation, gone.lines)
-    return {"id": gone.conversation, "object": "data.conversation", "deleted": True, "requests": gone.requests}
+        if gone is None and not await deletion.delete_referenced(full, id):
+            raise
+    return {"id": id, "object": "data.conversation", "deleted": True, "requests": 0, **(gone or {})}
 
 
 @router.post("/v1/adapters/{name:path}/versions/{number}/replay")

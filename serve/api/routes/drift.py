@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import PositiveInt
 
@@ -17,27 +18,22 @@ from serve.api.json_body import JsonBody
 from serve.api.parts import (
     TheBaselineBuild,
     TheCanaryMonitor,
-    TheCaptures,
     TheConfig,
     TheDriftMonitor,
     TheExchangeWorker,
-    TheFeedback,
     TheFleet,
-    TheForwarding,
     TheGolden,
-    TheLoops,
+    TheMessages,
     TheMeters,
-    TheMetrics,
-    ThePolicies,
+    TheRatedAnswers,
     TheRegistry,
     TheShadowAgreement,
     TheStore,
-    TheTracing,
 )
+from serve.api.rated_answers import RATE
 from serve.api.routes.callers import Asker, Manager, OneAdapter, TheAdapter, paying
 from serve.api.schemas import Accepted, Acknowledged, BaselinePrompts, Rating
 from serve.asgi.exchange_worker import ExchangeWorker
-from serve.dataset.feedback import GOOD
 from serve.drift.change_description import for_tenant
 from serve.drift.monitor import DriftMonitor
 from serve.engine.payer import Cause
@@ -213,43 +209,21 @@ async def shipped_baseline(
 async def rate(
     request: Request,
     caller: Asker,
-    policies: ThePolicies,
-    canary_monitor: TheCanaryMonitor,
-    exchange_worker: TheExchangeWorker,
-    captures: TheCaptures,
-    loops: TheLoops,
-    metrics: TheMetrics,
-    feedback: TheFeedback,
-    tracing: TheTracing,
-    forwarding: TheForwarding,
+    rated_answers: TheRatedAnswers,
+    messages: TheMessages,
     body: Annotated[Rating, JsonBody(Rating)],
 ) -> dict[str, Any]:
     """A rating of an answer, by its id. Those of the adapter's own tenant, and of tenants that its policy names, decide
-    what becomes of its versions."""
+    what becomes of its versions. Any server of the registry takes it."""
     request.state.audited = False
     try:
-        answered, rating = feedback.join(caller.tenant, caller.key, body.request_id, body.rating, body.answer)
+        return await rated_answers.rate(caller.tenant, caller.key, body.request_id, body.rating, body.answer)
     except NotFound:
-        # Captured requests are kept for longer than those that a rating is counted for.
-        if not await asyncio.to_thread(
-            captures.conversations.rate, caller.tenant, caller.key, body.request_id, body.rating, body.answer
-        ):
-            if forwarding is None or (told := await forwarding.elsewhere(request.scope, await request.body())) is None:
-                raise
-            return json.loads(told)
-        return {"object": "feedback", "request_id": body.request_id, "rating": body.rating}
-    captures.rated(answered, caller.tenant, body.rating, body.answer)
-    label = "good" if rating >= GOOD else "bad"
-    metrics.rated(answered.adapter, answered.version, label)
-    has_say = policies[answered.adapter].verdicts.has(answered.adapter, caller.tenant)
-    if has_say:
-        loops.ratings.take(answered.adapter, answered.version, rating, caller.key)
-    if tracing:
-        tracing.rated(answered.adapter, answered.version, rating, label, answered.trace)
-    if answered.dealt and has_say:
-        rated = answered.adapter, answered.version, rating, answered.asker, caller.key
-        exchange_worker.submit(partial(canary_monitor.rate, *rated))
-    return {"object": "feedback", "request_id": body.request_id, "rating": rating}
+        who = {"tenant": caller.tenant, "key": caller.key}
+        told = await messages.ask(RATE, who | msgspec.structs.asdict(body)) if messages else None
+        if told is None:
+            raise
+        return dict(told)
 
 
 @dataclass(frozen=True, slots=True)

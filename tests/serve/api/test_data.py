@@ -119,7 +119,7 @@ async def test_what_finds_no_room_to_wait_until_it_is_written_is_counted(learnin
 async def test_a_late_correction_still_counts(learning):
     id = await asked(learning, "what was that?")
     await kept(learning, 1)
-    learning._transport.app.state.parts.feedback._recent.clear()
+    learning._transport.app.state.parts._feedback._recent.clear()
     late = {"request_id": f"chatcmpl-{id}", "answer": "it was a bird"}
     assert (await learning.post("/v1/feedback", json=late)).status_code == 200
     assert (await learning.post("/v1/feedback", json=late)).status_code == 404

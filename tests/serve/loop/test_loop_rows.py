@@ -209,6 +209,9 @@ def test_what_is_gone_leaves_nothing(servers):
     loop = begun(rows)
     id = rows.references.hold_out(loop, examples(1), label="v1")
     rows.forget(loop.id)
+    assert rows.all(), "a server that has not read of the adapter yet ends no loop"
+    rows._registry.delete("tone", by="test")
+    rows.forget(loop.id)
     assert rows.all() == [] and rows.references.examples(id) == []
 
 

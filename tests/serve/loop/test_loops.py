@@ -664,3 +664,27 @@ def test_a_loop_looks_when_what_it_waits_for_has_ended():
     assert _waits_for(gate, scored) and not _waits_for(gate, ended)
     assert not _waits_for(training, JobEnded("ftjob-2", "acme", "failed"))
     assert not _waits_for(gate, GoldenScored("tone", 2, 0.5, 8, True))
+
+
+async def test_what_people_say_of_a_loop_they_say_to_any_server(looping, make_adapter, config, tiny_model, tmp_path):
+    """One of two servers drives a try: the other one opens it, says yes, and sees it end."""
+    both = replace(config, registry=f"sqlite:///{tmp_path}/registry.db", blobs=f"file://{tmp_path}/shared")
+    servers = [
+        looping(
+            replace(both, data_dir=tmp_path / f"data-{number}"), backend=FakeBackend(str(tiny_model)), promote="ask"
+        )
+        for number in range(2)
+    ]
+    async with servers[0] as one, servers[1] as other:
+        await pushed(one, make_adapter)
+        # The other one drives.
+        parts_of(one).loops.schedule._claim = nothing
+        await asked(one, "run")
+        assert (await until(one, lambda loop: loop["phase"] == "asking"))["tries"][0]["candidate"] == 2
+        await asked(one, "approve")
+        for client in (one, other):
+            assert (await tried(client))["outcome"] == "promoted" and await live(client) == 2
+
+
+async def nothing(_):
+    """No loop is this server's to drive."""
