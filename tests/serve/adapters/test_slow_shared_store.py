@@ -92,6 +92,7 @@ async def test_a_push_that_the_shared_folder_does_not_take_is_a_503_and_leaves_n
         told = await asyncio.wait_for(client.post("/v1/adapters", **upload(make_adapter())), 10)
         assert told.status_code == 503
         assert (await client.get("/v1/adapters")).json()["data"] == []
+        monkeypatch.setattr("serve.adapters.store.UPLOAD_SECONDS", 60.0)
         go.set()
         assert (await client.post("/v1/adapters", **upload(make_adapter()))).status_code == 201
 

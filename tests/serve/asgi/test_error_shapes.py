@@ -52,7 +52,7 @@ async def test_a_limit_a_deadline_and_a_defect_have_it_too(operator, backend, is
     of_anthropic(again, 429, "rate_limit_error")
     assert int(again.headers["retry-after"]) > 0
     backend.slow = "base"
-    late = await operator.post(MESSAGES, json={"model": "base"}, headers={"x-request-timeout": "0.1"})
+    late = await operator.post(MESSAGES, json={"model": "base"}, headers={"x-request-timeout": "1"})
     of_anthropic(late, 504, "timeout_error")
     backend.slow, backend.broken = None, "base"
     operator._transport.raise_app_exceptions = False

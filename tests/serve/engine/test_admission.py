@@ -97,10 +97,10 @@ async def test_a_crowd_is_turned_away_at_once_and_let_in_when_it_is_over(crowded
 async def test_a_deadline_ends_the_work_in_the_engine(crowded, backend):
     backend.flow.clear()
     scope, receive, send, sent, _ = http({"model": "base", "stream": True})
-    scope["headers"].append((b"x-request-timeout", b"0.3"))
+    scope["headers"].append((b"x-request-timeout", b"1"))
     began = time.perf_counter()
     await crowded._transport.app(scope, receive, send)
-    assert time.perf_counter() - began > 0.25
+    assert time.perf_counter() - began > 0.9
     error = json.loads(sent[-1]["body"].removeprefix(b"data: "))["error"]
     assert error["code"] == 504
     assert backend.running == 0
@@ -111,7 +111,7 @@ async def test_a_deadline_that_passes_in_line_is_a_504(crowded, backend):
     backend.flow.clear()
     holding = asyncio.create_task(ask(crowded, "base", stream=True))
     assert await settled(lambda: backend.running == 1)
-    told = await crowded.post(CHAT, json={"model": "base"}, headers={"x-request-timeout": "0.2"})
+    told = await crowded.post(CHAT, json={"model": "base"}, headers={"x-request-timeout": "1"})
     assert (told.status_code, told.json()["error"]["code"]) == (504, "deadline_exceeded")
     backend.flow.set()
     assert (await holding).status_code == 200

@@ -29,6 +29,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(swap_follower, "LOOK_SECONDS", 0.02)
     monkeypatch.setattr(swap_together, "LOOK_SECONDS", 0.02)
     monkeypatch.setattr(swap_together, "OVER_SECONDS", 1_000_000)
+    monkeypatch.setattr(swap_together, "NOTICED_SECONDS", 60.0)
 
 
 @pytest.fixture
