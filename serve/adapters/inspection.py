@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from serve.adapters.adapter import CARD, CONFIG, WEIGHTS, Inspection, Limits
 from serve.adapters.added_tokens import added_tokens
+from serve.adapters.module_names import PREFIX, as_in_file
 from serve.adapters.peft_config import (
     RETRAIN,
     Patterns,
@@ -54,6 +55,7 @@ def inspect(folder: Path, modules: Mapping[str, tuple[int, int]], limits: Limits
         problems = [*config_problems(config, limits), *_license_problems(license, limits)]
         _raise(problems, config)  # a rank that is no number, or a DoRA, makes everything below it wrong too
 
+        modules = as_in_file(modules, (tensor.name for tensor in tensors))
         pairs: dict[str, dict[str, Tensor]] = {}
         saved: Saved = {}
         problems += _match(tensors, modules, pairs, saved)
@@ -119,7 +121,7 @@ def _match(
         if ending is None:
             yield f"`{shown(name)}` is not a LoRA tensor (lora_A or lora_B); {MERGE}"
             continue
-        module = name.removeprefix("base_model.model.").removesuffix(ending)
+        module = name.removeprefix(PREFIX).removesuffix(ending)
         if module not in modules:
             yield f"`{shown(name)}` fits no module of the base"
             continue
@@ -133,7 +135,7 @@ def _match(
 
 
 def _base_copy_problems(tensor: Tensor, modules: Mapping[str, tuple[int, int]]) -> Iterator[str]:
-    module = tensor.name.removeprefix("base_model.model.").removesuffix(".base_layer.weight")
+    module = tensor.name.removeprefix(PREFIX).removesuffix(".base_layer.weight")
     if module not in modules:
         yield f"`{shown(tensor.name)}` fits no module of the base"
     elif tensor.shape not in (modules[module], modules[module][::-1]):

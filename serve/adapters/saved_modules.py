@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from serve.adapters.module_names import PREFIX
 from serve.adapters.tensors import FLOATS, Tensor
 from serve.names import shown
 
@@ -19,7 +20,6 @@ OUTPUT = "lm_head"
 HEADS = ("score", "classifier")
 WHOLE, BIAS = ".weight", ".bias"
 ROWS = ".token_adapter.trainable_tokens_delta"
-PREFIX = "base_model.model."
 # How PEFT calls a table that was resized and below the rows that were trained.
 BELOW = ".token_adapter.base_layer.weight"
 # Tokens that adapters may have beyond the base's vocabulary.

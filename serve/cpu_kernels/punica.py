@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from vllm.lora.layers import BaseLayerWithLoRA, LoRAMapping
+from vllm.lora.layers import BaseLayerWithLoRA, ClassificationHeadWithLoRA, LoRAMapping
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
@@ -76,7 +76,8 @@ def _adopt(manager: LoRAModelManager) -> None:
     unknown = set()
     for module in dict.fromkeys(manager.modules.values()):  # in order: the numbers are part of the compiled graph
         shared = getattr(module, "punica_wrapper", None)
-        if not isinstance(shared, Punica):
+        # Its rows are requests, and vLLM tells it theirs by the wrapper that they share.
+        if not isinstance(shared, Punica) or isinstance(module, ClassificationHeadWithLoRA):
             continue
         layer = _layer(module, shared)
         if layer is None:

@@ -250,7 +250,7 @@ class VLLMBackend:
             self._seats = self.ranks * int(llm.vllm_config.scheduler_config.max_num_seqs)
             app = build_app(self.args, tasks, llm.model_config)
             first_error.install(app)
-            answer_unknown_paths(app, self.name, pools=not self._generates)
+            answer_unknown_paths(app, self.name, tasks)
             # Where vLLM's error handler would ask for the server's end once the engine is dead.
             app.state.server = SimpleNamespace(should_exit=False)
             await init_app_state(llm, app.state, self.args, tasks)

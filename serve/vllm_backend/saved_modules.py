@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -154,9 +154,9 @@ class SavedModules:
         places = _places(folder / WEIGHTS)
         if not places:
             return self._read(request)
-        model = self._runner.vllm_config.model_config
-        if model.runner_type != "generate":
-            raise ValueError("tables, tokens and heads of its own are served where text is generated: merge them")
+        if self._runner.vllm_config.model_config.runner_type != "generate":
+            self._check_heads(places)
+            return self._read(request)
         settings, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
         saved = _saved({place: tensors.pop(name) for name, place in places.items()}, settings, self._known().tied)
         self._check(saved)
@@ -169,6 +169,17 @@ class SavedModules:
             lora = self._read(own)
         lora.loradock_saved = saved
         return lora
+
+    def _check_heads(self, places: Mapping[str, tuple[str, str]]) -> None:
+        """ValueError, unless the adapter brings a head, and nothing else, to a model that classifies by itself."""
+        heads = [_is_head(module) for module, _ in places.values()]
+        if not all(heads):
+            raise ValueError("tables and tokens of its own are served where text is generated: merge them")
+        if self._worker._adapter_manager._classification_head is None:
+            raise ValueError(
+                "it brings a classification head, and this base has none whose place it could take: push it on a base "
+                "that generates, or on one with such a head (...ForSequenceClassification)"
+            )
 
     def _known(self) -> Base:
         if self._base is None:
@@ -286,6 +297,10 @@ class SavedModules:
         return logits
 
 
+def _is_head(module: str) -> bool:
+    return module.rpartition(".")[2] in HEADS
+
+
 def _hold(held: dict[int, Any], slot: int, part: Any, device: torch.device) -> None:
     """Have a slot hold a part of its adapter, or none."""
     held.pop(slot, None)
@@ -343,7 +358,7 @@ def _saved(tensors: dict[tuple[str, str], torch.Tensor], settings: dict[str, Any
     tables: dict[str, Table] = {}
     head, whole = None, False
     for module in dict.fromkeys(module for module, _ in tensors):
-        if module.rpartition(".")[2] in HEADS:
+        if _is_head(module):
             head = Scores(tensors[module, WHOLE], tensors.get((module, BIAS)))
             continue
         kind = "output" if module.rpartition(".")[2] == OUTPUT else "embedding"

@@ -38,7 +38,7 @@ RESTS = 0.3
 
 
 class Computed(Protocol):
-    """What is computed of an adapter and the base's layers before it is registered (dora, saved_modules)."""
+    """What is done of an adapter beside vLLM's reading before it is registered (adapter_names, dora, saved_modules)."""
 
     def advance(self, lora: Any) -> bool: ...
 
@@ -159,12 +159,13 @@ class Worker:
     def _loradock(self) -> Loader:
         loader: Loader | None = getattr(self, "_loradock_loader", None)
         if loader is None:
+            from serve.vllm_backend.adapter_names import Names
             from serve.vllm_backend.dora import Magnitudes
             from serve.vllm_backend.saved_modules import SavedModules
 
             runner = self.model_runner  # type: ignore[attr-defined]
             # The last reads first, and leaves the rest to those before it.
-            computed = [kind(runner.lora_manager, runner) for kind in (Magnitudes, SavedModules)]
+            computed = [kind(runner.lora_manager, runner) for kind in (Names, Magnitudes, SavedModules)]
             loader = self._loradock_loader = Loader(runner.lora_manager, lambda: _answering(runner), computed)
         return loader
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from serve.vllm_backend.adapter_names import Names
 from serve.vllm_backend.dora import Magnitudes
 from serve.vllm_backend.patches.applying import apply
 from serve.vllm_backend.patches.table import named
@@ -36,24 +37,29 @@ def one_worker(folder: Path, *patches: str) -> Iterator[None]:
 class LayersOnly:
     """A model of the folder in vLLM's layers, on a CPU, with slots for a few adapters."""
 
-    def __init__(self, folder: Path, dtype: str = "float32", *, slots: int = 4, rank: int = 8) -> None:
+    def __init__(
+        self, folder: Path, dtype: str = "float32", *, slots: int = 4, rank: int = 8, runner: Any = "auto"
+    ) -> None:
         from vllm.config import set_current_vllm_config
         from vllm.engine.arg_utils import EngineArgs
         from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
         from vllm.model_executor.model_loader import get_model
 
         self.config = EngineArgs(
-            model=str(folder), skip_tokenizer_init=True, dtype=dtype, max_model_len=64, enforce_eager=True,
-            enable_lora=True, max_lora_rank=rank, max_loras=slots, max_cpu_loras=2 * slots, max_num_seqs=32,
+            model=str(folder), runner=runner, skip_tokenizer_init=True, dtype=dtype, max_model_len=64,
+            enforce_eager=True, enable_lora=True, max_lora_rank=rank, max_loras=slots, max_cpu_loras=2 * slots,
+            max_num_seqs=32,
         ).create_engine_config()  # fmt: skip
         with set_current_vllm_config(self.config):
             self.model = get_model(vllm_config=self.config)
-            manager = LRUCacheWorkerLoRAManager(self.config, torch.device("cpu"), self.model.embedding_modules)
+            tables = getattr(self.model, "embedding_modules", {})
+            manager = LRUCacheWorkerLoRAManager(self.config, torch.device("cpu"), tables)
             manager.create_lora_manager(self.model, self.config)
         self.adapters = manager._adapter_manager
         self.runner = SimpleNamespace(vllm_config=self.config)
+        names, magnitudes = Names(manager, self.runner), Magnitudes(manager, self.runner)
         self.saved = SavedModules(manager, self.runner)
-        self.loader = Loader(manager, computed=[Magnitudes(manager, self.runner), self.saved])
+        self.loader = Loader(manager, computed=[names, magnitudes, self.saved])
 
     def load(self, adapter: Path, number: int) -> str:
         request = SimpleNamespace(
@@ -66,11 +72,11 @@ class LayersOnly:
             self.adapters.activate_adapter(number)
         return state
 
-    def step(self, adapters: Sequence[int]) -> None:
-        """The rows of the step that comes, by their adapters' numbers; 0 for none."""
+    def step(self, adapters: Sequence[int], requests: Sequence[int] | None = None) -> None:
+        """The rows of the step that comes, and its requests, by their adapters' numbers; 0 for none."""
         from vllm.lora.layers import LoRAMapping
 
-        self.adapters.set_adapter_mapping(LoRAMapping(tuple(adapters), tuple(adapters), is_prefill=True))
+        self.adapters.set_adapter_mapping(LoRAMapping(tuple(adapters), tuple(requests or adapters), is_prefill=True))
 
     def embedded(self, tokens: torch.Tensor) -> Any:
         with torch.no_grad():

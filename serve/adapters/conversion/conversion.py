@@ -80,7 +80,7 @@ def _convert(
     limits: Limits,
     stop: threading.Event,
 ) -> Conversion:
-    check(folder, settings, modules, limits)
+    modules = check(folder, settings, modules, limits)
     kind, shapes = CONVERTED[settings["peft_type"]], linears(settings, modules)
     matrix = max((out * into for out, into in shapes.values()), default=0)
     nbytes = (folder / WEIGHTS).stat().st_size

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.adapters.adapter import CONFIG, WEIGHTS, Limits
+from serve.adapters.module_names import Modules, as_in_file
 from serve.adapters.peft_config import CONVERTED, Patterns, read_settings, target_problems
 from serve.adapters.saved_modules import MERGE
 from serve.adapters.tensors import FLOATS, read_header, scan
@@ -28,12 +29,15 @@ def convertible(folder: Path) -> dict[str, Any] | None:
     return settings if isinstance(kind, str) and kind in CONVERTED else None
 
 
-def check(folder: Path, settings: Mapping[str, Any], modules: Mapping[str, tuple[int, int]], limits: Limits) -> None:
-    """AdapterRejected, unless its types are sound and its values finite; the shapes are PEFT's to judge."""
+def check(folder: Path, settings: Mapping[str, Any], modules: Modules, limits: Limits) -> Modules:
+    """The base's modules as the adapter calls them. AdapterRejected, unless its types are sound and its values finite;
+    the shapes are PEFT's to judge.
+    """
     kind = CONVERTED[settings["peft_type"]]
     problems = [*target_problems(settings), *_setting_problems(settings)]
     with open_plain(folder / WEIGHTS) as file:
         tensors = read_header(file)
+        modules = as_in_file(modules, (tensor.name for tensor in tensors))
         if len(tensors) > limits.max_tensors:
             problems.append(f"{len(tensors)} tensors are more than the {limits.max_tensors} that this server takes")
         problems += [
@@ -53,6 +57,7 @@ def check(folder: Path, settings: Mapping[str, Any], modules: Mapping[str, tuple
             problems.append(f"target_modules `{shown(targets)}` matches no module of the base")
     if problems:
         raise rejected(problems, f"this {kind} adapter cannot be converted to LoRA")
+    return modules
 
 
 def linears(settings: Mapping[str, Any], modules: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from serve.adapters.adapter import CONFIG, WEIGHTS
 from serve.adapters.mixing.pruning import Pruning, factors
+from serve.adapters.module_names import PREFIX, bare
 from serve.adapters.peft_config import Patterns, PeftConfig, read_config, scaling_of
 from serve.adapters.saved_modules import saved_module
 from serve.adapters.tensors import Tensor, read_header
@@ -23,7 +24,6 @@ from serve.adapters.untrusted import create, open_plain, write
 from serve.errors import AdapterRejected
 from serve.names import shown
 
-PREFIX = "base_model.model."
 # How lora_A and lora_B end, by the kind of module.
 ENDINGS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
 _NUMPY = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
@@ -39,8 +39,9 @@ Floats = Any  # an array of 32 bits
 
 @dataclass(slots=True)
 class _Half:
-    """One adapter's tensors of a module."""
+    """One adapter's tensors of a module, and what it calls that."""
 
+    name: str
     ending: tuple[str, str]
     a: Tensor | None = None
     b: Tensor | None = None
@@ -72,7 +73,7 @@ class _Source:
             for number, half in enumerate(ending):
                 if tensor.name.endswith(half):
                     name = tensor.name.removeprefix(PREFIX).removesuffix(half)
-                    pair = self.modules.setdefault(name, _Half(ending))
+                    pair = self.modules.setdefault(name, _Half(name, ending))
                     setattr(pair, "ab"[number], tensor)
                     self.dtypes.add(tensor.dtype)
                     return
@@ -84,7 +85,7 @@ class _Source:
 
     def scaling(self, name: str) -> float:
         """Of its own update of a module."""
-        return scaling_of(name, self.config, self._patterns)
+        return scaling_of(self.modules[name].name, self.config, self._patterns)
 
     def read(self, tensor: Tensor) -> Floats:
         data = self._data(tensor)
@@ -130,6 +131,7 @@ def stack(parts: Sequence[tuple[Path, float]], into: Path, pruning: Pruning | No
     try:
         for folder, weight in parts:
             sources.append(_Source(folder, weight))
+        _call_alike(sources)
         names = list(dict.fromkeys(name for source in sources for name in source.modules))
         shapes = [_shape(sources, name) for name in names]
         rank = pruning.rank(shapes) if pruning else sum(source.rank for source in sources)
@@ -153,6 +155,13 @@ def stack(parts: Sequence[tuple[Path, float]], into: Path, pruning: Pruning | No
     with create(into / CONFIG) as sink:
         write(sink, json.dumps(settings, sort_keys=True).encode())
     return rank
+
+
+def _call_alike(sources: Sequence[_Source]) -> None:
+    """Have all parts call a module by one name, where one was trained with a head and another without."""
+    called = {bare(name): name for source in sources for name in source.modules}
+    for source in sources:
+        source.modules = {called[bare(name)]: pair for name, pair in source.modules.items()}
 
 
 def _write(

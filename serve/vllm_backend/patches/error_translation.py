@@ -7,7 +7,7 @@ of the API before, an answer of the assistant that is empty or a refusal. That w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from serve.errors import AdapterRejected, EngineUnavailable
 
 POOLED = re.compile(r"/v1/(embeddings|score|rerank)|/(pooling|score|rerank|v2/rerank)")
+_SCORES = re.compile(r"(/v[12])?/(score|rerank)")
 
 
 @contextmanager
@@ -37,12 +38,15 @@ def rejecting() -> Iterator[None]:
         raise AdapterRejected(f"the engine cannot load this adapter: {sentence(error)}") from error
 
 
-def answer_unknown_paths(app: FastAPI, model: str, *, pools: bool) -> None:
-    """Of what this kind of model does not answer: a 404 in OpenAI's shape. vLLM leaves it to its framework."""
+def answer_unknown_paths(app: FastAPI, model: str, tasks: Collection[str]) -> None:
+    """Of what this kind of model does not answer: a 404 in OpenAI's shape. vLLM leaves it to its framework.
+
+    `tasks` are vLLM's words for what it does.
+    """
 
     async def answer(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        told = _remedy(request.url.path, pools)
+        told = _remedy(request.url.path, tasks)
         message = f"{model} does not answer {request.method} {request.url.path}: {told}"
         kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
         body = {"error": {"message": message, "type": kind, "param": None, "code": None}}
@@ -52,15 +56,24 @@ def answer_unknown_paths(app: FastAPI, model: str, *, pools: bool) -> None:
     app.middleware_stack = app.build_middleware_stack()  # vLLM's has been built without it
 
 
-def _remedy(path: str, pools: bool) -> str:
-    if POOLED.fullmatch(path) and not pools:
+def _remedy(path: str, tasks: Collection[str]) -> str:
+    if "generate" in tasks:
+        if not POOLED.fullmatch(path):
+            return "what a model answers depends on its kind"
         return (
             "it generates text, and vLLM pools in another engine; serve it with --runner pooling --convert embed on "
             "another port"
         )
-    if pools and not POOLED.fullmatch(path):
-        return "its engine pools (--runner pooling), and generates no text"
-    return "what a model answers depends on its kind"
+    if path == "/classify":
+        return (
+            "its engine gives embeddings; labels come from a base with a classification head, or from an adapter with "
+            "one on a base that generates"
+        )
+    if _SCORES.fullmatch(path):
+        return "its head has several labels; scores come from a head with one, or from embeddings (--convert embed)"
+    if POOLED.fullmatch(path):
+        return "its engine gives labels or scores; for embeddings serve it with --runner pooling --convert embed"
+    return "its engine pools (--runner pooling), and generates no text"
 
 
 def sentence(error: BaseException) -> str:

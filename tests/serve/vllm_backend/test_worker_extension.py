@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 import time
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
@@ -28,12 +29,14 @@ class Module:
 class Adapters:
     """vLLM's book of adapters, in order of use."""
 
-    _is_moe = False
+    _is_moe = is_pooling_model = False
     capacity = 2
+    packed_modules: ClassVar[dict[str, list[str]]] = {}
 
     def __init__(self):
         self.held, self.packed = [], []
         self.modules = {"layer": Module()}
+        self.model = SimpleNamespace()
 
     def __len__(self):
         return len(self.held)

@@ -20,7 +20,7 @@ def test_a_path_that_a_kind_of_model_does_not_have_is_a_404_in_openais_shape():
     init_exception_handler(app)
     app.state.args = SimpleNamespace(log_error_stack=False)
     app.middleware_stack = app.build_middleware_stack()  # as vLLM leaves it, with SageMaker's pieces in it
-    answer_unknown_paths(app, "smollm2", pools=False)
+    answer_unknown_paths(app, "smollm2", ["generate"])
 
     @app.post("/v1/own")
     def own() -> None:
@@ -36,8 +36,17 @@ def test_a_path_that_a_kind_of_model_does_not_have_is_a_404_in_openais_shape():
     assert client.post("/v1/own").json()["error"]["message"] == "vLLM's own word", "its handlers stay"
 
 
-def test_a_base_that_pools_says_why_it_writes_no_text():
+@pytest.mark.parametrize(
+    ("task", "path", "reason"),
+    [
+        ("embed", "/v1/completions", "its engine pools (--runner pooling), and generates no text"),
+        ("embed", "/classify", "labels come from a base with a classification head, or from an adapter with one"),
+        ("classify", "/v1/embeddings", "for embeddings serve it with --runner pooling --convert embed"),
+        ("classify", "/v1/rerank", "its head has several labels; scores come from a head with one"),
+    ],
+)
+def test_a_base_that_pools_says_why_it_does_not_answer(task, path, reason):
     app = FastAPI()
-    answer_unknown_paths(app, "vectors", pools=True)
-    told = TestClient(app).post("/v1/completions", json={}).json()["error"]["message"]
-    assert told.startswith("vectors does not answer POST /v1/completions: its engine pools")
+    answer_unknown_paths(app, "vectors", [task])
+    told = TestClient(app).post(path, json={}).json()["error"]["message"]
+    assert told.startswith(f"vectors does not answer POST {path}: ") and reason in told
