@@ -353,8 +353,10 @@ void loradock_keep_eight_bits(int number) {
 void loradock_gains(int number, int slot, const float* gains, int count) {
   Layer& layer = *layers[number];
   if (layer.gains.size() <= size_t(slot)) layer.gains.resize(slot + 1);
-  layer.gains[slot].assign((count + 15) / 16, Gains{});
-  if (count) std::memcpy(layer.gains[slot].data(), gains, count * sizeof(float));
+  std::vector<Gains>& lines = layer.gains[slot];
+  lines.assign((count + 15) / 32 + 1, Gains{});  // sixteen are read at a time
+  for (int i = 0; i < count; i++) put(lines[i / 32].of[i % 32], gains[i] - 1);
+  for (Slice& slice : layer.slices) slice.slots[slot].gains = count ? lines[0].of + slice.offset : nullptr;
 }
 
 int loradock_rank(int number, int slot) {

@@ -45,6 +45,7 @@ struct Weights {
   // [out / 16, rank / 4, 16, 4]. To both ZERO8 is added, but to what only fills a row of A.
   std::vector<char> a8;
   std::vector<float> scale;
+  const bf16* gains = nullptr;  // what a step multiplies its outputs with, less 1; null is nothing
   bool eight() const { return !scale.empty(); }
   int fours() const { return (rank + 3) / 4; }
   // Where they begin: at a cache line.
@@ -65,9 +66,9 @@ struct Slice {
   std::vector<Weights> slots;
 };
 
-// What a step multiplies sixteen outputs with: a line of a cache's, which is fetched ahead as a whole.
+// Gains of 32 outputs, less 1: a line of a cache's, which is fetched ahead as a whole. Near 1 that rounds less than bfloat16.
 struct alignas(64) Gains {
-  float of[16];
+  bf16 of[32];
 };
 
 struct Layer {
@@ -77,11 +78,7 @@ struct Layer {
   int max_rank;
   int size;      // bytes of an element
   std::vector<Slice> slices;
-  std::vector<std::vector<Gains>> gains;  // by slot: of each of its rows' outputs, or nothing
-
-  const float* gains_of(int slot) const {
-    return size_t(slot) < gains.size() && !gains[slot].empty() ? gains[slot].data()->of : nullptr;
-  }
+  std::vector<std::vector<Gains>> gains;  // by slot: of all slices' outputs, or nothing
 
   // Bytes of t = x A^T: where a slice's begin in a row, and of a row. Of 8 bits it has 8 too, and a `Middle` before.
   int64_t middle_at(size_t slice) const {
@@ -408,9 +405,9 @@ struct Fast {
   }
 
   // To the sums of sixteen outputs of M tokens, SUM from one's to the next one's, what their adapter adds: `fours` of its
-  // ranks.
-  template <int M, int SUM>
-  static void expand8(const char* b, int fours, const char* t, int64_t t_row, float* sums) {
+  // ranks. `finish` has the last word on each.
+  template <int M, int SUM, class F>
+  static ALWAYS void expand8(const char* b, int fours, const char* t, int64_t t_row, float* sums, F finish) {
     auto of = [&](int i) { return reinterpret_cast<const Middle*>(t + i * t_row); };
     Ints v[M];
 #pragma GCC unroll 12
@@ -422,7 +419,7 @@ struct Fast {
     }
 #pragma GCC unroll 12
     for (int i = 0; i < M; i++)
-      store(sums + i * SUM, fma(to_floats(v[i]), spread(of(i)->scale), load(sums + i * SUM)));
+      store(sums + i * SUM, finish(fma(to_floats(v[i]), spread(of(i)->scale), load(sums + i * SUM))));
   }
 
   // stride_a: from row to row of A.
@@ -556,7 +553,8 @@ struct Fast {
           const int left = first + count - o;
           alignas(64) float sums[16];
           store(sums, wide(to, left));
-          expand8<1, 16>(w.packed() + size_t(o / 16) * w.fours() * 64, w.fours(), row(i), t_row, sums);
+          const char* b = w.packed() + size_t(o / 16) * w.fours() * 64;
+          expand8<1, 16>(b, w.fours(), row(i), t_row, sums, [](Floats v) { return v; });
           store(to, load(sums), left);
         }
       return;

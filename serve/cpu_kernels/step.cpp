@@ -183,33 +183,39 @@ inline Floats capped(Floats v, float cap) {
 
 // ---- adapters --------------------------------------------------------------------------------------------------------
 
-// The sums of 16 outputs of neighbouring rows with the same adapter, and what it adds to them: its pairs of ranks one by one.
-template <int M>
-void expand(const char* b_at, int pairs, const char* t_at, int64_t t_row, float* sums) {
+// The sums of 16 outputs of neighbouring rows with the same adapter, and what it adds to them: its pairs of ranks one by one,
+// or its fours in 8 bits. What they are then is multiplied with its gains, but for the bias in it.
+template <int M, bool EIGHT, bool SCALES>
+void expand(const char* b_at, int parts, const char* t_at, int64_t t_row, float* sums, const bf16* gains, const float* bias) {
+  const Floats by = SCALES ? wide(gains) : spread(0.f), apart = SCALES && bias ? load(bias) : spread(0.f);
+  auto finish = [&](Floats v) { return SCALES ? fma(v - apart, by, v) : v; };
+  if constexpr (EIGHT) return Fast::expand8<M, WIDTH>(b_at, parts, t_at, t_row, sums, finish);
   const bf16* b = reinterpret_cast<const bf16*>(b_at);
   const auto* t = reinterpret_cast<const bf16*>(t_at);
   const int64_t stride = t_row / int64_t(sizeof(*t));
   Floats v[M];
 #pragma GCC unroll 12
   for (int i = 0; i < M; i++) v[i] = load(sums + i * WIDTH);
-  for (int k = 0; k < pairs; k++) {
+  for (int k = 0; k < parts; k++) {
     const Ints ranks = load64(b + size_t(k) * 32);
 #pragma GCC unroll 12
     for (int i = 0; i < M; i++) v[i] = dot2(v[i], ranks, pair_at(t + i * stride + 2 * k));
   }
 #pragma GCC unroll 12
-  for (int i = 0; i < M; i++) store(sums + i * WIDTH, v[i]);
+  for (int i = 0; i < M; i++) store(sums + i * WIDTH, finish(v[i]));
 }
 
-typedef void (*Expand)(const char*, int, const char*, int64_t, float*);
-template <int... I>
-const Expand* expands(bool eight, std::integer_sequence<int, I...>) {
-  static const Expand all[2][sizeof...(I)] = {{expand<I + 1>...}, {Fast::expand8<I + 1, WIDTH>...}};
-  return all[eight];
-}
+typedef void (*Expand)(const char*, int, const char*, int64_t, float*, const bf16*, const float*);
 // Of 1, 2, ... rows.
-const Expand* const EXPANDS = expands(false, std::make_integer_sequence<int, TILE>());
-const Expand* const EXPANDS8 = expands(true, std::make_integer_sequence<int, TILE>());
+template <bool EIGHT, bool SCALES, int... I>
+const Expand* expands(std::integer_sequence<int, I...>) {
+  static const Expand all[sizeof...(I)] = {expand<I + 1, EIGHT, SCALES>...};
+  return all;
+}
+template <bool EIGHT, bool SCALES>
+const Expand* expands() { return expands<EIGHT, SCALES>(std::make_integer_sequence<int, TILE>()); }
+const Expand* const EXPANDS[2][2] = {
+    {expands<false, false>(), expands<false, true>()}, {expands<true, false>(), expands<true, true>()}};
 
 // One module's adapters in this step: t = x A^T for the tokens that have one, and what to add to 16 outputs of a token.
 struct Delta {
@@ -299,22 +305,13 @@ struct Delta {
         const Weights& w = layer->slices[slice].slots[slot];
         const int parts = Delta::parts(w);
         if (!parts) continue;
-        const char *b = w.packed() + size_t(halves[side].output / 16) * parts * 64, *from_t = of_row + layer->middle_at(slice);
-        (w.eight() ? EXPANDS8 : EXPANDS)[end - row - 1](b, parts, from_t, t_row, to_row + 16 * side);
+        const int output = halves[side].output;
+        const char *b = w.packed() + size_t(output / 16) * parts * 64, *from_t = of_row + layer->middle_at(slice);
+        const float* bias = m.bias.data ? m.bias.data + block * WIDTH + 16 * side : nullptr;
+        const bf16* gains = w.gains ? w.gains + output : nullptr;
+        EXPANDS[w.eight()][gains != nullptr][end - row - 1](b, parts, from_t, t_row, to_row + 16 * side, gains, bias);
       }
-      if (const float* gains = layer->gains_of(slot))
-        for (int side = 0; side < 2 && halves[side].slice >= 0; side++)
-          scale(m, block, side, gains + layer->slices[halves[side].slice].offset + halves[side].output, end - row, to_row);
     });
-  }
-
-  // Of rows of a block, whose bias stays what it is, the outputs of one side, each times its gain.
-  static void scale(const Matrix& m, int block, int side, const float* gains, int rows, float* sums) {
-    const Floats by = load(gains), bias = m.bias.data ? load(m.bias.data + block * WIDTH + 16 * side) : spread(0.f);
-    for (int i = 0; i < rows; i++) {
-      float* at = sums + i * WIDTH + 16 * side;
-      store(at, fma(load(at) - bias, by, bias));
-    }
   }
 
   // What `add` will read: many adapters' pieces are too short for the processor to see them coming.
@@ -327,7 +324,7 @@ struct Delta {
         const Weights& w = layer->slices[h.slice].slots[slot];
         const size_t bytes = size_t(parts(w)) * 64;
         for (size_t i = 0; i < bytes; i += 64) soon(w.packed() + h.output / 16 * bytes + i);
-        if (const float* gains = layer->gains_of(slot)) soon(gains + layer->slices[h.slice].offset + h.output);
+        if (w.gains) soon(w.gains + h.output);
       });
     }
   }
