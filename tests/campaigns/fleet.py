@@ -42,6 +42,8 @@ NAME = "tone"
 FAULT_SECONDS, ROLLBACK_SECONDS = 15.0, 3.0
 # A row that has not changed for so long is of no server that lives; a beat more, and some for a busy machine.
 GONE_SECONDS, CONVERGED_SECONDS = 15.0, 60.0
+# By then what one server deleted is deleted on all.
+DELETED_SECONDS = 60.0
 # By then usage is in the registry.
 LEDGER_SECONDS = 17.0
 
@@ -170,6 +172,34 @@ def proof(stage: Stage) -> dict[str, Any]:
     stage.clients.servers = before
     wanted = ("swaps", "answers", "failed", "mixed", "wrong", "stale", "across_a_swap", "promote_ms_max")
     return {key: seen.as_dict()[key] for key in wanted}
+
+
+def feedback(stage: Stage) -> dict[str, Any]:
+    """What one server answered is rated through the next one, once, and through no other after that."""
+    seconds = []
+    for turn in range(20):
+        one, other = stage.servers[turn % len(stage.servers)], stage.servers[(turn + 1) % len(stage.servers)]
+        id = said(one, f"rated-{turn}")
+        began = time.monotonic()
+        statuses = [
+            server.http.post("/v1/feedback", json={"request_id": id, "rating": 1.0}).status_code
+            for server in (other, other, one)
+        ]
+        assert statuses == [200, 404, 404], statuses
+        seconds.append(time.monotonic() - began)
+    return {"rated": len(seconds), "slowest s, with two that are refused": round(max(seconds), 2)}
+
+
+def conversation_deleted(stage: Stage) -> dict[str, Any]:
+    """A conversation that each server knows a part of is deleted through one that did not give its first answer."""
+    ids = [said(server, "deleted") for server in stage.servers]
+    path = f"/v1/adapters/{NAME}/data/conversations"
+    gone = stage.servers[-1].http.delete(f"{path}/{ids[0]}")
+    assert gone.status_code == 200, gone.text
+    until(lambda: not any(kept(server, ids) for server in stage.servers), DELETED_SECONDS)
+    refused = stage.servers[-1].http.delete(f"{path}/{ids[0]}").status_code
+    assert refused == 404, refused
+    return {"requests": gone.json()["requests"]}
 
 
 def server_killed(stage: Stage) -> dict[str, Any]:
@@ -311,6 +341,8 @@ def scaled(stage: Stage) -> dict[str, Any]:
 SCENES: dict[str, Scene] = {
     "swaps": swaps,
     "proof": proof,
+    "feedback": feedback,
+    "conversation deleted": conversation_deleted,
     "server killed": server_killed,
     "server frozen": server_frozen,
     "server slow": server_slow,
@@ -328,6 +360,19 @@ MESSAGES = [{"role": "user", "content": "Hello!"}]
 
 
 # What scenes do and ask
+
+
+def said(server: Counted, user: str) -> str:
+    """The id of an answer to this user."""
+    body = {"model": NAME, "messages": MESSAGES, "max_tokens": 4, "user": user}
+    return str(server.http.post("/v1/chat/completions", json=body).raise_for_status().headers["x-request-id"])
+
+
+def kept(server: Counted, ids: list[str]) -> bool:
+    """Whether the server lists a captured conversation that has one of these answers."""
+    path = f"/v1/adapters/{NAME}/data/conversations"
+    rows = server.http.get(path, params={"limit": 1000}).raise_for_status().json()["data"]
+    return any(id in row["request_ids"] for row in rows for id in ids)
 
 
 @contextmanager
@@ -445,7 +490,9 @@ def prepared(stack: ExitStack, options: argparse.Namespace) -> Stage:
     client = boto3.client("s3", endpoint_url=f"http://{host}:{port}", aws_access_key_id="me",
                           aws_secret_access_key="mine", region_name="us-east-1")  # fmt: skip
     client.create_bucket(Bucket="models")
-    flags = (*SMALL, "--restart-wait", "60") if options.engine else ()
+    (work / "loradock.yaml").write_text("policies:\n  '*': {train_on_traffic: true}\n")
+    flags = ("--config", str(work / "loradock.yaml"))
+    flags = (*flags, *SMALL, "--restart-wait", "60") if options.engine else flags
     if options.homes:
         flags = (*flags, "--fleet-address", "{url}")
     stage = Stage(work, sql, port, BASE if options.engine else "", flags, stack)

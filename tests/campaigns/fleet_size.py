@@ -233,7 +233,9 @@ def connections(stack: ExitStack, work: Path, place: str, many: int) -> dict[str
     while any(thread.is_alive() for thread in threads):
         busy = max(busy, count())
         time.sleep(0.02)
-    return {"servers": many, "idle": idle, "busy": busy, "answers": {str(code): n for code, n in statuses.items()}}
+    refused = sum(server.log.count("connection slots") + server.log.count("too many clients") for server in servers)
+    return {"servers": many, "idle": idle, "busy": busy, "refused by the database": refused,
+            "answers": {str(code): n for code, n in statuses.items()}}  # fmt: skip
 
 
 def _all_counts(servers: list[Counted]) -> list[Any]:

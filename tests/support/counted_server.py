@@ -79,6 +79,10 @@ class Counted:
         """Since the last call."""
         return Counts(**self.http.get("/counted").raise_for_status().json())
 
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
     def promote(self, name: str, version: int) -> None:
         """Until the server has acknowledged it."""
         self.http.post(f"/v1/adapters/{name}/promote", json={"version": version}).raise_for_status()
@@ -175,7 +179,10 @@ def main() -> None:
 
     model, *flags = sys.argv[1:]
     config = replace(load([model, "--name", "base", *flags], {}), admin_keys=keys_hashed(["run"]))
-    app = _Counting(build_app(config, FakeBackend(model)))  # type: ignore[arg-type]
+    backend = FakeBackend(model)
+    if any(policy.train_on_traffic for policy in config.policies):  # there is something to keep of an answer
+        backend.generation = replace(backend.generation, text="Hello to you.")
+    app = _Counting(build_app(config, backend))  # type: ignore[arg-type]
     options: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 5}
     uvicorn.run(app, host="127.0.0.1", port=config.port, **options)
 
