@@ -15,6 +15,8 @@ from tests.support.listening import listening
 from tests.support.waiting import settled
 
 TIMEOUT = 0.3
+# Of tests in which nobody is let go for being silent.
+PATIENT = 60.0
 ROOM = ConnectionLimits(total=1000, anonymous=500, per_address=500)
 
 
@@ -42,8 +44,8 @@ async def echo(scope, receive, send):
 
 
 @asynccontextmanager
-async def serving(limits=ROOM):
-    kind = guarded(TIMEOUT, limits)
+async def serving(limits=ROOM, timeout=TIMEOUT):
+    kind = guarded(timeout, limits)
     async with listening(echo, force_exit=True, http=kind, lifespan="off") as url:
         yield httpx.URL(url).port, kind.peers
 
@@ -107,9 +109,9 @@ async def test_half_a_body_is_a_408_whether_it_stops_or_drips():
 
 
 async def test_a_slow_but_steady_body_arrives():
-    async with serving() as (port, _):
+    async with serving(timeout=1.5) as (port, _):
         head = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2000\r\n\r\n"
-        answer = await exchanged(port, head, *[bytes(100)] * 20, gap=0.05)
+        answer = await exchanged(port, head, *[bytes(100)] * 20, gap=0.1)
         assert answer.endswith(b"2000")
 
 
@@ -137,7 +139,7 @@ async def test_a_client_that_reads_nothing_is_let_go():
 
 
 async def test_heads_and_urls_are_bounded():
-    async with serving() as (port, _):
+    async with serving(timeout=PATIENT) as (port, _):
         many = b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * (HEAD_BYTES // 5) + b"\r\n"
         assert (await exchanged(port, many)).startswith(b"HTTP/1.1 431")
         endless = [b"GET / HTTP/1.1\r\na: ", *[b"b" * 65536] * 8]
@@ -150,7 +152,7 @@ async def test_heads_and_urls_are_bounded():
 
 async def test_a_crowd_without_keys_does_not_keep_others_out_nor_close_those_who_are_known():
     limits = ConnectionLimits(total=30, anonymous=10, per_address=10)
-    async with serving(limits) as (port, peers):
+    async with serving(limits, PATIENT) as (port, peers):
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as known:
             assert (await known.get("/known")).text == "0"
             crowd = [await asyncio.open_connection("127.0.0.1", port) for _ in range(40)]
@@ -164,13 +166,13 @@ async def test_a_crowd_without_keys_does_not_keep_others_out_nor_close_those_who
 
 async def test_a_full_server_says_so():
     limits = ConnectionLimits(total=-31, anonymous=10, per_address=10)  # 32 more from this machine
-    async with serving(limits) as (port, _), httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+    async with serving(limits, PATIENT) as (port, _), httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
         assert (await client.get("/known")).status_code == 200
         assert (await exchanged(port)).startswith(b"HTTP/1.1 503")
 
 
 async def test_a_request_whose_client_has_left_by_its_turn_is_not_begun():
-    async with serving() as (port, peers):
+    async with serving(timeout=PATIENT) as (port, peers):
         # Nothing is awaited here: the event loop hears of the request and of the end of its connection at once.
         for path in (b"/left", b"/left", b"/stays"):
             client = socket.create_connection(("127.0.0.1", port))
