@@ -47,7 +47,7 @@ class Forwarding(Collector):
 
     def peer(self, scope: Scope, adapter: Adapter) -> Peer | None:
         """Who is to answer a request for this adapter; None: this server."""
-        if _is_marked(scope):
+        if is_sent_on(scope):
             return None
         return self._membership.route(adapter.name, adapter.rank)
 
@@ -188,7 +188,8 @@ def _sent_on(scope: Scope, me: str, peer: Peer, body: bytes, request_id: str) ->
     )
 
 
-def _is_marked(scope: Scope) -> bool:
+def is_sent_on(scope: Scope) -> bool:
+    """Whether another server has sent the request on to this one."""
     return any(name == MARK for name, _ in scope["headers"])
 
 

@@ -30,9 +30,10 @@ from serve.auth.auth import Auth, Caller
 from serve.auth.auth import Scope as KeyScope
 from serve.auth.rate_limits import Meter, Meters, RateLimitHeaders
 from serve.engine.payer import Cause, Payer
-from serve.errors import BadRequest, ClientLeft, ClientTooSlow, LoradockError
+from serve.errors import BadRequest, ClientLeft, ClientTooSlow, EngineUnavailable, LoradockError
 from serve.gateway.auto import Auto
 from serve.gateway.fan_out import FanOut, RequestBounds
+from serve.gateway.forwarding import is_sent_on
 from serve.gateway.guard import Guards
 from serve.gateway.reading import Reading
 from serve.gateway.request import (
@@ -114,6 +115,8 @@ class Inference:
                     await self._follower.fresh()
                     tap.registry_was_read(self._follower.age)
                     self._follower.check_age()
+                    if self._follower.age is not None and is_sent_on(scope):
+                        raise EngineUnavailable("this home cannot look at the registry: another server may know more")
                 await self.intake.answer(scope, connection, tap, deadline)
         except ClientTooSlow as error:
             tap.failed(error)

@@ -134,12 +134,13 @@ class Router:
     def peer(self, model: str | None, caller: Caller, scope: Scope) -> Peer | None:
         """The other server that is to answer this request; None if this one is. NotFound as `resolve`.
 
-        A mixture has no home: any server makes it of its parts.
+        A mixture has no home: any server makes it of its parts. What was rolled back here, and nowhere else yet, is
+        answered here.
         """
         if self.forwarding is None:
             return None
         adapter = self.answerer(model, caller)
-        if adapter is None or adapter.is_mixed:
+        if adapter is None or adapter.is_mixed or adapter.name in self.registry.standing:
             return None
         return self.forwarding.peer(scope, adapter)
 

@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 # Changes that leave the history in one transaction.
 HISTORY_AT_ONCE = 500
 MAX_ALIASES = 32  # of one name
+# Changes of which version is live.
+MOVES = ("promote", "rollback", "fallback", "unload")
 _STAMP = select(
     tables.LATEST.scalar_subquery(),
     select(func.count(keys.c.id)).scalar_subquery(),
@@ -200,13 +202,13 @@ class Registry(SnapshotReader):
             )
         if entry.live is None or not entry.trail:
             raise Conflict(f"no earlier version of {shown(name)} was live; promote the version you want")
-        self._hold(StandingRollback(name, entry.live.version, entry.trail[-1], by, why))
+        self._hold(StandingRollback(name, entry.live.version, entry.trail[-1], by, why, self.generation))
         return entry.versions[entry.trail[-1]]
 
     def end_canary_here(self, name: str, version: int, *, by: str, why: str = "") -> None:
         """As a canary's share of 0, on this server alone and without the database, until `write_down`."""
         if not self.standing.holds(name, canary=True):
-            self._hold(StandingRollback(name, version, None, by, why))
+            self._hold(StandingRollback(name, version, None, by, why, self.generation))
 
     def _hold(self, rollback: StandingRollback) -> None:
         with self._publishing:
@@ -218,6 +220,8 @@ class Registry(SnapshotReader):
         self.refresh()  # another server may have renamed them
         for rollback in self.standing.all():
             try:
+                if self._is_overtaken(rollback):
+                    raise Conflict("its live version, or its canary, was changed since")
                 if rollback.target is None:
                     self.share(rollback.name, "canary", rollback.version, 0, by=rollback.by, why=rollback.why)
                 else:
@@ -226,6 +230,18 @@ class Registry(SnapshotReader):
                 log.info("a rollback of %s is not written down: %s", rollback.name, moved.message)
             self.standing.drop(rollback)
             self.standing.keep()
+
+    def _is_overtaken(self, rollback: StandingRollback) -> bool:
+        """Another server changed what answers since, if also to the same version again."""
+        if rollback.generation is None:
+            return False
+        moves = MOVES if rollback.target is not None else ("canary",)
+        later = select(history.c.id).join(names, names.c.id == history.c.name_id)
+        later = later.where(
+            names.c.name == rollback.name, history.c.id > rollback.generation, history.c.what.in_(moves)
+        )
+        with self.reading() as connection:
+            return connection.scalar(later.limit(1)) is not None
 
     def delete(
         self,

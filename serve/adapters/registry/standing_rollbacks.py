@@ -20,13 +20,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class StandingRollback:
-    """From `version` of the adapter `name` back to `target`, asked by `by`; without a target its canary ends."""
+    """From `version` of the adapter `name` back to `target`, asked by `by`; without a target its canary ends.
+
+    `generation` is what this server had read by then: later changes come first. An earlier release did not note it.
+    """
 
     name: str
     version: int
     target: int | None
     by: str
     why: str
+    generation: int | None = None
 
 
 class StandingRollbacks:

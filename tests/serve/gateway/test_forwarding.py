@@ -395,6 +395,50 @@ async def test_feedback_is_taken_by_any_server_and_counts_once_where_the_answer_
     assert (await one.client.post("/v1/feedback", json=unknown)).status_code == 404
 
 
+async def test_a_home_that_cannot_look_at_the_registry_answers_nothing_that_is_sent_on(two, make_adapter, monkeypatch):
+    one, home = two
+    ids = []
+    for seed in (0, 1):
+        pushed = await one.client.post(
+            "/v1/adapters", **upload(make_adapter(seed), name=AWAY, promote=str(not seed).lower())
+        )
+        ids.append(pushed.json()["id"])
+    assert (await ask(one.client, AWAY)).json() == {"model": ids[0]} and not asked_here(one)
+    parts = home.app.state.parts
+
+    def gone():
+        raise EngineUnavailable("the registry is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.registry, "stamp", gone)
+        assert await settled(lambda: parts.follower.problem)
+        promoted = await one.client.post(f"/v1/adapters/{AWAY}/promote", json={"version": 2})
+        assert promoted.status_code == 200
+        for _ in range(3):
+            assert (await ask(one.client, AWAY)).json() == {"model": ids[1]}
+        # Who asks it itself is answered from what it read last.
+        answer = await ask(home.client, AWAY)
+        assert answer.json() == {"model": ids[0]} and "x-loradock-registry-age" in answer.headers
+
+
+async def test_what_was_rolled_back_here_alone_is_answered_here(two, make_adapter, monkeypatch):
+    """Its home has not heard of that: the registry answers nobody."""
+    one, _ = two
+    ids = [
+        (await one.client.post("/v1/adapters", **upload(make_adapter(seed), name=AWAY))).json()["id"] for seed in (0, 1)
+    ]
+    assert (await ask(one.client, AWAY)).json() == {"model": ids[1]} and not asked_here(one)
+    registry = one.app.state.parts.registry
+
+    def gone():
+        raise EngineUnavailable("the registry is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "write_down", gone)
+        registry.roll_back_here(AWAY, by="somebody")
+        assert (await ask(one.client, AWAY)).json() == {"model": ids[0]} and asked_here(one)
+
+
 async def test_bytes_of_an_adapter_stay_where_it_is_at_home_and_go_elsewhere(two, make_adapter, monkeypatch):
     one, other = two
 

@@ -50,6 +50,28 @@ def test_what_another_server_changed_first_holds(url):
         assert registry.live("tone").version == 1 and not registry.standing
 
 
+def test_a_version_that_another_server_made_live_again_stays(url):
+    """The server was cut off meanwhile: it sees the same version live as before."""
+    with filled(url) as registry, Registry(url) as other:
+        registry.roll_back_here("tone", by="alarm")
+        for version in (2, 3):
+            other.promote("tone", version, by="somebody")
+        registry.write_down()
+        registry.refresh()
+        assert other.live("tone").version == registry.live("tone").version == 3 and not registry.standing
+
+
+def test_a_canary_that_another_server_began_again_stays(url):
+    with filled(url) as registry, Registry(url) as other:
+        registry.share("tone", "canary", 2, 0.5, by="test")
+        registry.end_canary_here("tone", 2, by="referee")
+        for weight in (0.0, 0.5):
+            other.share("tone", "canary", 2, weight, by="somebody")
+        registry.write_down()
+        registry.refresh()
+        assert registry.canary("tone").adapter.version == 2 and not registry.standing
+
+
 def test_it_follows_an_adapter_that_another_server_has_renamed(url):
     with filled(url) as registry, Registry(url) as other:
         registry.roll_back_here("tone", by="alarm")
