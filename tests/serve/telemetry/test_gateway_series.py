@@ -92,7 +92,9 @@ async def test_an_adapter_that_has_requests_and_no_slot_is_waited_for(client, ba
     assert before.affinity("tone-0") == 0.0
     backend.standstill.set()
     asked = [asyncio.create_task(ask(client, f"tone-{seed}")) for seed in (2, 3, 4, 5, 0)]
-    assert await settled(lambda: backend.running == 3)  # an eighth of the seats is kept
+    queue = _fleet_of(client).first.engine.queue
+    # An eighth of the seats is kept.
+    assert await settled(lambda: backend.running == 3 and backend.running + queue.waiting == len(asked))
     endpoint = await picked(client)
     assert endpoint.waiting_models or "tone-0" in endpoint.active
     backend.standstill.clear()

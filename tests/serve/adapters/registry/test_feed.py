@@ -109,7 +109,7 @@ def test_following_is_as_reading_everything(pair, url, seed, monkeypatch):
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
 def test_a_server_that_stands_still_in_a_change_stops_nobody(url, monkeypatch):
     """Stopped with the lock in its hands: it loses the change, before others give up. Reads never waited."""
-    monkeypatch.setattr(database, "IDLE_IN_CHANGE", 1_000)
+    monkeypatch.setattr(database, "IDLE_IN_CHANGE", 4_000)
     with Registry(url) as one, Registry(url) as other:
         push(one, "pirate", 1)
         push(one, "pirate", 2)

@@ -131,7 +131,7 @@ async def test_an_outage_of_the_database_ends_no_writing(registry, monkeypatch):
         refused = threading.Event()
         patched.setattr(registry, "adding", lambda: (refused.set(), _refusing()))
         writing = asyncio.create_task(ledger.run())
-        assert await asyncio.to_thread(refused.wait, 5)
+        assert await asyncio.to_thread(refused.wait, 60)
     try:
         assert await settled(lambda: ledger.rows("2026-11") or writing.done())
     finally:
