@@ -7,11 +7,14 @@ trains embeddings, `layers.0...`. A base of either kind takes adapters of both.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import accumulate
+from itertools import accumulate, islice
 
 # What models with a head call the one without (Transformers' `base_model_prefix`).
 BACKBONES = ("model", "bert", "roberta", "transformer")
 PREFIX = "base_model.model."
+
+# Tensors of a file that are looked at: a trainer calls all modules by one kind of name.
+LOOKED_AT = 1000
 
 Modules = Mapping[str, tuple[int, int]]
 
@@ -33,7 +36,7 @@ def spellings(name: str) -> Iterator[str]:
 def as_in_file(modules: Modules, tensors: Iterable[str]) -> Modules:
     """The base's modules, called what an adapter's file with these tensors calls them."""
     depth = max((name.count(".") for name in modules), default=0) + 2  # a backbone's name may come before it
-    names = [name.removeprefix(PREFIX).split(".")[:depth] for name in tensors]
+    names = [name.removeprefix(PREFIX).split(".", depth)[:depth] for name in islice(tensors, LOOKED_AT)]
     without = {bare(name): shape for name, shape in modules.items()}
     called = [modules, without]
     if without.keys() == modules.keys():
