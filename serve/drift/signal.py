@@ -208,9 +208,9 @@ class Signal:
 
     @property
     def _log_fixed_threshold(self) -> float:
-        """Evidence in bags raises an alarm once in SURE thresholds; this is what is left of the promise. A unit belongs
-        to one lane, so that those of all lanes have no more false alarms together than of one."""
-        return self.log_threshold - math.log1p(-1 / SURE)
+        """As much as an alarm of bags takes. A unit belongs to one lane, so that those of all lanes have no more false
+        alarms together than of one."""
+        return self.log_threshold + math.log(SURE)
 
     @property
     def log_evidence(self) -> float:

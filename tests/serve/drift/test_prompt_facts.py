@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from serve.drift.change_description import describe
-from serve.drift.features.features import FOLLOW_UP, PROMPT
+from serve.drift.features.features import FOLLOW_UP, OUTPUT, PROMPT
 from serve.drift.features.traffic_profile import Prompt, TrafficProfiles
 from serve.drift.prompt_facts import KINDS, prompt_facts
 from serve.drift.signal import FIRST, LATER, Signal
@@ -74,6 +74,18 @@ def test_what_many_prompts_are_anyway_raises_nothing():
     signal = Signal(FOLLOW_UP, needed=200)
     assert delay(signal, LATER, drawn(rng, 400, usual=0.3)) is None
     assert delay(signal, LATER, drawn(rng, 2000, usual=0.6)) is None
+
+
+def test_what_raises_the_evidence_to_the_threshold_alone_is_no_alarm_yet():
+    """Eight answers of twenty-four that are cut off, where thirteen of a thousand were: that happens now and then."""
+    signal = Signal(OUTPUT, needed=NEEDED)
+
+    def alarms(cuts):
+        return any(list(signal.fact_runs(FIRST, [{"ended_by_length": float(cut)} for cut in cuts], range(len(cuts)))))
+
+    assert not alarms([at % 77 == 0 for at in range(NEEDED)])
+    assert not alarms([at % 3 == 0 for at in range(24)]) and signal.log_evidence > signal.log_threshold
+    assert alarms([at % 3 == 0 for at in range(24)])
 
 
 def test_the_next_version_has_the_reference_and_no_evidence():
