@@ -154,7 +154,7 @@ class SavedModules:
         places = _places(folder / WEIGHTS)
         if not places:
             return self._read(request)
-        if self._runner.vllm_config.model_config.runner_type != "generate":
+        if self._runner.is_pooling_model:
             self._check_heads(places)
             return self._read(request)
         settings, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)

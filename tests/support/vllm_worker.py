@@ -56,7 +56,8 @@ class LayersOnly:
             manager = LRUCacheWorkerLoRAManager(self.config, torch.device("cpu"), tables)
             manager.create_lora_manager(self.model, self.config)
         self.adapters = manager._adapter_manager
-        self.runner = SimpleNamespace(vllm_config=self.config)
+        pools = self.config.model_config.runner_type == "pooling"
+        self.runner = SimpleNamespace(vllm_config=self.config, is_pooling_model=pools)
         names, magnitudes = Names(manager, self.runner), Magnitudes(manager, self.runner)
         self.saved = SavedModules(manager, self.runner)
         self.loader = Loader(manager, computed=[names, magnitudes, self.saved])

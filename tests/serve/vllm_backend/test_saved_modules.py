@@ -158,9 +158,9 @@ def test_what_the_engine_does_not_serve_is_refused_in_a_sentence(bases, tmp_path
     engine.config.parallel_config.world_size = 2
     assert "spread over devices" in engine.load(tmp_path / "both", 1)
     engine.config.parallel_config.world_size = 1
-    engine.config.model_config.runner_type = "pooling"
+    engine.runner.is_pooling_model = True
     assert "are served where text is generated: merge them" in engine.load(tmp_path / "both", 1)
-    engine.config.model_config.runner_type = "generate"
+    engine.runner.is_pooling_model = False
     larger = copy.deepcopy(base)
     larger.resize_token_embeddings(40)
     adapter(larger, tmp_path / "output", 2, **KINDS["output"])

@@ -534,6 +534,9 @@ async def test_a_name_that_is_unknown_while_the_registry_is_out_of_reach_is_aske
         async def fresh(self):
             """Nothing new."""
 
+        def check_age(self):
+            """It was read a moment ago."""
+
         def doubted(self, error):
             calls.append(error)
             return EngineUnavailable("the registry cannot be seen", retry_after=0) if len(calls) < 3 else error
