@@ -54,7 +54,7 @@ def saved_module(name: str) -> tuple[str, str] | None:
 def head_of(tensors: Iterable[Tensor], settings: Mapping[str, Any]) -> Head | None:
     """The head among an adapter's tensors. PEFT saves no names: `id2label` and `problem_type` may be added."""
     places = ((saved_module(tensor.name), tensor) for tensor in tensors)
-    weights = (tensor for place, tensor in places if place and _is_head(place[0]) and place[1] == WHOLE)
+    weights = (tensor for place, tensor in places if place and is_head(place[0]) and place[1] == WHOLE)
     weight = next(weights, None)
     if weight is None:
         return None
@@ -121,11 +121,11 @@ def saved_problems(
     saved: Saved, raw: Mapping[str, Any], modules: Mapping[str, tuple[int, int]], adapted: Mapping[str, Any]
 ) -> Iterator[str]:
     """What does not fit of the tensors that were saved; `adapted` has the modules with a LoRA."""
-    heads = {module for module, ending in saved if _is_head(module) and ending == WHOLE}
-    if len(heads) > 1 or any(_is_head(module) and module not in heads for module, _ in saved):
+    heads = {module for module, ending in saved if is_head(module) and ending == WHOLE}
+    if len(heads) > 1 or any(is_head(module) and module not in heads for module, _ in saved):
         yield f"it has {len(heads)} classification heads with a weight; one is served"
     for name in raw.get("modules_to_save") or ():
-        if _is_head(name) and heads:
+        if is_head(name) and heads:
             continue  # PEFT names both that a model may have
         if not any(module == name or module.endswith(f".{name}") for module, ending in saved if ending == WHOLE):
             yield f"modules_to_save names `{shown(name)}`, and the file has no weight of it; save the adapter again"
@@ -144,7 +144,7 @@ def _shape_problems(
     module: str, ending: str, tensor: Tensor, raw: Mapping[str, Any], modules: Mapping[str, tuple[int, int]]
 ) -> Iterator[str]:
     name, shape = shown(tensor.name), list(tensor.shape)
-    if _is_head(module):
+    if is_head(module):
         yield from _head_problems(name, ending, shape)
         return
     last = module.rpartition(".")[2]
@@ -179,7 +179,8 @@ def _head_problems(name: str, ending: str, shape: list[int]) -> Iterator[str]:
         yield f"`{name}` has {shape[0]} labels; up to {MAX_LABELS} are served: train with fewer, or serve a whole model"
 
 
-def _is_head(module: str) -> bool:
+def is_head(module: str) -> bool:
+    """Whether a module is called as heads that classify are."""
     return module.rpartition(".")[2] in HEADS
 
 

@@ -32,11 +32,11 @@ from serve.adapters.adapter import CONFIG, WEIGHTS
 from serve.adapters.saved_modules import (
     BIAS,
     EMBEDDINGS,
-    HEADS,
     MAX_BEYOND,
     OUTPUT,
     ROWS,
     WHOLE,
+    is_head,
     saved_module,
     token_indices,
 )
@@ -172,7 +172,7 @@ class SavedModules:
 
     def _check_heads(self, places: Mapping[str, tuple[str, str]]) -> None:
         """ValueError, unless the adapter brings a head, and nothing else, to a model that classifies by itself."""
-        heads = [_is_head(module) for module, _ in places.values()]
+        heads = [is_head(module) for module, _ in places.values()]
         if not all(heads):
             raise ValueError("tables and tokens of its own are served where text is generated: merge them")
         if self._worker._adapter_manager._classification_head is None:
@@ -297,10 +297,6 @@ class SavedModules:
         return logits
 
 
-def _is_head(module: str) -> bool:
-    return module.rpartition(".")[2] in HEADS
-
-
 def _hold(held: dict[int, Any], slot: int, part: Any, device: torch.device) -> None:
     """Have a slot hold a part of its adapter, or none."""
     held.pop(slot, None)
@@ -358,7 +354,7 @@ def _saved(tensors: dict[tuple[str, str], torch.Tensor], settings: dict[str, Any
     tables: dict[str, Table] = {}
     head, whole = None, False
     for module in dict.fromkeys(module for module, _ in tensors):
-        if _is_head(module):
+        if is_head(module):
             head = Scores(tensors[module, WHOLE], tensors.get((module, BIAS)))
             continue
         kind = "output" if module.rpartition(".")[2] == OUTPUT else "embedding"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
 import pytest
@@ -347,17 +347,27 @@ async def test_outcomes_outlive_a_restart_and_go_with_their_version(connect, con
         assert (await client.get(GOLDEN)).status_code == 404, "the set went with the adapter"
 
 
-async def test_of_two_servers_that_share_a_registry_one_runs_a_set_and_both_know_its_scores(
-    connect, config, tiny_model, tmp_path, make_adapter
-):
-    shared = {"registry": f"sqlite:///{tmp_path}/registry.db", "blobs": f"file://{tmp_path}/shared"}
-    async with AsyncExitStack() as servers:
-        clients, skills = [], []
-        for number in range(2):
-            other = FakeBackend(str(tiny_model))
-            skills.append(Skill(other))
-            own = replace(config, data_dir=tmp_path / f"data-{number}", **shared)
-            clients.append(await servers.enter_async_context(connect(own, other)))
+@pytest.fixture
+def two_servers(connect, config, tiny_model, tmp_path):
+    """`async with two_servers() as (clients, skills)`: of one registry, each with an engine of its own."""
+
+    @asynccontextmanager
+    async def started():
+        shared = {"registry": f"sqlite:///{tmp_path}/registry.db", "blobs": f"file://{tmp_path}/shared"}
+        async with AsyncExitStack() as servers:
+            clients, skills = [], []
+            for number in range(2):
+                other = FakeBackend(str(tiny_model))
+                skills.append(Skill(other))
+                own = replace(config, data_dir=tmp_path / f"data-{number}", **shared)
+                clients.append(await servers.enter_async_context(connect(own, other)))
+            yield clients, skills
+
+    return started
+
+
+async def test_of_two_servers_that_share_a_registry_one_runs_a_set_and_both_know_its_scores(two_servers, make_adapter):
+    async with two_servers() as (clients, skills):
         first, second = clients
         await first.post("/v1/adapters", **upload(make_adapter(0)))
         await put(second, cases(30))
@@ -370,16 +380,9 @@ async def test_of_two_servers_that_share_a_registry_one_runs_a_set_and_both_know
 
 
 async def test_what_another_server_asked_before_it_gave_its_claim_back_is_not_asked_again(
-    connect, config, tiny_model, tmp_path, make_adapter, monkeypatch
+    two_servers, make_adapter, monkeypatch
 ):
-    shared = {"registry": f"sqlite:///{tmp_path}/registry.db", "blobs": f"file://{tmp_path}/shared"}
-    async with AsyncExitStack() as servers:
-        clients, skills = [], []
-        for number in range(2):
-            other = FakeBackend(str(tiny_model))
-            skills.append(Skill(other))
-            own = replace(config, data_dir=tmp_path / f"data-{number}", **shared)
-            clients.append(await servers.enter_async_context(connect(own, other)))
+    async with two_servers() as (clients, skills):
         first, second = clients
         stores = [client._transport.app.state.parts.golden.runs._store for client in clients]
         looked, go = threading.Event(), threading.Event()
