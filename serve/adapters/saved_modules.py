@@ -138,6 +138,9 @@ def saved_problems(
         if module in adapted or (ending == WHOLE and module in trained and not tensor.name.endswith(BELOW)):
             yield f"`{shown(module)}` is adapted in two ways at a time; {MERGE}"
         yield from _shape_problems(module, ending, tensor, raw, modules)
+        weight = saved.get((module, WHOLE))
+        if ending == BIAS and weight and tensor.shape != weight.shape[:1]:
+            yield f"`{shown(tensor.name)}` is {list(tensor.shape)}, and its weight {list(weight.shape)}"
 
 
 def _shape_problems(

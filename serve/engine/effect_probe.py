@@ -163,10 +163,12 @@ class Probe:
             probing = backend.probe(adapter_id, PROMPTS)
             scoring = backend.score(adapter_id, TEXT) if text else _nothing()
             answers, mean = await asyncio.gather(probing, scoring)
-        if not all(math.isfinite(value) for logprobs in answers for value in logprobs.values()) or not all(answers):
+        finite = all(math.isfinite(value) for logprobs in answers for value in logprobs.values()) and all(answers)
+        if not finite or (not classifies and all(map(_is_flat, answers))):
+            what = "tokens are all as likely" if finite else "probabilities are not finite numbers"
             raise AdapterRejected(
-                "with this adapter the model's probabilities are not finite numbers: its weights overflow "
-                "(is lora_alpha right?); train it again with a smaller scale",
+                f"with this adapter the model's {what}: its weights overflow (is lora_alpha right?); train it again "
+                "with a smaller scale",
                 code="not_finite",
             )
         if classifies:
@@ -254,6 +256,11 @@ def effect(base: Sequence[Logprobs], other: Sequence[Logprobs]) -> float:
         for token, value in before.items():
             moved.append(abs(value - after[token]) if token in after else max(0.0, value - floor))
     return sum(moved) / len(moved) if moved else 0.0
+
+
+def _is_flat(logprobs: Logprobs) -> bool:
+    """Where numbers are too large, norms make zeros of them."""
+    return len(logprobs) > 1 and len(set(logprobs.values())) == 1
 
 
 def averaged(readings: Sequence[Sequence[Logprobs]]) -> list[Logprobs]:

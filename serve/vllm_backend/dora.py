@@ -37,6 +37,8 @@ COLUMNS, ROWS = 256, 4096
 BUDGET = 0.05
 # Some layers add their bias to every product, which nothing of so large a vector's is lost in.
 LARGE = 2.0**20
+# Trained gains are near 1. Where outputs are as many times as large, what follows overflows.
+MOST_GAIN = 1e4
 
 Gains = dict[str, torch.Tensor]
 
@@ -62,11 +64,12 @@ class Magnitudes:
         if not (vectors := getattr(lora, "loradock_magnitudes", None)) or lora.id in self._gains:
             return True
         until = perf_counter() + BUDGET
-        computing = self._computing.setdefault(lora.id, self._compute(lora, vectors))
+        # Not kept while it runs: one that failed begins anew.
+        computing = self._computing.pop(lora.id, None) or self._compute(lora, vectors)
         for _ in computing:
             if perf_counter() > until:
+                self._computing[lora.id] = computing
                 return False
-        del self._computing[lora.id]
         return True
 
     def drop(self, number: int) -> None:
@@ -136,7 +139,7 @@ class Magnitudes:
             a = weights.lora_a if isinstance(weights.lora_a, list) else [weights.lora_a]
             b = weights.lora_b if isinstance(weights.lora_b, list) else [weights.lora_b]
             gains[name] = _gain(module, self._squares[name], mine, a, b)
-            if not gains[name].isfinite().all():
+            if not (gains[name].abs() <= MOST_GAIN).all():
                 raise ValueError(f"a magnitude of {name} is too large for the base's weights: train it again")
             yield
         self._watch()

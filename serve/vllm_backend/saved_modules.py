@@ -133,10 +133,12 @@ class SavedModules:
         if getattr(lora, "loradock_saved", None) is None or getattr(lora, "loradock_compared", False):
             return True
         until = perf_counter() + BUDGET
-        for _ in self._comparing.setdefault(lora.id, self._compare(lora)):
+        # Not kept while it runs: one that failed begins anew.
+        comparing = self._comparing.pop(lora.id, None) or self._compare(lora)
+        for _ in comparing:
             if perf_counter() > until:
+                self._comparing[lora.id] = comparing
                 return False
-        del self._comparing[lora.id]
         self._watch()
         self._widen(lora.loradock_saved)
         lora.loradock_compared = True

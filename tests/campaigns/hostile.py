@@ -34,8 +34,8 @@ from typing import Any
 import httpx
 import numpy as np
 
-from tests.support import identity
-from tests.support.crowd import descriptors
+from tests.support import hostile_adapters, identity
+from tests.support.crowd import descriptors, memory
 from tests.support.event_lines import event_lines
 from tests.support.hostile_kinds import CHAT, COMPLETIONS, KINDS, RESPONSES, SAY, Target, bombs, fuzzed
 from tests.support.lora import WORDS, trained, variant
@@ -124,15 +124,6 @@ class Stage:
                         last = now
                     tokens += [(token["token"], token["logprob"]) for token in said]
         return first, gaps, tokens
-
-    def memory(self) -> float:
-        """MiB that no file backs, of the server and its engine."""
-        total = 0
-        for pid in {self.server.process.pid, *self.server.family}:
-            with suppress(OSError):
-                status = Path(f"/proc/{pid}/status").read_text()
-                total += sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
-        return total / 1024
 
     def restarts(self) -> int:
         return sum(row.get("restarts", 0) for row in done(self.server.http.get("/v1/engines"))["data"])
@@ -309,6 +300,7 @@ def honest(kind: str) -> tuple[str, dict[str, Any]]:
 def started(pipe: Any) -> None:
     """What this process's own start costs is nobody's request: the others are watched from here on."""
     bombs()
+    hostile_adapters.weights()
     pipe.send("ready")
     pipe.recv()
 
@@ -347,7 +339,7 @@ def write_fields() -> None:
 def measure(stage: Stage, kind: str, seconds: float, settle: float, clients: int = CLIENTS) -> Seen:
     """One kind, and what it did."""
     seen = Seen(kind)
-    restarts, memory, open_files = stage.restarts(), stage.memory(), descriptors(stage.server)
+    restarts, began, open_files = stage.restarts(), memory(stage.server), descriptors(stage.server)
     parent, child = multiprocessing.Pipe()
     words = (stage.server.port, stage.hostile, stage.manager, kind, seconds, clients, child)
     attacker = multiprocessing.get_context("spawn").Process(target=attack, args=words)
@@ -365,7 +357,7 @@ def measure(stage: Stage, kind: str, seconds: float, settle: float, clients: int
     until = time.monotonic() + settle
     while True:
         seen.restarts = stage.restarts() - restarts
-        seen.memory = stage.memory() / memory - 1
+        seen.memory = memory(stage.server) / began - 1
         seen.descriptors = descriptors(stage.server) - open_files
         back = seen.memory <= 0.05 and seen.descriptors <= max(5, 0.05 * open_files)
         if back or time.monotonic() >= until:

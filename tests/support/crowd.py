@@ -124,6 +124,16 @@ def descriptors(server: Server) -> int:
     return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
 
 
+def memory(server: Server) -> float:
+    """MiB that no file backs, of the server and its engine."""
+    total = 0
+    for pid in {server.process.pid, *server.family}:
+        with suppress(OSError):
+            status = Path(f"/proc/{pid}/status").read_text()
+            total += sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+    return total / 1024
+
+
 def stock(server: Server, adapters: dict[str, Path], folder: Path) -> None:
     """16 adapters, one of them pinned."""
     for number in range(ADAPTERS):

@@ -21,6 +21,8 @@ from typing import Any
 
 import httpx
 
+from tests.support import hostile_adapters
+
 Outcome = Counter[str]
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 SAY = [{"role": "user", "content": "Say something."}]
@@ -574,47 +576,14 @@ async def _(target: Target) -> Outcome:
     return Counter([await upload(target, "broken", each) for each in files])
 
 
-def saved(tensors: dict[str, tuple[list[int], bytes]]) -> bytes:
-    """A safetensors file of 32-bit numbers."""
-    entries, at = {}, 0
-    for name, (shape, data) in tensors.items():
-        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + len(data)]}
-        at += len(data)
-    header = json.dumps(entries).encode()
-    return struct.pack("<Q", len(header)) + header + b"".join(data for _, data in tensors.values())
-
-
-@kind("magnitudes, heads and tokens that are none")
+@kind("adapters of every kind with one thing wrong")
 async def _(target: Target) -> Outcome:
-    stem, one = "base_model.model.model.layers.0.self_attn.q_proj", struct.pack("<f", 1.0)
-    plain = {f"{stem}.lora_A.weight": ([8, 576], one * 8 * 576), f"{stem}.lora_B.weight": ([576, 8], one * 576 * 8)}
-    dora = json.dumps({**json.loads(PLAIN), "use_dora": True}).encode()
-    magnitude = f"{stem}.lora_magnitude_vector"
-    wrong = [([576], struct.pack("<f", value) * 576) for value in (float("nan"), 0.0, float("inf"))]
-    wrong += [([1_000_000], one * 1_000_000), ([0], b"")]
-    tokens = [
-        {"id": 49_152, "content": content, "special": True} for content in ("<|im_start|>assistant", "a<|im_end|>")
-    ]
-    many = [{"id": number, "content": f"<x{number}>"} for number in range(100_000)]
-    folders = [
-        *(
-            {"adapter_config.json": dora, "adapter_model.safetensors": saved({**plain, magnitude: each})}
-            for each in wrong
-        ),
-        {
-            "adapter_config.json": PLAIN,
-            "adapter_model.safetensors": saved({**plain, "base_model.model.score.weight": ([10**6, 1], one * 10**6)}),
-        },
-        *(
-            {
-                "adapter_config.json": PLAIN,
-                "adapter_model.safetensors": saved(plain),
-                "tokenizer.json": json.dumps({"added_tokens": each}).encode(),
-            }
-            for each in (tokens, many, [{"id": 0, "content": "\u202e"}], "x")
-        ),
-    ]
-    return Counter([await upload(target, "broken", each) for each in folders])
+    counted: Outcome = Counter()
+    for each, (_, wrongs) in hostile_adapters.CATALOGUE.items():
+        if each not in hostile_adapters.CONVERTED:
+            made = hostile_adapters.wrong(each, random.randrange(len(wrongs)))
+            counted[await upload(target, "broken", made.files())] += 1
+    return counted
 
 
 @kind("configs that explode")

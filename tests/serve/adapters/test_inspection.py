@@ -176,7 +176,7 @@ def test_a_saved_module_that_does_not_fit_is_refused_with_the_reason(pack, chang
     assert reason in refused(pack(config(**changes), weights() | tensors))
 
 
-SCORE = "base_model.model.score.weight"
+SCORE, BIAS = "base_model.model.score.weight", "base_model.model.score.bias"
 
 
 def test_a_classification_head_has_its_labels_names(pack):
@@ -195,7 +195,9 @@ def test_a_classification_head_has_its_labels_names(pack):
         ({}, {SCORE: torch.randn(16)}, "a row for each label"),
         ({}, {SCORE: torch.zeros(0, 16)}, "a row for each label"),
         ({}, {SCORE: torch.full((2, 16), torch.inf)}, "NaN or infinity"),
-        ({}, {SCORE.replace("weight", "bias"): torch.zeros(2)}, "0 classification heads with a weight"),
+        ({}, {BIAS: torch.zeros(2)}, "0 classification heads with a weight"),
+        ({}, {SCORE: torch.ones(2, 16), BIAS: torch.zeros(5)}, "score.bias` is [5], and its weight [2, 16]"),
+        ({}, {SCORE: torch.ones(2, 16), BIAS: torch.zeros(1)}, "score.bias` is [1], and its weight [2, 16]"),
         ({}, {SCORE: torch.ones(2, 16), SCORE.replace("score", "classifier"): torch.ones(2, 16)}, "one is served"),
         ({"modules_to_save": ["score"]}, {}, "the file has no weight of it"),
         ({"id2label": ["a"]}, {SCORE: torch.ones(2, 16)}, "id2label is"),

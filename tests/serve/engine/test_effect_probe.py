@@ -66,6 +66,9 @@ async def test_an_adapter_that_overflows_is_refused(client, backend, make_adapte
     backend.effects["tone"] = math.nan
     refused = await client.post("/v1/adapters", **upload(make_adapter()))
     assert (refused.status_code, refused.json()["error"]["code"]) == (422, "not_finite")
+    backend.effects["tone"] = 1e30  # beside which no token's own number is left
+    flat = (await client.post("/v1/adapters", **upload(make_adapter()))).json()["error"]
+    assert flat["code"] == "not_finite" and "tokens are all as likely: its weights overflow" in flat["message"]
 
 
 async def test_an_adapter_that_ruins_a_plain_text_is_refused_where_a_bound_is_set(

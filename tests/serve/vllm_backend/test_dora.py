@@ -279,9 +279,11 @@ def test_magnitudes_may_be_zero_or_negative_and_not_beyond_all_numbers(tmp_path)
     with torch.no_grad():
         answer = worker.modules["l.o_proj"](x)[0]
     torch.testing.assert_close(answer, outputs(model, "l.o_proj", x), atol=2e-4, rtol=2e-4)
-    tensors[name][0] = 3.4e38
-    save_file({each: tensor * (1e-3 if ".o_proj.lora_B" in each else 1) for each, tensor in tensors.items()}, file)
-    assert "a magnitude of l.o_proj is too large" in worker.load(tmp_path, 2)
+    for magnitude in (3.4e38, 1e6):
+        tensors[name][0] = magnitude
+        small = {each: tensor * (1e-3 if ".o_proj.lora_B" in each else 1) for each, tensor in tensors.items()}
+        save_file(small, file)
+        assert "a magnitude of l.o_proj is too large" in worker.load(tmp_path, 2)
 
 
 def test_where_layers_are_compiled_or_spread_it_is_refused_in_a_sentence(tmp_path):
