@@ -43,6 +43,8 @@ REFUSAL = 0.02
 CUT = 0.05
 REPETITION = 0.1
 TOPICS, WORDS = 2, 6
+# A topic is new if its words are so many times as frequent as in the nearest topic before.
+NEW = 4.0
 NOUNS = {PROMPT: "prompts", FOLLOW_UP: "conversations' follow-ups"}
 # Of answers, what there is more of.
 MORE = {
@@ -132,9 +134,8 @@ def _prompts(
     parts += _length_parts(length_before, length_now)
     named = [topic for topic in topics if topic["words"] and topic["share"] >= SHARE]
     if named:
-        parts.append(f"about {', '.join(named[0]['words'])}")
-        if named[0]["nearest_before"]:
-            parts[-1] += f" (the nearest topic before: {', '.join(named[0]['nearest_before'])})"
+        topic = max(named, key=lambda each: (each["new"], each["share"]))
+        parts.insert(0 if topic["new"] else len(parts), _topic_part(topic))
     return fields, parts
 
 
@@ -143,12 +144,21 @@ def _topics(before: TrafficProfile, recent: TrafficProfile, shares: Mapping[int,
     rows = []
     for number, share in list(shares.items())[:TOPICS]:
         nearest: list[str] = []
+        topic, new = recent.topics[number], True
+        words = topic.typical(before.topics, WORDS)
         if before.topics:
             near = before.topics[before.nearest(recent.centres[number])]
             nearest = near.typical([words for words in before.topics if words is not near], WORDS)
-        words = recent.topics[number].typical(before.topics, WORDS)
-        rows.append({"share": share, "words": words, "nearest_before": nearest})
+            new = topic.frequency(words) > NEW * near.frequency(words)
+        rows.append({"share": share, "words": words, "new": new, "nearest_before": nearest})
     return rows
+
+
+def _topic_part(topic: Mapping[str, Any]) -> str:
+    words = ", ".join(topic["words"])
+    said = f"about a new topic (in {_percent(topic['share'])} of those since): {words}" if topic["new"] else f"about {words}"
+    nearest = ", ".join(topic["nearest_before"])
+    return f"{said} (the nearest topic before: {nearest})" if nearest else said
 
 
 def _language_parts(shares: Mapping[str, Mapping[str, float]], least: float) -> Iterator[str]:

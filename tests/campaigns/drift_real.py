@@ -13,7 +13,8 @@ windowed  the same of a client that sends the last three messages only
 agents    a question, then up to five steps with results of a tool
 retrieval questions behind four passages of an encyclopedia, in one message
 batch     single questions, and every 400 requests a job of 60 that asks the same of other numbers
-topics    single questions, of which for 600 requests six in ten are of one topic, and so on: each comes again
+topics    single questions, of which for 200 requests six in ten are of one topic, and so on: each comes again, and the
+          reference has had them all
 days      single questions; their share of medical exams is a wave of 500 requests, from 10 to 50 %
 weeks     days of 100 requests; on two of seven half the questions are on finance, on the others a fifth
 tenants   four tenants, unequally busy, each with a system prompt and questions of its own
@@ -23,7 +24,7 @@ sessions  users who ask five questions of one topic in a row, eight at a time, w
 languages single questions, of which 15 % are German and 5 % Spanish
 dated     single questions behind a system prompt with the date, and another date each 250 requests
 
-`--explanations` asks of twenty changes whether the alarm names the cause, by words that were fixed beforehand.
+`--explanations` asks of 21 changes whether the alarm names the cause, by words that were fixed beforehand.
 A change begins when the references are full and 300 more requests came; answers are drawn: 1 % refuse, 0.5 % loop, and
 lengths are lognormal with a spread of 0.5.
 """
@@ -95,6 +96,7 @@ class Traffic:
     foreign: float = 0.0  # of what is asked, from the pool `other`
     style: str = ""
     styled: float = 0.0  # of what is asked, in that style
+    hot: str = ""  # the topic that is asked for most from now on
     system: str = "You have tools. Use them."
     refused: float = 0.01
     looping: float = 0.005
@@ -165,7 +167,8 @@ def batch(traffic: Traffic) -> Iterator[Body]:
 def topics(traffic: Traffic) -> Iterator[Body]:
     kinds = ("medical", "finance", "health", "general")
     for number, body in enumerate(first(traffic)):
-        hot = kinds[number // 600 % len(kinds)] if traffic.rng.random() < 0.6 else traffic.asks
+        topic = traffic.hot or kinds[number // 200 % len(kinds)]
+        hot = topic if traffic.rng.random() < 0.6 else traffic.asks
         yield {**body, "messages": [said(traffic.text(hot))]}
 
 
@@ -258,6 +261,12 @@ EXPLAINED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "20 % program code": ("first", {}, {"other": "code", "foreign": 0.2}, "program code"),
     "follow-ups in German": ("chats", {}, {"later": "german"}, "follow-ups.*German"),
     "finance": ("first", {}, {"asks": "finance"}, "about .*(stock|credit|loan|money|invest|bank|price|fund|company)"),
+    "a topic that is hot for the first time": (
+        "topics",
+        {},
+        {"hot": "policies"},
+        "about a new topic .*(information|personal|privacy|data|cookies|third|account|users?|website)",
+    ),
     "medical exams": ("first", {}, {"asks": "medical"}, "about .*(patient|year-old|examination|treatment|following)"),
     "lower case": ("first", {"asks": "encyclopedia"}, {"style": "lower", "styled": 0.5}, "lower case"),
     "capitals": ("first", {}, {"style": "upper", "styled": 0.3}, "capitals"),

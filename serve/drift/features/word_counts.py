@@ -7,7 +7,7 @@ written to the disk.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -79,6 +79,11 @@ class WordCounts:
         """Rare words are forgotten to make room: in how many requests the word was at most."""
         known = self._counts.get(key)
         return (known.count + known.missed if known else self._forgotten) / self._unit
+
+    def frequency(self, words: Sequence[str]) -> float:
+        """In how many of the requests such a word is at most, on average over the words."""
+        count = sum(self.count_at_most(hash(word)) for word in words)
+        return count / max(self.requests * len(words), 1e-12)
 
     def typical(self, others: Iterable[WordCounts], most: int = 6) -> list[str]:
         """The words that may be shown and are more frequent here than in `others`, the clearest first.
