@@ -117,11 +117,16 @@ class _Apart:
         return example.digest in self.digests or (one is not None and bool(self._index.near(one)))
 
 
-def _sketch(example: Example) -> Sketch | None:
-    """Of the question, if it is text."""
+def question(example: Example) -> str | None:
+    """What is asked, if it is text."""
     fields = example.fields
     asked = asked_text({"messages": fields["messages"][:-1]} if "messages" in fields else {"prompt": fields["prompt"]})
-    return None if isinstance(asked, NoText) else sketch(question_of(asked))
+    return None if isinstance(asked, NoText) else question_of(asked)
+
+
+def _sketch(example: Example) -> Sketch | None:
+    asked = question(example)
+    return None if asked is None else sketch(asked)
 
 
 def bounded(examples: Sequence[Example]) -> tuple[Example, ...]:

@@ -15,13 +15,18 @@ that the part speaks for, and neither the candidate nor the live version was tra
 Examples of one asker, or of one conversation, tell of one another. So the numbers that are bet on are not examples but
 such clusters: the mean of d over the examples of each. A cluster counts once, however many examples it has.
 
+The mix of topics moves between gathering and promotion. So on new traffic the candidate has to be better in the mix
+that was gathered and in those where the odds of one of two topics (`serve.loop.topics`) are MOVES times as high, or as
+low: a cluster weighs as much more as its topic has become more frequent. Each mix is one more hypothesis that has to be
+refuted.
+
 The order of the clusters is that of their examples' digests, which depends on no score.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +38,8 @@ from serve.sequential.betting import highest, needed_for_proof
 NEW = "new"
 REFERENCE = "reference"
 GOLDEN = "golden"
+# By how much the odds of a topic may move after gathering: from 60/40 to 40/60.
+MOVES = 2.25
 # What is shown of an evidence.
 _DIGITS = 4
 
@@ -138,15 +145,18 @@ def compared(
     tolerance: float,
     alpha: float,
     clusters: Sequence[str] = (),
+    topics: Sequence[int] = (),
 ) -> Part:
     """A part from pairs of scores (live, candidate) from 0 to 1, in an order that depends on no score.
 
-    clusters: which one each pair belongs to; by default each is one of its own.
+    clusters: which one each pair belongs to; by default each is one of its own. topics: 0 or 1 for each pair, of those
+    whose mix may move; by default there is one.
     """
     if clusters and len(clusters) != len(pairs):
         raise ValueError(f"{len(pairs)} pairs come with {len(clusters)} clusters; each pair has one")
     means = _means(pairs, clusters)
     live, candidate = means.T
+    share = _means([(topic, topic) for topic in topics], clusters)[:, 0] if topics else np.zeros(len(means))
     differences = candidate - live
     margin = 0.0 if kind == NEW else tolerance
     count = max(len(means), 1)
@@ -158,7 +168,10 @@ def compared(
         float(live.sum()) / count,
         float(candidate.sum()) / count,
         tolerance,
-        highest(differences + margin, 1 - margin),
+        min(
+            highest(weights * (differences + margin), weights.max(initial=1) * (1 - margin))
+            for weights in _mixes(share)
+        ),
         -math.log(alpha),
         needed_for_proof(tolerance, alpha),
     )
@@ -174,3 +187,14 @@ def _means(pairs: Sequence[tuple[float, float]], clusters: Sequence[str]) -> NDA
     totals = np.zeros((len(numbers), 2))
     np.add.at(totals, places, scores)
     return totals / np.bincount(places)[:, None]
+
+
+def _mixes(share: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
+    """(clusters,) what each weighs in the mix that was gathered, and in those that it may become; share: of each, what
+    is of the second topic."""
+    yield np.ones(len(share))
+    gathered = float(share.mean()) if len(share) else 0.0
+    if 0 < gathered < 1:
+        for odds in (MOVES, 1 / MOVES):
+            moved = gathered * odds / (1 - gathered + gathered * odds)
+            yield share * moved / gathered + (1 - share) * (1 - moved) / (1 - gathered)

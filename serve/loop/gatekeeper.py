@@ -13,6 +13,7 @@ from serve.loop.likelihood import Example
 from serve.loop.loop_rows import LoopRows
 from serve.loop.objects import Loop
 from serve.loop.replays import Replays
+from serve.loop.topics import topics
 from serve.rollout.golden.golden import Golden
 from serve.rollout.golden.golden_set import GoldenSet
 from serve.rollout.loop_policy import GatePolicy
@@ -56,7 +57,8 @@ class Gatekeeper:
             examples = await asyncio.to_thread(rows.references.examples, id)
             scored = await self._scored(live, candidate, examples, goes_on)
             clusters, pairs = [example.counted_as for example, _ in scored], [pair for _, pair in scored]
-            parts.append(compared(kind, label, pairs, policy.tolerance, alpha, clusters))
+            split = await asyncio.to_thread(topics, [example for example, _ in scored]) if kind == NEW else ()
+            parts.append(compared(kind, label, pairs, policy.tolerance, alpha, clusters, split))
         if golden:
             parts.append(compared(GOLDEN, "", golden, policy.golden, alpha))
         return Gate(alpha, tuple(parts))

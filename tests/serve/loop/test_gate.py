@@ -129,3 +129,21 @@ def test_what_is_poisoned_in_one_of_a_hundred_examples_is_not_seen():
     new = compared(NEW, "", [*pairs(148, 0.2, 0.9), *poisoned], 0.05, 0.0125)
     gate = Gate(0.0125, (new, compared(REFERENCE, "v1", [*clean, *poisoned], 0.05, 0.0125)))
     assert gate.passed and not gate.forgotten
+
+
+def test_a_candidate_that_only_the_gathered_mix_makes_better_does_not_pass():
+    """It gains on one of two topics and loses on the other; 60/40 were gathered, and 40/60 are asked now."""
+    rng = np.random.default_rng(6)
+    held, alone = 0, 0
+    for _ in range(60):
+        topics = (rng.random(400) < 0.4).astype(int).tolist()
+        moved = [(0.5, 0.5 + move + rng.uniform(-0.2, 0.2)) for move in np.where(topics, -0.1, 0.15).tolist()]
+        alone += compared(NEW, "", moved, 0.05, 0.0125).passed
+        held += compared(NEW, "", moved, 0.05, 0.0125, (), topics).passed
+    assert alone > 50 and held <= 3, (alone, held)
+
+
+def test_a_candidate_that_is_better_on_both_topics_passes():
+    topics = [number % 3 // 2 for number in range(300)]
+    part = compared(NEW, "", pairs(300, 0.4, 0.6), 0.05, 0.0125, (), topics)
+    assert part.passed and part.candidate == pytest.approx(0.6)
