@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 
 from serve.config.identity import provider_of
 from serve.config.settings import Config
-from serve.drift.personal_data import KINDS as PERSONAL_DATA
 from serve.errors import ConfigError
 from serve.models.checkpoint import default_name
 from serve.rollout.webhook import checked_url, signing_key
+from serve.telemetry.personal_data import KINDS as PERSONAL_DATA
 from serve.vllm_backend.patches.switches import parse, written
 
 # Of a key that is not on loopback alone, at least.

@@ -12,8 +12,8 @@ from msgspec import Meta
 
 from serve.config.groups import COMMON, GROUPS, group_of
 from serve.config.values import takes
-from serve.drift.personal_data import KINDS as PERSONAL_DATA
 from serve.rollout.policy import DEFAULT_POLICIES, Policy
+from serve.telemetry.personal_data import KINDS as PERSONAL_DATA
 from serve.telemetry.prices import Price
 from serve.telemetry.slo import DEFAULT_SLOS, Slo
 from serve.telemetry.tracing.tracing_settings import TracingSettings

@@ -15,8 +15,8 @@ from serve.dataset.asked_text import Asked
 from serve.dataset.conversations import Captured
 from serve.dataset.feedback import GOOD
 from serve.dataset.near import Sketch, bared, sketch
-from serve.drift.personal_data import blacked_out
 from serve.models.language import language_of
+from serve.telemetry.personal_data import blacked_out
 
 # Of a question, what is looked at to say which language it is in.
 READ = 2000

@@ -14,8 +14,8 @@ from typing import Any
 from serve.adapters.adapter import Adapter
 from serve.dataset.conversations import Captured
 from serve.dataset.near import bared
-from serve.drift.features.features import refuses
 from serve.engine.payer import Payer
+from serve.models.refusals import refuses
 from serve.rollout.canary.shadow_agreement import Agreement, agreement
 from serve.rollout.golden.golden_runner import GoldenRunner, Refused
 from serve.rollout.golden.golden_set import CHAT, TEXT, Judge, asked

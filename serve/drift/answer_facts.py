@@ -17,8 +17,8 @@ from typing import Any, TypeAlias
 
 from serve.asgi.exchange import Generation
 from serve.drift.detector.fixed_reference import Kind
-from serve.drift.features.features import refuses
 from serve.models.language import CODE, language_of
+from serve.models.refusals import refuses
 
 Facts: TypeAlias = Mapping[str, float | None]
 

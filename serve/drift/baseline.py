@@ -27,16 +27,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from serve.drift.features.embedding import DIMENSIONS
 from serve.drift.features.features import (
-    EARLIER_FEATURES,
     FEATURES,
-    FOLLOW_UP,
     LOGPROB,
     OUTPUT,
     PROMPTS,
     SIGNALS,
-    VECTORS,
 )
-from serve.drift.features.parameter_strata import ParameterStrata
+from serve.drift.parameter_strata import ParameterStrata
 from serve.drift.signal import NEEDED, Phase, Signal
 from serve.drift.state_arrays import below, prefixed
 from serve.drift.thinning import Thinning, inherited
@@ -93,7 +90,7 @@ class Baseline:
     signals: dict[str, Signal] = field(default_factory=dict)
     probe: dict[str, NDArray] = field(default_factory=dict)
     sampling: Callable[[], dict[str, NDArray]] = dict
-    strata: dict[str, ParameterStrata[Signal]] = field(init=False)
+    strata: dict[str, ParameterStrata] = field(init=False)
 
     def __post_init__(self) -> None:
         for kind in SIGNALS:
@@ -180,17 +177,12 @@ class Baseline:
     def load(cls, folder: Path, expected: Provenance, *, tolerance: Tolerance = Tolerance()) -> Self:
         """What `save` wrote there, or ConfigError: damaged, of another format, or not what is `expected`."""
         provenance, arrays = _read(folder)
-        older = provenance.features in EARLIER_FEATURES
-        provenance.check(replace(expected, features=provenance.features) if older else expected)
-        if provenance.features == VECTORS:  # what is left of it is what today's rows have
-            provenance = replace(provenance, features=FEATURES)
+        provenance.check(expected)
         self = cls(provenance)
         try:
             for kind, signal in self.signals.items():
                 signal.configure(signal.threshold, tolerance)
-                # Earlier releases did not watch follow-ups.
-                if kind != FOLLOW_UP or below(arrays, f"{kind}/"):
-                    signal.restore(below(arrays, f"{kind}/"))
+                signal.restore(below(arrays, f"{kind}/"))
             for kind, strata in self.strata.items():
                 for i, signal in enumerate(strata.restore(below(arrays, f"{kind}.strata/"))):
                     signal.restore(below(arrays, f"{kind}.{i}/"))
@@ -204,7 +196,7 @@ class Baseline:
         self.sampling = lambda: remembered
         return self
 
-    def _strata(self, kind: str) -> ParameterStrata[Signal]:
+    def _strata(self, kind: str) -> ParameterStrata:
         def made() -> Signal:
             shown = self.signals[kind]
             return self._signal(kind, needed=shown.needed, threshold=shown.threshold, tolerance=shown.tolerance)

@@ -26,10 +26,8 @@ from serve.drift.features.text_marks import SAID
 from serve.drift.features.traffic_profile import (
     TrafficProfile,
     TrafficProfiles,
-    language_shares,
     mark_shares,
-    tenant_shares,
-    topic_shares,
+    shares_of,
     typical_tokens,
 )
 from serve.drift.prompt_facts import LANGUAGE as LANGUAGE_OF_PROMPTS
@@ -39,9 +37,6 @@ from serve.models.language import NAMES
 # Changes that are named: of a language's or topic's share, of a length by a factor, of shares of answers.
 SHARE = 0.05
 FACTOR = 1.25
-REFUSAL = 0.02
-CUT = 0.05
-REPETITION = 0.1
 TOPICS, WORDS = 2, 6
 # A topic is new if its words are so many times as frequent as in the nearest topic before.
 NEW = 4.0
@@ -116,15 +111,21 @@ def _prompts(
     signal: Signal, moved: Sequence[Moved], before: TrafficProfile, recent: TrafficProfile
 ) -> tuple[dict[str, Any], list[str]]:
     reference, now = before.last(len(before.seen)), recent.last(_changed(signal))
-    languages = {"before": language_shares(reference), "now": language_shares(now)}
+    languages = {
+        when: shares_of(request.language for request in requests if request.language)
+        for when, requests in (("before", reference), ("now", now))
+    }
     length_before, length_now = typical_tokens(reference), typical_tokens(now)
-    topics = _topics(before, recent, topic_shares(now))
+    topics = _topics(before, recent, shares_of(request.topic for request in now))
     fields: dict[str, Any] = {
         "language": languages,
         "length": {"unit": "tokens", "before": length_before, "now": length_now},
         "topics": topics,
         "writing": {"before": mark_shares(reference), "now": mark_shares(now)},
-        "tenants": {"before": tenant_shares(reference), "now": tenant_shares(now)},
+        "tenants": {
+            "before": shares_of(request.tenant for request in reference),
+            "now": shares_of(request.tenant for request in now),
+        },
     }
     plain = {each.name: each for each in moved}
     least = 0.0 if LANGUAGE_OF_PROMPTS in plain else max(SHARE, FEW / max(len(now), 1))
@@ -156,7 +157,11 @@ def _topics(before: TrafficProfile, recent: TrafficProfile, shares: Mapping[int,
 
 def _topic_part(topic: Mapping[str, Any]) -> str:
     words = ", ".join(topic["words"])
-    said = f"about a new topic (in {_percent(topic['share'])} of those since): {words}" if topic["new"] else f"about {words}"
+    said = (
+        f"about a new topic (in {_percent(topic['share'])} of those since): {words}"
+        if topic["new"]
+        else f"about {words}"
+    )
     nearest = ", ".join(topic["nearest_before"])
     return f"{said} (the nearest topic before: {nearest})" if nearest else said
 
@@ -197,19 +202,10 @@ def _answers(signal: Signal) -> tuple[dict[str, Any], list[str]]:
     # Lengths are logarithms there: these are geometric means.
     length_before, length_now = round(math.expm1(before["length"])), round(math.expm1(now["length"]))
     fields: dict[str, Any] = {"length": {"unit": "tokens", "before": length_before, "now": length_now}}
-    parts = list(_length_parts(length_before, length_now))
-    for name, least, said in (
-        ("ended_by_length", CUT, "cut off by the limit of tokens"),
-        ("refusal", REFUSAL, "refusals"),
-    ):
+    for name in ("ended_by_length", "refusal"):
         fields[name] = {"before": round(max(before[name], 0.0), 3), "now": round(now[name], 3)}
-        if abs(now[name] - before[name]) >= least:
-            change = "more" if now[name] > before[name] else "fewer"
-            parts.append(f"{change} {said} ({_percent(before[name])} before, {_percent(now[name])} now)")
     fields["repetition"] = {"before": round(1 - before["distinct_2"], 3), "now": round(1 - now["distinct_2"], 3)}
-    if before["distinct_2"] - now["distinct_2"] >= REPETITION:
-        parts.append("more repetition")
-    return fields, parts
+    return fields, [part.replace(" (", " answers (", 1) for part in _length_parts(length_before, length_now)]
 
 
 def _moves(moved: Sequence[Moved], since: str | None) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from serve.drift.features.features import FOLLOW_UP, OUTPUT
-from serve.drift.features.parameter_strata import ParameterStrata
 from serve.drift.open_alarms import OpenAlarms
+from serve.drift.parameter_strata import ParameterStrata
 from serve.drift.share_watch import ShareWatch
 from serve.drift.signal import Signal
 from serve.drift.thinning import ACCEPTED
@@ -77,7 +77,7 @@ def _parameters_report(watched: WatchedVersion) -> dict[str, Any]:
     return report
 
 
-def _strata_report(strata: ParameterStrata[Signal]) -> list[dict[str, Any]]:
+def _strata_report(strata: ParameterStrata) -> list[dict[str, Any]]:
     """Of each set of parameters: how far its signal is. The first one is what `signals` shows."""
     return [
         {

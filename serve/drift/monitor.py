@@ -25,16 +25,16 @@ from serve.drift.drift_report import FalseAlarms, drift_metrics, summary_row, ve
 from serve.drift.features.embedding import Embedding
 from serve.drift.features.features import FOLLOW_UP, LOGPROB, PROMPT, PROMPTS
 from serve.drift.features.last_turn import last_turn
-from serve.drift.features.parameter_strata import most_common
 from serve.drift.features.request_rows import reference_rows
-from serve.drift.features.request_text import RequestText
 from serve.drift.features.traffic_profile import TrafficProfiles
 from serve.drift.open_alarms import OpenAlarms, UnloadedAlarms
+from serve.drift.parameter_strata import most_common
 from serve.drift.probe_comparison import ProbeAnswers
-from serve.drift.prompt_fit import PromptFits
+from serve.drift.reference_counts import ReferenceCounts
 from serve.drift.watched_version import PROBE, DriftSettings, ProbeResult, WatchedVersion
 from serve.errors import ConfigError
 from serve.events import DriftAlarm, Events
+from serve.models.request_text import RequestText
 from serve.names import MIXED
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class DriftMonitor(Collector):
     ) -> None:
         self._files = BaselineFiles(folder)
         self.kept = self._files.kept
-        self.fits = PromptFits(self._look)
+        self.fits = ReferenceCounts(self._look)
         self._unloaded = UnloadedAlarms(self._files, exists)
         self._false_alarms = FalseAlarms(settings.threshold)
         self._settings = settings
@@ -331,7 +331,7 @@ class DriftMonitor(Collector):
             for exchange in exchanges
             if exchange.generations
         ]
-        rows = reference_rows(generations, prompts, embedding, stratum)
+        rows = reference_rows(generations, prompts, embedding, stratum.tokens)
         baseline = Baseline.build(provenance, rows)
         for kind, strata in baseline.strata.items():
             if kind in rows:
@@ -451,8 +451,7 @@ class DriftMonitor(Collector):
         try:
             if profile:
                 watched.profiles[PROMPT] = TrafficProfiles.from_state(profile)
-                if FOLLOW_UP in profile:  # earlier releases did not watch them
-                    watched.profiles[FOLLOW_UP] = TrafficProfiles.from_state(profile[FOLLOW_UP])
+                watched.profiles[FOLLOW_UP] = TrafficProfiles.from_state(profile[FOLLOW_UP])
         except (KeyError, TypeError, ValueError) as error:
             log.warning("what %s was asked before is not known any more: %s", watched.id or watched.adapter, error)
 

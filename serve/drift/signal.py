@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
@@ -21,29 +22,27 @@ from numpy.typing import ArrayLike, NDArray
 from serve.drift import answer_facts, prompt_facts
 from serve.drift.answer_facts import Facts
 from serve.drift.detector.detector import SURE, Drift
-from serve.drift.detector.effect_size import EFFECT_HALF_LIFE
 from serve.drift.detector.fixed_reference import FixedReference, Moved
 from serve.drift.detector.mean_rows import MeanRows, with_surprise
-from serve.drift.detector.recent_rows import RecentRows, Rows, all_finite, fade_in
-from serve.drift.detector.reference_structure import ReferenceStructure, fit, gauge_range
-from serve.drift.earlier_baselines import LAYOUT, current
+from serve.drift.detector.recent_rows import Rows, all_finite, latest
+from serve.drift.detector.reference_structure import ReferenceStructure, fit, local_range
 from serve.drift.features.embedding import DIMENSIONS
 from serve.drift.features.features import FOLLOW_UP, LOGPROB, OUTPUT, PROMPT, SIGNALS, Scale, columns, names
 from serve.drift.features.token_surprise import NAMES, SKETCH, TokenSurprise
-from serve.drift.state_arrays import below, own, prefixed
-from serve.drift.tolerance import Tolerance, beyond_error
+from serve.drift.state_arrays import below, prefixed
+from serve.drift.tolerance import Tolerance
 
 # Requests that make a reference; logprobs come of a sample of the traffic only, and follow-ups in blocks.
 NEEDED = {PROMPT: 1000, OUTPUT: 1000, LOGPROB: 300, FOLLOW_UP: 400}
 # Requests at the beginning of a change that may be older than it.
 UNCERTAIN = 50
-_REFUSAL = names(OUTPUT).index("refusal")
 # First messages and later ones of a conversation, and the answers to them: each conversation counts once in either.
 FIRST, LATER = "first", "later"
 LANES = {PROMPT: (FIRST,), FOLLOW_UP: (LATER,), OUTPUT: (FIRST, LATER), LOGPROB: ()}
 # What a score of tokens weighs in the evidence; every other score weighs 1.
 SURPRISE_WEIGHT = 8.0
-_EFFECT_FADE = 0.5 ** (1 / EFFECT_HALF_LIFE)
+# Requests whose mean log-probability is the present one.
+PRESENT = 64
 
 
 class Phase(Enum):
@@ -91,10 +90,8 @@ class Signal:
         self._detector: Drift | None = None
         self._scale: Scale | None = None
         self._structure = ReferenceStructure(len(self.names))
-        self._recent = np.zeros(0)
-        self._weight = 0.0
-        self._rows = RecentRows(self._columns)
-        # Between these the gauge of refusals or of logprobs moved over a reference with a structure in time.
+        self._rows = deque[Rows]()
+        # Between these the mean log-probability moved over a reference with a structure in time.
         self._usual = np.zeros(2)
         # What is plain about prompts or answers: shares and means against those of the first ones.
         self.fixed = {lane: self._fixed() for lane in LANES[kind]}
@@ -126,23 +123,22 @@ class Signal:
 
     def update(self, row: ArrayLike) -> bool:
         """Take one raw row; True when it raised the alarm."""
-        ((_, alarms),) = self.runs([row])
+        (alarms,) = self.steps([row])
         return alarms
 
-    def runs(self, rows: Sequence[ArrayLike]) -> Iterator[tuple[int, bool]]:
-        """`update` with each of several rows, to be run to its end: faster than one by one, with the same numbers. How
-        many were taken in one piece, and whether the last of them raised the alarm."""
+    def steps(self, rows: Sequence[ArrayLike]) -> Iterator[bool]:
+        """`update` with each of several rows, to be run to its end: faster than one by one, with the same numbers."""
         left = np.array(rows, np.float32)
         while len(left) and not self.watching:
             raws, part = self._parts(left[:1])
             mean = self._means(left[:1], raws)
             self._gather(raws[0], None if part is None else part[0], None if mean is None else mean[0])
             left = left[1:]
-            yield 1, False
+            yield False
         if len(left):
             yield from self._watch(left)
 
-    def _watch(self, rows: NDArray[np.float32]) -> Iterator[tuple[int, bool]]:
+    def _watch(self, rows: NDArray[np.float32]) -> Iterator[bool]:
         detector = self._detector
         scale = self._scale
         structure = self._structure
@@ -151,34 +147,22 @@ class Signal:
         means = self._means(rows, raws) if structure.exchangeable else None
         if means is not None and detector.means is None:
             detector.watch_means(MeanRows(self.needed, self._seed))
-        detector.tolerate(self.tolerance.foreign_share)
         scores = scale.each(raws)
         units = list(scores) if structure.exchangeable else [structure.unit(each) for each in scores]
         full = [unit for unit in units if unit is not None]
         steps = detector.steps(full, [None] * len(full) if means is None else means) if full else iter(())
-        drifted, kept = detector.drifted, 0
-        for i, unit in enumerate(units, 1):
+        for raw, unit in zip(raws, units, strict=True):
             if unit is not None:
-                drifted = next(steps)
-            if not drifted and i < len(units):
-                continue
-            taken, kept = i - kept, i
-            self.samples += taken
-            self._keep(raws[i - taken : i], scale)
-            alarms = self.alarmed_at is None and drifted and detector.sure and self._matters(detector)
+                next(steps)
+            self.samples += 1
+            self._rows.append(raw.copy())  # of the others nothing is kept
+            alarms = self.alarmed_at is None and detector.drifted and detector.sure and self._matters(detector)
             if alarms:
                 self._began_at = self.changed_at or 0
                 self.alarmed_at = self.samples
                 self.alarms += 1
-            yield taken, alarms
+            yield alarms
         next(steps, None)
-
-    def _keep(self, raws: NDArray[np.float32], scale: Scale) -> None:
-        """What is kept of requests besides what the detector does."""
-        self._rows.extend(raws, self.needed)
-        fade_in(self._recent, raws, scale.centre, _EFFECT_FADE)
-        for _ in raws:
-            self._weight = self._weight * _EFFECT_FADE + 1
 
     @property
     def drifted(self) -> bool:
@@ -229,13 +213,13 @@ class Signal:
         if self.alarmed_at is not None:
             return self._began_at
         # A detector that was inherited or begun anew has seen more or fewer rows than this signal.
-        since = self._structure.requests_of(self._detector.updates - self._detector.changed_at)
+        since = (self._detector.updates - self._detector.changed_at) * self._structure.block + self._structure.waiting
         return max(self.samples - since, 0)
 
     def changed_rows(self) -> NDArray[np.float32]:
         """(n, columns): the raw rows since the change began, or all recent ones before any drift; `needed` at most."""
         changed_at = self.changed_at
-        return self._rows.last(self.samples if changed_at is None else self.samples - changed_at)
+        return latest(self._rows, self._columns, None if changed_at is None else self.samples - changed_at)
 
     def raw(self, row: NDArray[np.floating]) -> NDArray[np.float32]:
         """A request's row as `changed_rows` has it: with the scores of its tokens in place of their sketch."""
@@ -261,30 +245,33 @@ class Signal:
         share = self._detector.foreign_share
         if self.kind != LOGPROB and share is not None:
             effects["foreign_share"] = share
-        return effects | self._gauged(self._detector)
+        effects |= {each.name: each.now - each.before for each in self.moved() if each.name == "refusal"}
+        return effects | self._logprob()
 
     def beyond(self) -> dict[str, float]:
         """The effects above tolerance: a rise of refusals, a change of logprob in any direction, a shift of ranks."""
         fixed = {each.name: each.now - each.before for each in self.moved()}
         return fixed | self.tolerance.beyond(self.effects())
 
-    def _gauged(self, detector: Drift) -> dict[str, float]:
-        """How far refusals or log-probabilities moved, less a standard error; empty where neither is measured."""
-        gauge = self._gauge()
-        if gauge is None or not self._weight:
+    def _logprob(self) -> dict[str, float]:
+        """How far log-probabilities moved, less a standard error; empty where none are measured."""
+        rows = latest(self._rows, self._columns, PRESENT)
+        if self._scale is None or self.kind != LOGPROB or not len(rows):
             return {}
-        name, direction, spread = gauge
-        value = float(self._recent @ direction / self._weight)
-        error = detector.gauge_error * spread * math.sqrt(self._structure.autocorrelation)
-        return {name: beyond_error(value - float(np.clip(value, *self._usual)), error)}
+        onto = self._scale.matrix[:, 0]
+        value = float(((rows - self._scale.centre) @ onto).mean() / onto[0])
+        error = math.sqrt(self._structure.autocorrelation / len(rows)) / float(onto[0])
+        moved = value - float(np.clip(value, *self._usual))
+        return {"logprob": math.copysign(max(abs(moved) - error, 0.0), moved)}
 
     def _matters(self, detector: Drift) -> bool:
         """Whether an effect is above its tolerance for sure: a rank shift of a few requests is not."""
-        if self.kind != LOGPROB and detector.beyond_tolerated_share:
+        share = detector.foreign_share
+        if self.kind != LOGPROB and share is not None and share > self.tolerance.foreign_share:
             return True
         if np.abs(detector.sure_rank_shift).max() > self.tolerance.rank_shift:
             return True
-        return bool(self.tolerance.beyond(self._gauged(detector)))
+        return bool(self.tolerance.beyond(self._logprob()))
 
     def movers(self, most: int = 5) -> list[tuple[str, float, float]]:
         """(score, ln evidence, rank shift) of the scores with the most evidence of their own, the strongest first."""
@@ -312,8 +299,6 @@ class Signal:
         self.alarmed_at = None
         self._detector = None
         self._scale = None
-        self._recent = np.zeros(0)
-        self._weight = 0.0
         self._ordered = True
         self.fixed = {lane: self._fixed() for lane in self.fixed}
         self._rows.clear()
@@ -329,7 +314,6 @@ class Signal:
         self.alarms = 0
         self.alarmed_at = None
         self._rows.clear()
-        self._recent, self._weight = np.zeros_like(self._recent), 0.0
         for fixed in self.fixed.values():
             fixed.reset()
         if self._detector is not None:
@@ -345,8 +329,7 @@ class Signal:
             rows = np.array(self._gathered, np.float32) if self._gathered else np.zeros((0, 0), np.float32)
             arrays = {"gathered": rows}  # never with sketches of their tokens
         else:
-            arrays = {"recent": self._recent.copy(), "weight": np.array(self._weight), "rows": self._rows.last()}
-            arrays["usual"] = self._usual.copy()
+            arrays = {"rows": latest(self._rows, self._columns), "usual": self._usual.copy()}
             arrays |= prefixed(self._structure.state(), "structure.")
             arrays |= prefixed(self._scale.arrays(), "scale.")
             arrays |= prefixed(self._detector.state(), "detector.")
@@ -359,25 +342,22 @@ class Signal:
         alarmed_at = -1 if self.alarmed_at is None else self.alarmed_at
         return arrays | {
             "counts": np.array([self.needed, self.samples, self.alarms, alarmed_at, self._seed, self._began_at]),
-            LAYOUT: np.array(1),
         }
 
     def restore(self, state: Mapping[str, NDArray]) -> None:
-        """Become the signal whose `state()` this was, in whatever release; this one's tolerance stays."""
-        state = current(self.kind, state, self._dimensions)
-        # Earlier releases kept neither the sixth count nor the rows.
-        needed, samples, alarms, alarmed_at, seed, *began_at = (int(count) for count in state["counts"])
+        """Become the signal whose `state()` this was; this one's tolerance stays."""
+        needed, samples, alarms, alarmed_at, seed, began_at = (int(count) for count in state["counts"])
         self.needed = needed
         self.samples = samples
         self.alarms = alarms
         self._seed = seed
-        self._began_at = began_at[0] if began_at else 0
+        self._began_at = began_at
         self.alarmed_at = None if alarmed_at < 0 else alarmed_at
         for lane, fixed in self.fixed.items():
-            fixed.restore(below(state, f"fixed.{lane}."))  # earlier releases had none
+            fixed.restore(below(state, f"fixed.{lane}."))
         if "surprise.spread" in state:
             self._score_tokens(TokenSurprise.from_arrays(below(state, "surprise.")))
-        if "whole.spread" in state:  # earlier releases had none
+        if "whole.spread" in state:
             self.whole = TokenSurprise.from_arrays(below(state, "whole."))
         if "gathered" in state:
             rows = np.asarray(state["gathered"], np.float32)
@@ -395,11 +375,9 @@ class Signal:
         self._detector = detector
         self._gathered = []
         self.threshold = detector.threshold
-        self._recent, self._weight = own(self._columns, state["recent"]), float(state["weight"])
-        self._rows = RecentRows(self._columns, state.get("rows"))
-        # Earlier releases wrote neither.
+        self._rows = deque(np.array(state["rows"], np.float32), maxlen=self.needed)
         self._structure = ReferenceStructure.from_state(below(state, "structure."), len(self.names))
-        self._usual = np.array(state["usual"] if "usual" in state else np.zeros(2))
+        self._usual = np.array(state["usual"])
 
     def _fixed(self) -> FixedReference:
         facts = answer_facts if self.kind == OUTPUT else prompt_facts
@@ -456,10 +434,11 @@ class Signal:
             means=self._of_mean_rows(),
             seed=self._seed,
         )
-        self._recent, self._usual = np.zeros(len(self._scale.centre)), np.zeros(2)
-        gauge = self._gauge()
-        if gauge is not None and not self._structure.exchangeable:
-            self._usual = gauge_range((np.array(rows) - self._scale.centre) @ gauge[1])
+        self._usual = np.zeros(2)
+        if self.kind == LOGPROB and not self._structure.exchangeable:
+            onto = self._scale.matrix[:, 0]
+            self._usual = local_range((np.array(rows) - self._scale.centre) @ onto / onto[0], PRESENT)
+        self._rows = deque(maxlen=self.needed)
         self._gathered = []
         self._sketches = {}
         self._mean_rows = {}
@@ -471,14 +450,6 @@ class Signal:
         if len(self._mean_rows) < len(self._gathered):
             return MeanRows(self.needed, self._seed)
         return MeanRows.of(list(self._mean_rows.values()), self._seed, self._ordered)
-
-    def _gauge(self) -> tuple[str, NDArray, float] | None:
-        """What is measured besides ranks: its name, its direction in raw rows, and the standard deviation along it."""
-        if self._scale is None or self.kind not in (OUTPUT, LOGPROB):
-            return None
-        name, score = ("refusal", _REFUSAL) if self.kind == OUTPUT else ("logprob", 0)
-        onto = self._scale.matrix[:, score]
-        return name, onto / onto[score], 1 / float(onto[score])
 
     def _scored(self, numbers: Sequence[int]) -> list[Rows]:
         """The gathered rows of these numbers, those since a restart, with the scores of their tokens, which every other
@@ -500,5 +471,4 @@ class Signal:
         if self.surprise is None:
             self.names += NAMES
             self._columns += len(NAMES)
-            self._rows = RecentRows(self._columns)
         self.surprise = surprise

@@ -247,13 +247,11 @@ class Thinning(Generic[Item]):
             window.restore(state[name], state[f"{name}.raw"])
         seen = zip(state["askers.raw"].tolist(), state["askers.seconds"].tolist(), strict=True)
         self._askers.update(zip(state["askers"].tolist(), seen, strict=True))
-        # Earlier releases did not count who came back.
-        raw, steady, *returned = state["raw"].tolist()
+        raw, steady, returned = state["raw"].tolist()
         self._raw = raw
         self._steady = bool(steady)
-        self._returned = sum(returned)
-        if "shared.openings" in state:  # earlier releases wrote neither
-            self.shared.know(*(_pairs(state[f"shared.{name}"]) for name in ("openings", "endings")))
+        self._returned = returned
+        self.shared.openings, self.shared.endings = _pairs(state["shared.openings"]), _pairs(state["shared.endings"])
         self.acceptance.restore(below(state, "acceptance."))
         self.opening.restore(below(state, "opening."))
         if "counts" in state:
@@ -269,26 +267,6 @@ def inherited(state: Mapping[str, NDArray]) -> dict[str, NDArray]:
     heir.restore(state)
     heir.acknowledge()
     return {name: value for name, value in heir.state().items() if name != "counts" and not name.endswith(".alarms")}
-
-
-class Shuffle(Generic[Item]):
-    """Gives items out in shuffled blocks, so that what came close together carries no order."""
-
-    def __init__(self, block: int = 8, seed: int = 0) -> None:
-        if block < 1:
-            raise ValueError(f"block {block}: at least 1 is taken")
-        self._block, self._waiting = block, list[Item]()
-        self._rng = np.random.Generator(np.random.PCG64(seed))
-
-    def add(self, item: Item) -> list[Item]:
-        """The whole block, shuffled, when this one filled it; else nothing."""
-        self._waiting.append(item)
-        return self.flush() if len(self._waiting) >= self._block else []
-
-    def flush(self) -> list[Item]:
-        """The items that wait for their block to fill, shuffled."""
-        block, self._waiting = self._waiting, []
-        return [block[i] for i in self._rng.permutation(len(block))]
 
 
 def _pairs(array: NDArray[np.int64]) -> tuple[tuple[int, int], ...]:

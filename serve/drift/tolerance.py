@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +20,3 @@ class Tolerance:
         """Those of the effects that are above; signed, where a sign means something."""
         sizes = {name: value if name == "refusal" else abs(value) for name, value in effects.items()}
         return {name: effects[name] for name, size in sizes.items() if size > getattr(self, name)}
-
-
-def beyond_error(value: float, error: float) -> float:
-    """What is left of `value` when its standard error is taken off."""
-    return math.copysign(max(abs(value) - error, 0.0), value)
-
-
-def less_error(shift: NDArray[np.floating], error: float) -> NDArray[np.floating]:
-    """What is left of a mean rank when its standard error is taken off; `error` for a standard deviation of 1."""
-    return np.sign(shift) * np.maximum(np.abs(shift) - error / math.sqrt(12), 0)

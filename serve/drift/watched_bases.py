@@ -10,11 +10,11 @@ from pathlib import Path
 
 from serve.asgi.exchange_worker import ExchangeWorker
 from serve.drift.features.kept_embedding import embedding_of
-from serve.drift.features.request_text import RequestText
 from serve.drift.monitor import DriftMonitor
 from serve.engine.fleet import Fleet
 from serve.engine.supervisor import Supervisor
 from serve.errors import LoradockError
+from serve.models.request_text import RequestText
 
 log = logging.getLogger(__name__)
 

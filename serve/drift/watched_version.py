@@ -30,25 +30,24 @@ from serve.drift.change_description import describe, describe_probe, movement
 from serve.drift.conversation_blocks import ConversationBlocks
 from serve.drift.features.embedding import Embedding
 from serve.drift.features.features import (
-    ALL_TOKENS,
     FOLLOW_UP,
     LOGPROB,
     OUTPUT,
     PROMPT,
     PROMPTS,
     SIGNALS,
-    WHOLE_PROMPTS,
     Floats,
+    answer_rows,
+    beginning,
     prompt_row,
 )
 from serve.drift.features.last_turn import Turn, last_turn
-from serve.drift.features.parameter_strata import LEGACY, Stratum
-from serve.drift.features.request_rows import follow_up_row, regress_on, rows_of_answer
-from serve.drift.features.request_text import TAIL, RequestText
+from serve.drift.features.request_rows import follow_up_row, regress_on
 from serve.drift.features.shared_ends import skipped
 from serve.drift.features.text_marks import marks_of
 from serve.drift.features.traffic_profile import Prompt, TrafficProfiles
 from serve.drift.features.word_counts import hashed
+from serve.drift.parameter_strata import LEGACY, Stratum
 from serve.drift.probe_comparison import ProbeAnswers, has_reference, noise_ratio, probe_arrays
 from serve.drift.prompt_facts import prompt_facts
 from serve.drift.share_watch import ShareWatch
@@ -61,13 +60,13 @@ from serve.drift.thinning import (
     REPEATED,
     WARMING_UP,
     WINDOW,
-    Shuffle,
     Taken,
     Thinning,
 )
 from serve.engine.effect_probe import effect
 from serve.events import DriftAlarm
 from serve.models.language import STOP_WORDS, language_of, read
+from serve.models.request_text import TAIL, RequestText
 from serve.names import tenant_of
 
 PROBE = "probe"
@@ -86,8 +85,6 @@ ANSWERS = frozenset({OUTPUT, LOGPROB, PROBE})
 EXPORTED, QUOTES = 100, 20
 QUOTED_CHARACTERS, PROMPT_CHARACTERS = 400, 2000
 SAMPLE_TIMES = 4096
-# Blocks of follow-ups that are shuffled: they are few, and come long after their first messages.
-FOLLOW_UPS_SHUFFLED = 4
 # Requests that are counted in one piece: the interpreter is held for a part of that time.
 COUNTED_AT_ONCE = 64
 # Signals whose times are kept until those that are gone are forgotten.
@@ -212,18 +209,14 @@ class WatchedVersion:
     probe_alarms: int = 0
     # When the last samples of each signal came.
     _times: dict[Signal, deque[float]] = field(init=False, default_factory=dict)
-    _shuffle: Shuffle[_Sample] = field(init=False)
     # Messages that go on with a conversation, as `_FollowUp`s.
     follow_ups: ConversationBlocks[_FollowUp | None] = field(init=False, default_factory=ConversationBlocks)
-    _follow_up_shuffle: Shuffle[_Sample] = field(init=False)
-    # Accepted and shuffled, but not counted yet.
+    # Accepted, but not counted yet.
     _gathered: list[_Sample] = field(init=False, default_factory=list)
     # The prompt's row, and what is quoted.
     _quotes: deque[tuple[Floats, _Quote]] = field(init=False, default_factory=lambda: deque(maxlen=EXPORTED))
 
     def __post_init__(self) -> None:
-        self._shuffle = Shuffle(seed=self.settings.seed)
-        self._follow_up_shuffle = Shuffle(FOLLOW_UPS_SHUFFLED, seed=self.settings.seed)
         self.thinning = Thinning(interval=self.settings.interval, warm_up=WINDOW, numbers=self.numbers)
         if remembered := self.baseline.sampling():
             self.thinning.restore(remembered)
@@ -239,22 +232,15 @@ class WatchedVersion:
 
     def gather(self, exchange: Exchange, embedding: Embedding) -> list[DriftAlarm]:
         """Take in one exchange; the alarms about the sampling that it raised. If thinning accepts it, it counts with
-        others of its block in one of the next `count`s."""
+        one of the next `count`s."""
         self.unsaved = True
         prompt, asker = exchange.generations[0].prompt, _asker(exchange)
         turn = last_turn(exchange.question, prompt, self.text)
         for block in self.follow_ups.offer(self._message(exchange, turn, asker), turn, asker):
-            self._gathered += self._follow_up_shuffle.add(self._follow_up(block, embedding))
-        if self.whole_prompts:
-            self._offer(self._sample(exchange, prompt, embedding), prompt, None, embedding)
-        elif not turn.follows:
+            self._gathered.append(self._follow_up(block, embedding))
+        if not turn.follows:
             self._offer(self._sample(exchange, turn.tokens, embedding), turn.tokens, turn.system, embedding)
         return list(self._sampling_alarms())
-
-    @property
-    def whole_prompts(self) -> bool:
-        """Its reference is one of whole rendered prompts, and not of last messages: an earlier release made it."""
-        return self.baseline.provenance.features <= WHOLE_PROMPTS
 
     def _sampling(self) -> dict[str, NDArray]:
         """What the choice of requests remembers."""
@@ -263,9 +249,8 @@ class WatchedVersion:
     def chosen(self) -> dict[str, int]:
         """How many requests are compared, and how many are not, by reason."""
         counts = dict(self.thinning.counts)
-        if not self.whole_prompts:
-            for reason, count in self.follow_ups.counts.items():
-                counts[reason] = counts.get(reason, 0) + count
+        for reason, count in self.follow_ups.counts.items():
+            counts[reason] = counts.get(reason, 0) + count
         return counts
 
     def seen_share(self) -> float | None:
@@ -279,7 +264,7 @@ class WatchedVersion:
     ) -> None:
         taken = self.thinning.offer(sample, tokens=prompt, key=sample.asker, now=sample.began, opening=opening)
         if taken is not None:
-            self._gathered += self._shuffle.add(self._accepted(taken, embedding))
+            self._gathered.append(self._accepted(taken, embedding))
 
     def count(self) -> list[DriftAlarm]:
         """Compare what was gathered with the reference, in its order; the alarms that it raised. Many requests at once
@@ -432,9 +417,9 @@ class WatchedVersion:
         generation, owned = exchange.generations[0], self._may_quote(exchange)
         quote = _Quote.of(exchange, generation) if self.settings.capture and owned else None
         stratum, *below = self.baseline.strata[OUTPUT].levels(Stratum.of(generation.parameters))
-        rows = rows_of_answer(generation, embedding, stratum)
+        rows = answer_rows(embedding, beginning(generation, stratum.tokens))
         lower = below[0] if below else LEGACY
-        lower_rows = rows_of_answer(generation, embedding, lower) if below else {}
+        lower_rows = answer_rows(embedding, beginning(generation, lower.tokens)) if below else {}
         beyond, asker = skipped(prompt), _asker(exchange)
         sample = _Sample(exchange.began, rows, quote, beyond, exchange.tenant, asker, owned, exchange.routed)
         sample.stratum, sample.lower = stratum, lower
@@ -445,8 +430,7 @@ class WatchedVersion:
 
     def _accepted(self, taken: Taken[_Sample], embedding: Embedding) -> _Sample:
         """The sample of an accepted request, with all that is made of its prompt."""
-        sample, all_tokens = taken.item, self.baseline.provenance.features == ALL_TOKENS
-        tokens = taken.tokens if all_tokens else taken.own
+        sample, tokens = taken.item, taken.own
         whole_row = prompt_row(embedding, tokens, sample.skipped)
         sample.rows[PROMPT], row = whole_row, whole_row[: 1 + embedding.dimensions]
         for rows in (sample.rows, sample.lower_rows):
@@ -497,11 +481,9 @@ class WatchedVersion:
         rows: dict[Signal, list[Floats]] = {}
         for _, signal, row in chain.from_iterable(taken):
             rows.setdefault(signal, []).append(row)
-        runs = {signal: signal.runs(each) for signal, each in rows.items()}
+        steps = {signal: signal.steps(each) for signal, each in rows.items()}
         lanes = [list(self._lanes(sample)) for sample in samples]
         facts = _fact_runs(samples, lanes)
-        # How many samples the last run of each signal still covers, and whether it raises the alarm at its end.
-        ends = dict.fromkeys(runs, (0, False))
         for sample, signals, known in zip(samples, taken, lanes, strict=True):
             if sample.quote is not None:
                 self._quotes.append((sample.rows[PROMPT], sample.quote))
@@ -514,14 +496,12 @@ class WatchedVersion:
                 if signal.watching:
                     self._times_of(signal).append(sample.began)
                     self.rows_watched += 1
-                left, alarms = ends[signal] if ends[signal][0] else next(runs[signal])
-                ends[signal] = left - 1, alarms
-                if alarms and left == 1:
+                if next(steps[signal]):
                     yield self._alarm(kind, signal, sample.began)
             for lane, _ in known:
                 if next(facts[lane]):
                     yield self._alarm(lane.kind, lane.signal, sample.began)
-        for each in (*runs.values(), *facts.values()):
+        for each in (*steps.values(), *facts.values()):
             next(each, None)
 
     def _alarm(self, kind: str, signal: Signal, began: float) -> DriftAlarm:

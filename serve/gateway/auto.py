@@ -3,7 +3,7 @@
     auto                of all adapters whose policy says `auto: true`, as far as the key may ask them
     auto:sql-*          of those with such a name; auto:support/* of those of the tenant support
 
-A prompt goes to the adapter whose reference it fits best (`serve.drift.prompt_fit`), if it fits that one better than
+A prompt goes to the adapter whose reference it fits best (`serve.gateway.prompt_fit`), if it fits that one better than
 the next by MARGIN, and is no stranger to it than all but few of its own. The base's reference is among them, with a
 PRIOR: what it is asked by name stands for all that is no adapter's. Until it has one, the mean of the adapters' own
 does: less of what is foreign is told by that. What fits none is answered by the adapter whose
@@ -33,11 +33,13 @@ from prometheus_client.registry import Collector
 
 from serve.adapters.adapter import Adapter
 from serve.asgi.exchange import AutoChoice
+from serve.asgi.messages import first_message
 from serve.auth.auth import Caller
-from serve.drift.features.last_turn import first_message, last_turn
-from serve.drift.prompt_fit import Counts, PromptFit, PromptFits, Rest
+from serve.drift.features.last_turn import last_turn
+from serve.drift.reference_counts import Counts, ReferenceCounts
 from serve.errors import BadRequest, NotFound
 from serve.gateway.fan_out import GENERATE
+from serve.gateway.prompt_fit import PromptFit, Rest
 from serve.gateway.request import RESPONSES, InferenceRequest
 from serve.gateway.router import Router, sees
 from serve.names import DEFAULT, short_name, shown, tenant_of
@@ -82,7 +84,7 @@ class Auto(Collector):
     """`submit` has a job run by the watcher's thread. For the event loop, but for `collect`."""
 
     def __init__(
-        self, router: Router, policies: Policies, fits: PromptFits, submit: Callable[[Callable[[], None]], None]
+        self, router: Router, policies: Policies, fits: ReferenceCounts, submit: Callable[[Callable[[], None]], None]
     ) -> None:
         self._router = router
         self._registry = router.registry

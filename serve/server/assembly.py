@@ -39,7 +39,6 @@ from serve.auth.shared_limits import SharedLimits
 from serve.config import Config
 from serve.dataset.feedback import Feedback
 from serve.drift.baseline_build import BaselineBuild
-from serve.drift.data_quality import DataQuality
 from serve.drift.features.logprob_sampling import LogprobSampling
 from serve.drift.monitor import DriftMonitor
 from serve.drift.prober import Prober
@@ -122,6 +121,7 @@ from serve.server.part_settings import (
     tracing,
     upload_limits,
 )
+from serve.telemetry.data_quality import DataQuality
 from serve.telemetry.live_state import Objectives
 from serve.telemetry.metrics import Metrics
 from serve.telemetry.observers import ExchangeObservers

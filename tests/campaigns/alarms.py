@@ -21,11 +21,11 @@ import numpy as np
 from serve.asgi.exchange import Exchange, Generation
 from serve.drift.features.embedding import Embedding
 from serve.drift.features.features import PROMPT, prompt_row
-from serve.drift.features.request_text import RequestText
 from serve.drift.monitor import DriftMonitor
 from serve.drift.signal import Signal
 from serve.drift.watched_version import DriftSettings
 from serve.events import DriftAlarm, Events
+from serve.models.request_text import RequestText
 from tests.support.prompts import pool
 
 NUMBERS = random.Random(11)

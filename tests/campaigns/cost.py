@@ -35,9 +35,9 @@ from transformers import AutoTokenizer
 
 from serve.asgi.exchange import Exchange, Generation
 from serve.config import Config, load
-from serve.drift.personal_data import KINDS
 from serve.engine.engine import Lease
 from serve.server.launch import resolved
+from serve.telemetry.personal_data import KINDS
 from serve.telemetry.prices import Price
 from tests.support.cpu_clocks import cpu_seconds, since
 from tests.support.event_lines import async_event_lines

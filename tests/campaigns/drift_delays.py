@@ -127,7 +127,7 @@ def stream(usual: str, foreign: str, share: float, after: int, seed: int, alone:
     gathered = [prompt_rows(usual)[next(ours)] for _ in range(NEEDED)]
     for row in gathered:
         signal.update(row)
-    means = [row[-embedding().mean_width :] for row in gathered]
+    means = [row[-embedding().narrow.shape[1] :] for row in gathered]
     reference = _scores(signal, gathered[1::2])  # which the scale was not fitted on
     evidence, scores, alarm = [], [], None
     for request in range(BEFORE + after):
@@ -142,7 +142,7 @@ def stream(usual: str, foreign: str, share: float, after: int, seed: int, alone:
                 break
             continue
         scores.append(_scores(signal, [row])[0])
-        means.append(row[-embedding().mean_width :])
+        means.append(row[-embedding().narrow.shape[1] :])
     if alone:
         return Stream({"evidence": np.array(evidence)}, alarm)
     live = np.array(scores)
@@ -233,7 +233,7 @@ def unchanged_stream(kind: str, seed: int) -> tuple[float, bool]:
     signal = Signal("prompt", needed=NEEDED, threshold=1e5, seed=seed)
     rows, highest, alarmed = prompt_rows(kind), -math.inf, False
     for block in rng.integers(len(rows), size=(NEEDED + LONG)).reshape(-1, 8):
-        for _, alarms in signal.runs([rows[i] for i in block]):
+        for alarms in signal.steps([rows[i] for i in block]):
             highest, alarmed = max(highest, signal.log_evidence), alarmed or alarms
     return highest, alarmed
 

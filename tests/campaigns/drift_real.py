@@ -46,10 +46,10 @@ import numpy as np
 
 from serve.asgi.exchange import Exchange, Generation
 from serve.drift.features.embedding import Embedding
-from serve.drift.features.request_text import RequestText
 from serve.drift.monitor import DriftMonitor
 from serve.drift.watched_version import DriftSettings
 from serve.models.embedded import ensure
+from serve.models.request_text import RequestText
 from serve.names import DEFAULT
 from tests.campaigns.finished_streams import FinishedStreams, add_options, digest, run_chosen
 from tests.support.prompts import pool

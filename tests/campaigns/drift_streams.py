@@ -308,7 +308,7 @@ SAID = {
 def stream(name: str, seed: int, *, requests: int = 20_000, reference: int = 1000) -> dict[str, Any]:
     """What one stream of a kind raises: the request of each alarm, evidence, and how much was compared."""
     # The answers are all the same here: to look at them too would take a fifth longer.
-    no_answers = patch.object(watched_version, "rows_of_answer", lambda generation, embedding, stratum: {})
+    no_answers = patch.object(watched_version, "answer_rows", lambda embedding, answer: {})
     with tempfile.TemporaryDirectory() as folder, no_answers:
         watching = Watching(Path(folder), reference)
         source = streams(requests)[name](np.random.default_rng(seed))

@@ -21,10 +21,10 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.drift.features import embedding
 from serve.drift.features.features import Scale, prompt_row
 from serve.drift.features.token_surprise import BUCKETS, SAMPLED, TokenSurprise, sketch
 from serve.models.embedded import ensure
+from serve.models.input_embedding import rows
 from tests.campaigns import drift_streams
 
 PAIRS = ("news,encyclopedia", "quotations,news", "news,policies", "quotations,stories", "news,spanish")
@@ -36,7 +36,7 @@ Features = Callable[[Texts], NDArray]
 
 @cache
 def table() -> NDArray[np.float32]:
-    return embedding.rows(ensure("smollm2"))[:]
+    return rows(ensure("smollm2"))[:]
 
 
 def means(texts: Texts) -> NDArray:

@@ -135,20 +135,15 @@ class Bank(Runs):
 
     def __init__(self, weights: ArrayLike) -> None:
         share = np.asarray(weights, np.float64)
-        self._stream_share = share / share.sum()
-        self._share = np.repeat(self._stream_share / FIXED, FIXED)
+        self._share = np.repeat(share / share.sum() / FIXED, FIXED)
         super().__init__(len(self._share))
 
     @staticmethod
-    def prepare(p: Floats, bounds: tuple[Floats, Floats] | None = None) -> NDArray[np.float64]:
-        """(n, bets) for `steps`: what is bet on the p-values (n, streams) of n requests.
-
-        bounds: the least and the most that each may be, where only that is known. What grows with p bets on the lower
-        bound, and what falls on the upper one.
-        """
-        least, most = (p, p) if bounds is None else bounds
+    def prepare(least: Floats, most: Floats) -> NDArray[np.float64]:
+        """(n, bets) for `steps`: what is bet on the p-values (n, streams) of n requests, of which the least and the
+        most are known. What grows with p bets on the least, and what falls on the most."""
         up, down = _SCORE_BETS.take(cells(least), axis=0), _SCORE_BETS.take(cells(most), axis=0)
-        return np.concatenate((up[..., : len(_UP)], down[..., len(_UP) :]), axis=-1).reshape(len(p), -1)
+        return np.concatenate((up[..., : len(_UP)], down[..., len(_UP) :]), axis=-1).reshape(len(least), -1)
 
     def evidence(self) -> float:
         """The weighted mean of all R."""
@@ -158,9 +153,3 @@ class Bank(Runs):
         """(streams,): ln of the mean over the bets of each."""
         means = self.r.reshape(-1, FIXED).mean(axis=1)
         return np.log(means, out=np.full(means.shape, -np.inf), where=means > 0)
-
-    def weights(self) -> Floats:
-        """(streams,) with the sum 1: half by the evidence of each stream, half as from the beginning."""
-        total = (self.r * self._share).reshape(-1, FIXED).sum(axis=1)
-        weights: Floats = (total / max(total.sum(), 1e-300) + self._stream_share) / 2
-        return weights

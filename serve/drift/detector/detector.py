@@ -36,24 +36,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from serve.drift.detector.bets import Bank, Floats, State
-from serve.drift.detector.effect_size import EFFECT_HALF_LIFE, EffectSize
+from serve.drift.detector.effect_size import RECENT, foreign_share, rank_shift
 from serve.drift.detector.mean_rows import HALF_LIVES as MEAN_HALF_LIVES
-from serve.drift.detector.mean_rows import MeanRows
-from serve.drift.detector.recent_rows import RecentRows, all_finite
+from serve.drift.detector.mean_rows import MeanRows, Phase
+from serve.drift.detector.recent_rows import all_finite, latest
 from serve.drift.detector.score_bags import ScoreBags
 from serve.drift.state_arrays import below, own, prefixed
-from serve.drift.tolerance import less_error
 from serve.sequential.random_state import rng_from, rng_state
 
-_GAUGE_FADE = 0.5 ** (1 / EFFECT_HALF_LIFE)
-_SQUARES_FADE = _GAUGE_FADE**2
-# The size of the effect is looked for while the evidence is above the threshold to the power of this.
-SIZED = 0.5
-# An evidence of so many thresholds is sure: the size was seen on requests that raised the evidence, so that an
-# evidence by chance is likely to come with one.
+# An evidence of so many thresholds is sure: its size is seen on requests that raised the evidence, so that an evidence
+# by chance is likely to come with one.
 SURE = 20.0
-# Rows that are kept: with fewer since a change, the gauges mostly hold what was before it.
-RECENT = 64
+# Requests that are recent, before any drift.
+FEW = 64
 
 
 class Drift:
@@ -61,9 +56,9 @@ class Drift:
 
     reference: (n, k), n >= 1; only its ranks matter. threshold: c, the mean number of requests between false alarms.
     capacity: rows that the bag holds, by default as many as the reference and at least 1,000; never fewer than the
-    reference. weights: (k,) what each score weighs in the evidence, by default the same. margin: by how much each may
-    move unseen, in its unit; 0 by default. means: what bets on the requests' mean rows. seed: of the random numbers
-    that break ties and choose what leaves the bag.
+    reference. weights: (k,) what each score weighs in the evidence, by default the same. margin: by how much
+    each may move unseen, in its unit; 0 by default. means: what bets on the requests' mean rows. seed: of the random
+    numbers that break ties and choose what leaves the bag.
     """
 
     def __init__(
@@ -100,18 +95,9 @@ class Drift:
         self._weights = np.ones(k) if weights is None else np.array(weights, np.float64)
         self._bank = Bank(self._weights)
         self.means = means
-        self._effect = _effect_size(k, n)
-        self._sized = self._sure = False
-        self.tolerated_share = 1.0
+        self.sure = False  # the evidence has reached SURE thresholds since `reset`: what an alarm takes
         self._moved = np.full(k, -np.inf)
-        self._shift = np.zeros(k)
-        self._seen = 0.0, 0.0  # weight of the gauges, and of its squares
-        self._rows = RecentRows(k)
-        self._mean_rows: deque[NDArray[np.float32] | None] = deque(maxlen=RECENT)
-
-    def tolerate(self, share: float) -> None:
-        """What share of foreign requests is nobody's concern: `beyond_tolerated_share` is held against it."""
-        self.tolerated_share = share
+        self._ranks: deque[NDArray[np.float32]] = deque(maxlen=RECENT)
 
     def watch_means(self, means: MeanRows | None) -> None:
         """Rows go to these mean rows from now on."""
@@ -126,10 +112,10 @@ class Drift:
         """`update` with each of several rows, to be run to its end. What one request does not change for the next is
         worked out for all of them at once; the numbers are those of one after another, to the bit."""
         scores = np.array(rows, np.float32, order="C")
-        if scores.shape[1:] != self._margin.shape:
+        if scores.shape[1:] != self._weights.shape:
             raise ValueError(
                 f"a row has the shape {scores.shape[1:]}; "
-                f"this detector's reference has {len(self._margin)} scores a row"
+                f"this detector's reference has {len(self._weights)} scores a row"
             )
         if len(mean_rows) != len(scores):
             raise ValueError(f"{len(scores)} rows come with {len(mean_rows)} mean rows")
@@ -138,44 +124,28 @@ class Drift:
         return self._steps(scores, mean_rows)
 
     def _steps(self, scores: NDArray[np.float32], mean_rows: Sequence[NDArray[np.float32] | None]) -> Iterator[bool]:
-        nows = range(self.updates + 1, self.updates + 1 + len(scores))
+        k, nows = len(self._weights), range(self.updates + 1, self.updates + 1 + len(scores))
         lots = [self._bags.lots(self._rng, ahead) for ahead in range(len(scores))]
         placed = self._bank.steps(self._bank.prepare(*self._bags.rank(scores, lots)), nows)
         seen = [(row, now) for row, now in zip(mean_rows, nows, strict=True) if row is not None]
         if self.means is not None and seen:
             means = self.means.steps(np.array([row for row, _ in seen]), [now for _, now in seen])
-        less, upto = self._score_places(scores)
-        ranks = self._middle(less, upto) - 0.5
-        for i, mean_row in enumerate(mean_rows):
-            if self._sized:
-                places = self._places(less[i : i + 1], upto[i : i + 1], [mean_row])
-                self._effect.observe(places[0][0], places[1][0], self.tolerated_share)
-            self._note(scores[i], mean_row, ranks[i])
+        ranks = np.full((len(scores), k + len(MEAN_HALF_LIVES)), 0.5, np.float32)
+        for i, (known, column) in enumerate(zip(self._reference, np.ascontiguousarray(scores.T), strict=True)):
+            ranks[:, i] = (known.searchsorted(column) + known.searchsorted(column, "right")) / (2 * known.size)
+        for rank, mean_row in zip(ranks, mean_rows, strict=True):
             next(placed)
             if self.means is not None and mean_row is not None:
-                next(means)
+                rank[k:] = next(means)
+            self.updates += 1
+            self._ranks.append(rank)
             self._weigh(self._evidence())
             yield self.drifted
-
-    def _note(self, row: NDArray[np.float32], mean_row: NDArray[np.float32] | None, rank: Floats) -> None:
-        """What the gauges need of a request."""
-        self.updates += 1
-        self._rows.append(row, RECENT)
-        self._mean_rows.append(mean_row)
-        self._shift *= _GAUGE_FADE
-        self._shift += rank
-        weight, squares = self._seen
-        self._seen = weight * _GAUGE_FADE + 1, squares * _SQUARES_FADE + 1
 
     @property
     def drifted(self) -> bool:
         """Whether the evidence has reached the threshold since the last `reset`."""
         return self.crossed_at is not None
-
-    @property
-    def sure(self) -> bool:
-        """Whether it has reached SURE thresholds: what an alarm takes."""
-        return self._sure
 
     @property
     def log_evidence(self) -> float:
@@ -198,56 +168,43 @@ class Drift:
 
     @property
     def foreign_share(self) -> float | None:
-        """At least this share of requests since first evidence does not fit the reference; None before there is all.
-
-        Ranks cannot tell a few foreign requests from all that moved a little: a move by 0.2 standard deviations is 8 %.
-        """
-        return self._effect.foreign_share(self.tolerated_share) if self.drifted else None
-
-    @property
-    def beyond_tolerated_share(self) -> bool:
-        """More than `tolerated_share` of them does not, with a confidence of 90 %."""
-        return self.drifted and self._effect.beyond
+        """At least this share of the requests since the change does not fit the reference; None before there is one."""
+        return foreign_share(self._since_change(), self._reference.shape[1]) if self.drifted else None
 
     @property
     def rank_shift(self) -> Floats:
         """(k,) in [-0.5, 0.5]: mean rank of recent requests in the reference, less a half, less its standard error.
 
         0.5 says that all lie above the whole reference. A share q of foreign requests shifts it by at most q / 2.
-        Recent ones are those since the change began, or fade with EFFECT_HALF_LIFE.
         """
-        n = min(self.updates - self.changed_at, len(self._rows))
-        if not self.drifted or not 0 < n < RECENT:
-            return self._faded_rank_shift(self.gauge_error)
-        ranks = self._middle(*self._score_places(self._rows.last(n)))
-        return less_error(ranks.mean(axis=0) - 0.5, n**-0.5)
+        return self._rank_shift(0.0)
 
     @property
     def sure_rank_shift(self) -> Floats:
-        """(k,): of recent requests, whenever the change began, less two standard errors of the reference too."""
-        return self._faded_rank_shift(math.hypot(self.gauge_error, 2 * self._reference.shape[1] ** -0.5))
+        """(k,): less two standard errors of the reference too."""
+        return self._rank_shift(2 * self._reference.shape[1] ** -0.5)
 
-    @property
-    def gauge_error(self) -> float:
-        """Standard error of a mean over recent requests, of something with a standard deviation of 1."""
-        weight, squares = self._seen
-        return math.sqrt(squares) / weight if weight else math.inf
+    def _rank_shift(self, error: float) -> Floats:
+        ranks = self._since_change()[:, : len(self._weights)]
+        return rank_shift(ranks, math.hypot(error, max(len(ranks), 1) ** -0.5))
+
+    def _since_change(self) -> NDArray[np.float32]:
+        """(n, scores and directions): ranks of the requests since the change began, RECENT at most; FEW before any."""
+        count = max(self.updates - self.changed_at, 1) if self.drifted else FEW
+        return latest(self._ranks, len(self._weights) + len(MEAN_HALF_LIVES), count)
 
     def reset(self, *, effects: bool = False) -> None:
         """Begin again at no evidence, after an alarm has been dealt with; what the bag holds stays.
 
-        effects: also forget how far recent requests lie from the reference.
+        effects: also forget where recent requests lie in the reference.
         """
         self.crossed_at = None
-        self._sized = self._sure = False
+        self.sure = False
         self._bank.reset(self.updates)
         if self.means is not None:
             self.means.reset(self.updates)
         if effects:
-            self._rows.clear()
-            self._mean_rows.clear()
-            self._shift[:] = 0
-            self._seen = 0.0, 0.0
+            self._ranks.clear()
 
     def state(self) -> State:
         """All of it, as arrays for `numpy.savez`: no objects, nothing to unpickle."""
@@ -258,14 +215,11 @@ class Drift:
             "counts": np.array([self.capacity, self.updates, -1 if self.crossed_at is None else self.crossed_at]),
             "lots": rng_state(self._rng),
             "moved": self._moved.copy(),
-            "shift": self._shift.copy(),
-            "seen": np.array(self._seen),
             "weights": self._weights.copy(),
             "margin": self._margin.copy(),
-            "rows": self._rows.last(),
-            "stages": np.array([self._sized, self._sure]),
+            "ranks": latest(self._ranks, len(self._weights) + len(MEAN_HALF_LIVES)),
+            "stages": np.array([self.sure]),
         }
-        state |= prefixed(self._effect.state(), "effect.")
         state |= prefixed(self._bank.state(), "bank.")
         if self.means is not None:
             state |= prefixed(self.means.state(), "means.")
@@ -289,82 +243,20 @@ class Drift:
         self._bank.restore(below(state, "bank."))
         means = below(state, "means.")
         self.means = MeanRows.from_state(means) if means else None
-        self._effect, self.tolerated_share = _effect_size(k, n), 1.0
-        if effect := below(state, "effect."):
-            self._effect.restore(effect)
-        self._sized, self._sure = (bool(stage) for stage in state["stages"])
+        self.sure = bool(state["stages"][-1])
         self._moved = own(k, state["moved"])
-        self._shift = own(k, state["shift"])
-        weight, squares = own(2, state["seen"]).tolist()
-        self._seen = weight, squares
-        rows = state["rows"]
-        self._rows = RecentRows(k, own((len(rows), k), rows, np.float32))
-        self._mean_rows = deque([None] * len(self._rows), maxlen=RECENT)
+        self._ranks = deque(np.array(state.get("ranks", ())), maxlen=RECENT)  # the last release kept none
         return self
 
     def _evidence(self) -> float:
         """The weighted mean of all R."""
-        if self.means is None or self.means.off:
+        if self.means is None or self.means.phase is Phase.OFF:
             return self._bank.evidence()
         return (self._bank.evidence() + self.means.evidence()) / 2
 
-    def _stream_weights(self) -> Floats:
-        """(streams,) with the sum 1, by their evidence: scores, then directions of mean rows."""
-        weights, rest = self._bank.weights(), np.zeros(len(MEAN_HALF_LIVES))
-        if self.means is not None and (theirs := self.means.by_stream()).any():
-            ours = self._bank.evidence()
-            rest = theirs / (theirs.sum() + len(theirs) * ours)
-            weights = weights * (1 - rest.sum())
-        return np.concatenate((weights, rest))
-
-    def _faded_rank_shift(self, error: float) -> Floats:
-        if self._seen[0] == 0:
-            return np.zeros(len(self._shift))
-        return less_error(self._shift / self._seen[0], error)
-
     def _weigh(self, evidence: float) -> None:
         """What follows from the evidence after a request."""
-        if not self.drifted:
-            sized, self._sized = self._sized, evidence >= self.threshold**SIZED
-            if self._sized and not sized:
-                self._begin_effect()
-            if evidence >= self.threshold:
-                self.crossed_at = self.updates
-                self._moved = self._bank.log_means()
-        self._sure |= evidence >= SURE * self.threshold
-
-    def _begin_effect(self) -> None:
-        """Look for the size of the effect from here on, where requests since the change let expect it."""
-        since = min(max(self.updates - self.changed_at, 1), len(self._rows))
-        less, upto = self._places(*self._score_places(self._rows.last(since)), list(self._mean_rows)[-since:])
-        self._effect.begin(self._stream_weights(), less, upto, self.tolerated_share)
-
-    def _places(
-        self, less: NDArray[np.intp], upto: NDArray[np.intp], mean_rows: Sequence[NDArray[np.float32] | None]
-    ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """(n, streams) each: how many of the reference alone lie below what n requests have, and how many not above it;
-        of the scores these are known."""
-        size, shape = self._reference.shape[1], (len(mean_rows), len(MEAN_HALF_LIVES))
-        below, above = np.zeros(shape, np.intp), np.full(shape, size)
-        there = [i for i, row in enumerate(mean_rows) if row is not None]
-        if self.means is not None and there:
-            rows = np.array([mean_rows[i] for i in there])
-            below[there], above[there] = self.means.reference_places(rows, size)
-        return np.concatenate((less, below), axis=1), np.concatenate((upto, above), axis=1)
-
-    def _score_places(self, rows: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """(n, k) each: how many of the reference lie below the scores of rows, and how many not above them."""
-        less, upto = np.empty((2, len(self._reference), len(rows)), np.intp)
-        for i, (known, column) in enumerate(zip(self._reference, np.ascontiguousarray(rows.T), strict=True)):
-            less[i], upto[i] = known.searchsorted(column), known.searchsorted(column, "right")
-        return less.T, upto.T
-
-    def _middle(self, less: NDArray[np.intp], upto: NDArray[np.intp]) -> Floats:
-        """(n, k) where scores lie in the reference, ties in their middle."""
-        ranks: Floats = (less + upto) / (2 * self._reference.shape[1])
-        return ranks
-
-
-def _effect_size(scores: int, size: int) -> EffectSize:
-    rising = len(MEAN_HALF_LIVES)
-    return EffectSize(scores + rising, size, rising)
+        if not self.drifted and evidence >= self.threshold:
+            self.crossed_at = self.updates
+            self._moved = self._bank.log_means()
+        self.sure |= evidence >= SURE * self.threshold

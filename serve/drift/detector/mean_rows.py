@@ -84,8 +84,8 @@ class MeanRows:
         self._rng = np.random.Generator(np.random.PCG64(seed))
         self._gathered: list[NDArray[np.float32]] = []
         self._runs = Runs(len(HALF_LIVES) * MANY_BETS.shape[1])
-        # Where the reference lies along the directions, and where the bag does, sorted; None since they turned last.
-        self._known: NDArray[np.float32] | None = None
+        # Where the reference lies along the directions, sorted, and where the bag does; None since they turned last.
+        self._known = np.zeros((len(HALF_LIVES), 1), np.float32)
         self._sorted: list[array[float]] | None = None
         self.phase = Phase.GATHERING
 
@@ -102,8 +102,9 @@ class MeanRows:
         for _ in self.steps(row[None], [now]):
             pass
 
-    def steps(self, rows: NDArray[np.float32], nows: Sequence[int]) -> Iterator[None]:
+    def steps(self, rows: NDArray[np.float32], nows: Sequence[int]) -> Iterator[Floats | float]:
         """`observe` each of the rows (n, width), to be run to its end: faster than one by one, with the same numbers.
+        (directions,) where each lies in the reference, from 0 to 1; a half while there is none.
 
         Until the directions turn, where a row lies along them says nothing about another: those are ranked at once.
         """
@@ -111,60 +112,37 @@ class MeanRows:
         while at < len(rows):
             if self.phase is Phase.RANKING:
                 ranked = rows[at : at + TURN - self._waiting]
-                bets = MANY_BETS.take(cells(self._ranks(self._small(ranked))), axis=0).reshape(len(ranked), -1)
+                small = self._small(ranked)
+                in_reference = self._reference_ranks(small)
+                bets = MANY_BETS.take(cells(self._ranks(small)), axis=0).reshape(len(ranked), -1)
                 at += len(ranked)
                 for place, _ in enumerate(self._runs.steps(bets, nows[at - len(ranked) : at]), 1):
                     if place == len(ranked) and self._waiting >= TURN:
                         self._turn()
-                    yield
+                    yield in_reference[place - 1]
                 continue
             if self.phase is Phase.GATHERING:
                 self._gathered.append(rows[at])
                 if len(self._gathered) >= self._needed:
                     self._begin()
             at += 1
-            yield
+            yield 0.5
 
     def evidence(self) -> float:
         """The mean of all R."""
         return float(np.add.reduce(self._runs.r)) / len(self._runs.r)
 
-    def by_stream(self) -> Floats:
-        """(directions,): the mean R of each."""
-        means: Floats = self._runs.r.reshape(len(HALF_LIVES), -1).mean(axis=1)
-        return means
-
     def began(self) -> tuple[float, int]:
         """Page's statistic of the strongest bet, and the request after which its run began."""
         return self._runs.began()
-
-    def reference_places(self, rows: NDArray[np.float32], size: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """(n, directions) each: how many of the reference lie below each row along them, and how many not above it, as
-        if it had `size` rows. Before there is one, a place in its middle."""
-        shape = len(rows), len(HALF_LIVES)
-        if self.phase is not Phase.RANKING:
-            return np.zeros(shape, np.intp), np.full(shape, size, np.intp)
-        if self._known is None:
-            self._known = np.sort(self._reference_along(), axis=1)
-        owns = self._own(self._small(rows)).T
-        scale = size / self._known.shape[1]
-        pairs = list(zip(self._known, owns, strict=True))
-        less = np.array([known.searchsorted(own - SAME) for known, own in pairs]).T
-        upto = np.array([known.searchsorted(own + SAME, "right") for known, own in pairs]).T
-        return (less * scale).astype(np.intp), np.ceil(upto * scale).astype(np.intp)
 
     def reset(self, now: int) -> None:
         """Begin again at no evidence; what was learned stays."""
         self._runs.reset(now)
 
-    @property
-    def off(self) -> bool:
-        """Whether nothing follows of this reference: its bets are none."""
-        return self.phase is Phase.OFF
-
     def state(self) -> State:
         """The evidence alone: no row."""
-        settings = np.array([self._needed, self._seed, self.off])
+        settings = np.array([self._needed, self._seed, self.phase is Phase.OFF])
         runs = {name: kept.reshape(len(HALF_LIVES), -1) for name, kept in self._runs.state().items()}
         return {"settings": settings} | runs
 
@@ -236,6 +214,12 @@ class MeanRows:
             self._waiting += 1
         return np.array(p)
 
+    def _reference_ranks(self, rows: NDArray[np.int8]) -> Floats:
+        """(n, directions): where rows (n, width) lie in the reference, ties in their middle."""
+        pairs = list(zip(self._known, self._own(rows).T, strict=True))
+        places = [known.searchsorted(own - SAME) + known.searchsorted(own + SAME, "right") for known, own in pairs]
+        return np.array(places).T / (2 * self._known.shape[1])
+
     def _own(self, rows: NDArray[np.int8]) -> NDArray[np.float32]:
         """(n, directions): where rows (n, width) lie. One by one: a product of many may round otherwise."""
         return np.array([self._onto @ row for row in rows.astype(np.float32)])
@@ -265,13 +249,14 @@ class MeanRows:
         ages = (self._ranked - 1 - self._times[:m]).astype(np.float32)
         weights = np.exp(_LOG_FADES * ages)  # (directions, m)
         bag = self._bag[:m].astype(np.float32)
-        self._known = self._sorted = None
+        self._sorted = None
         self._learn(weights, bag)
-        known = self._reference_along(EVERY)
+        known = self._reference_along()
         centre, spread = known.mean(axis=1, keepdims=True), np.maximum(known.std(axis=1, keepdims=True), 1e-12)
         farther = FARTHER * (self._along[:, :m] - centre) / spread - FARTHER**2 / 2
         odds = SHARE / (1 - SHARE) * np.exp(np.minimum(farther, 20))
         self._learn(weights * odds / (1 + odds), bag)
+        self._known = np.sort(self._reference_along(), axis=1)
 
     def _learn(self, weights: NDArray[np.float32], bag: NDArray[np.float32]) -> None:
         """Directions of what the rows of the bag teach by `weights`, (directions, m), and where the rows lie along
@@ -286,9 +271,9 @@ class MeanRows:
         own = weights * self._pull[:m] / length
         self._along[:, :m] = (_along(bag, self._onto).T - own + self._mean_part * leverage) / (1 - leverage)
 
-    def _reference_along(self, every: int = 1) -> NDArray[np.float32]:
-        """(directions, n): where the reference lies, or each so many of it."""
-        leverage, rows = self._known_leverage[::every], self._reference[::every].astype(np.float32)
+    def _reference_along(self) -> NDArray[np.float32]:
+        """(directions, n): where some of the reference lies, every so many of its rows."""
+        leverage, rows = self._known_leverage[::EVERY], self._reference[::EVERY].astype(np.float32)
         along: NDArray[np.float32] = (_along(rows, self._onto).T + self._mean_part * leverage) / (1 - leverage)
         return np.ascontiguousarray(along)
 

@@ -42,7 +42,6 @@ from typing import Any, Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from serve.drift.detector.effect_size import EFFECT_HALF_LIFE
 from serve.drift.features.features import Scale
 from serve.drift.state_arrays import below, prefixed
 
@@ -73,15 +72,15 @@ NEAR, FEWEST_NEAR = 1 / 8, 8
 
 @dataclass(slots=True, eq=False)
 class ReferenceStructure:
-    """autocorrelation: tau in requests, 1 where they are independent. block: requests in a unit. requests: of the
-    reference that was looked at, 0 if none was."""
+    """autocorrelation: tau in requests, 1 where they are independent. block: requests in a unit; `waiting`: those of
+    one that is not full. requests: of the reference that was looked at, 0 if none was."""
 
     scores: int
     autocorrelation: float = 1.0
     block: int = 1
     requests: int = 0
     _sum: Floats = field(init=False)
-    _waiting: int = field(init=False, default=0)
+    waiting: int = field(init=False, default=0)
     _wander: Wander | None = field(init=False, default=None)
     margin: Floats | None = field(init=False, default=None)
 
@@ -96,7 +95,7 @@ class ReferenceStructure:
     def begin(self, scores: Floats, seed: int = 0) -> NDArray[np.float32]:
         """(units, k) of the reference's scores (n, k) in the order in which they came. Finds out which wander."""
         units = [unit for row in scores if (unit := self._block_mean(row)) is not None]
-        self._sum[:], self._waiting = 0, 0
+        self._sum[:], self.waiting = 0, 0
         reference = np.array(units, np.float32)
         wanders = wandering(reference, np.random.Generator(np.random.PCG64(seed)))
         if wanders.any():
@@ -108,10 +107,6 @@ class ReferenceStructure:
         """Take (k,) scores of one request; (k,) of the unit that it completes, as the detector takes it."""
         unit = self._block_mean(scores)
         return unit if unit is None or self._wander is None else self._wander.adjust(unit)
-
-    def requests_of(self, units: int) -> int:
-        """How many requests the last `units` units were, with those whose block is not full."""
-        return units * self.block + self._waiting
 
     def report(self, names: Sequence[str]) -> dict[str, Any]:
         """What is known about time, for people; `names` of the scores."""
@@ -132,7 +127,7 @@ class ReferenceStructure:
         }
 
     def state(self) -> dict[str, NDArray]:
-        numbers = [self.autocorrelation, self.block, self.requests, self._waiting]
+        numbers = [self.autocorrelation, self.block, self.requests, self.waiting]
         state = {"numbers": np.array(numbers, np.float64), "sum": self._sum.copy()}
         if self._wander is not None:
             state |= prefixed(self._wander.state(), "wander.")
@@ -146,7 +141,7 @@ class ReferenceStructure:
             return self
         autocorrelation, block, requests, waiting = state["numbers"].tolist()
         self.autocorrelation, self.block = autocorrelation, int(block)
-        self.requests, self._waiting = int(requests), int(waiting)
+        self.requests, self.waiting = int(requests), int(waiting)
         self._sum[:] = state["sum"]
         wander = {name: np.array(value) for name, value in below(state, "wander.").items()}
         if wander:
@@ -162,11 +157,11 @@ class ReferenceStructure:
         if self.block == 1:
             return scores
         self._sum += scores
-        self._waiting += 1
-        if self._waiting < self.block:
+        self.waiting += 1
+        if self.waiting < self.block:
             return None
         unit = np.asarray(self._sum * (self._stretch / self.block), np.float32)
-        self._sum[:], self._waiting = 0, 0
+        self._sum[:], self.waiting = 0, 0
         return unit
 
     def _promise(self, score: str, tolerance: float, count: int) -> str:
@@ -339,15 +334,10 @@ def wandering(units: Floats, rng: np.random.Generator) -> NDArray[np.bool_]:
     return wanders
 
 
-def gauge_range(values: Floats) -> Floats:
-    """(2,): between which numbers a gauge with the half-life of the effects moves over values (n,) in order; 0 is."""
-    fade = 0.5 ** (1 / EFFECT_HALF_LIFE)
-    total = weight = low = high = 0.0
-    for i, value in enumerate(values.tolist()):
-        total, weight = total * fade + value, weight * fade + 1
-        if i >= EFFECT_HALF_LIFE:
-            low, high = min(low, total / weight), max(high, total / weight)
-    return np.array([low, high])
+def local_range(values: Floats, count: int) -> Floats:
+    """(2,): between which numbers the means of `count` neighbours among values (n,) lie; 0 is."""
+    means = np.convolve(values, np.full(count, 1 / count), "valid") if len(values) >= count else np.zeros(1)
+    return np.array([min(0.0, means.min()), max(0.0, means.max())])
 
 
 def _slow_amplitude(units: Floats) -> Floats:

@@ -12,12 +12,7 @@ et al. 2017); their frequency is taken from their number, since tokenizers numbe
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
 import math
-import mmap
-import re
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -25,10 +20,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from serve.errors import ConfigError
-from serve.models.gguf.kept import inputs_of, types_of, values_of
-
-log = logging.getLogger(__name__)
+from serve.models.input_embedding import Rows, rows
+from serve.models.number_tokens import number_tokens
 
 DIMENSIONS = 32
 # Arora's a: tokens rarer than this keep their weight, commoner ones lose it.
@@ -41,21 +34,7 @@ MEAN_WIDTH, MEAN_TOKENS = 384, 256
 NOTHING = 16
 # What an eight-bit number stands for at most, in standard deviations of the table.
 _FARTHEST = 6.0
-# What the input embedding is called in the checkpoints of the architectures that vLLM serves; the output's stands for
-# it where the two are tied and only that one was saved.
-NAMES = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "tok_embeddings.weight",
-    "embed_in.weight",
-    "embeddings.weight",
-    "embedding.weight",
-    "lm_head.weight",
-)
 _CHUNK = 8192
-# A token of digits, with what tokenizers write for a space before it or for the inside of a word.
-_NUMBER = re.compile(r"[ \u0120\u2581]*(?:##)?\d+")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,11 +59,6 @@ class Embedding:
     @property
     def dimensions(self) -> int:
         return self.table.shape[1]
-
-    @property
-    def mean_width(self) -> int:
-        """Numbers of a mean row."""
-        return 0 if self.narrow is None else self.narrow.shape[1]
 
     @classmethod
     def of(cls, checkpoint: Path, *, dimensions: int = DIMENSIONS, seed: int = 0) -> Self:
@@ -159,112 +133,3 @@ def _narrow(source: Rows | NDArray[np.floating]) -> NDArray[np.int8]:
         unit = unit or max(float(rows.std()), 1e-9) * _FARTHEST / 127
         narrow[start : start + _CHUNK] = np.clip(np.rint(rows / unit), -127, 127)
     return narrow
-
-
-class Rows:
-    """A matrix in a safetensors file, mapped: slices of it become float32, the rest stays on the disk.
-
-    `kept` is the type of its blocks where they are those of a GGUF file, and `shape` then counts bytes.
-    """
-
-    def __init__(self, path: Path, dtype: str, shape: tuple[int, int], offset: int, kept: str = "") -> None:
-        self.shape = (shape[0], inputs_of(kept, shape[1])) if kept else shape
-        self._bf16 = dtype == "BF16"
-        self._kept = kept
-        kind = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "U8": "u1"}[dtype]
-        self._map = np.memmap(path, kind, "r", offset, shape)
-
-    def __getitem__(self, which: slice | NDArray[np.integer]) -> NDArray[np.float32]:
-        part = np.asarray(self._map[which])
-        if self._kept:
-            read = values_of(self._kept, part)
-        else:
-            # The upper half of a float32.
-            read = (part.astype(np.uint32) << 16).view(np.float32) if self._bf16 else part.astype(np.float32)
-        with suppress(AttributeError, OSError, ValueError):  # the pages that were read count as this process's memory
-            self._map._mmap.madvise(mmap.MADV_DONTNEED)
-        return read
-
-
-def rows(checkpoint: Path) -> Rows:
-    """The input embedding of a checkpoint folder, or ConfigError with the reason."""
-    return _open(*source(checkpoint))
-
-
-def source(checkpoint: Path) -> tuple[Path, str]:
-    """The file that the input embedding of a checkpoint folder is in, and its name there."""
-    for name in NAMES:
-        for tensor, path in sorted(_where(checkpoint).items()):
-            if tensor == name or tensor.endswith("." + name):
-                return path, tensor
-    raise ConfigError(
-        f"{checkpoint.name} has no tensor that is called like an input embedding ({', '.join(NAMES[:3])}, ...), "
-        "so its prompts cannot be watched for drift; switch drift off for this model"
-    )
-
-
-def number_tokens(checkpoint: Path, vocabulary: int) -> NDArray[np.bool_] | None:
-    """(vocabulary + 1,) which tokens of a checkpoint folder are made of digits; None where its files do not say."""
-    numbers = np.zeros(vocabulary + 1, np.bool_)
-    try:
-        if (file := checkpoint / "tokenizer.json").is_file():
-            tokens = json.loads(file.read_bytes())["model"]["vocab"]
-        elif (file := checkpoint / "vocab.json").is_file():
-            tokens = json.loads(file.read_bytes())
-        else:
-            return None
-        # Unigram tokenizers list (token, score) in the order of their numbers.
-        pairs = tokens.items() if isinstance(tokens, dict) else ((entry[0], i) for i, entry in enumerate(tokens))
-        for token, number in pairs:
-            if 0 <= number < vocabulary and _NUMBER.fullmatch(token):
-                numbers[number] = True
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as damaged:
-        log.warning("%s: which tokens are numbers is not known: %s", file, damaged)
-        return None
-    return numbers
-
-
-def _where(checkpoint: Path) -> dict[str, Path]:
-    """Every tensor's file."""
-    index = checkpoint / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = dict(json.loads(index.read_bytes())["weight_map"])
-        except (ValueError, KeyError, TypeError) as damaged:
-            raise ConfigError(f"{index.name} cannot be read ({damaged}); fetch the checkpoint again") from damaged
-        return {tensor: checkpoint / str(shard) for tensor, shard in shards.items()}
-    tensors = {tensor: path for path in sorted(checkpoint.glob("*.safetensors")) for tensor in _header(path)[0]}
-    if not tensors:
-        raise ConfigError(f"{checkpoint.name} holds no safetensors file; drift needs the embedding table of the model")
-    return tensors
-
-
-def _header(path: Path) -> tuple[dict[str, dict], int]:
-    """The tensors of a safetensors file, and where their bytes begin."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > 100 << 20:
-                raise ValueError("its header is larger than the format allows")
-            tensors = json.loads(file.read(length))
-    except (OSError, ValueError) as damaged:
-        raise ConfigError(f"{path.name} is not a safetensors file ({damaged}); fetch the checkpoint again") from damaged
-    tensors.pop("__metadata__", None)
-    return tensors, 8 + length
-
-
-def _open(path: Path, tensor: str) -> Rows:
-    tensors, begin = _header(path)
-    entry = tensors.get(tensor)
-    if entry is None:
-        raise ConfigError(f"the index names {path.name} for {tensor}, which is not in it; fetch the checkpoint again")
-    dtype, shape = entry["dtype"], tuple(entry["shape"])
-    kept = types_of(path.parent).get(tensor.removesuffix(".weight"), "") if dtype == "U8" else ""
-    if not (kept or dtype in ("BF16", "F16", "F32")) or len(shape) != 2:
-        raise ConfigError(
-            f"{tensor} is {dtype} {list(shape)}; drift reads an embedding of two dimensions in BF16, F16 or F32"
-        )
-    start, end = entry["data_offsets"]
-    if path.stat().st_size < begin + end:
-        raise ConfigError(f"{path.name} was cut short; fetch the checkpoint again")
-    return Rows(path, dtype, shape, begin + start, kept)

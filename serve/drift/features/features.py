@@ -21,25 +21,22 @@ any new one, so it may not be there. No number of a prompt's vector is a score: 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple, Self, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Self, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from serve.asgi.exchange import Generation
 from serve.drift.features import token_surprise
 from serve.drift.features.embedding import Embedding
+from serve.models.refusals import refuses
 
 Floats: TypeAlias = NDArray[np.floating]
 
 # Counts up when a row of the same request would come out otherwise: a baseline of another version does not fit.
 FEATURES = 5
-# With 1 a prompt's row is of all its tokens; with 2 frequent wording was cut out of it as if it were an opening; up to
-# 3 it is of the whole rendered prompt, and not of the last message. Such a baseline goes on as it began; the next
-# version gets one of its own. Up to 4 vectors and frequent tokens were scores too (`earlier_baselines`).
-EARLIER_FEATURES = (ALL_TOKENS := 1, 2, WHOLE_PROMPTS := 3, VECTORS := 4)
 PROMPT, OUTPUT, LOGPROB, FOLLOW_UP = SIGNALS = ("prompt", "output", "logprob", "follow_up")
 # What is said of requests, not of answers.
 PROMPTS = frozenset({PROMPT, FOLLOW_UP})
@@ -55,25 +52,6 @@ _LEADS = {
     LOGPROB: ("mean_logprob", "min_logprob", "sd_logprob"),
 }
 
-_REFUSES = re.compile(
-    r"\W*(?:i(?:'|’)?m (?:very |really |so )?sorry|i am sorry|sorry,|my apologies|i apologi[sz]e|unfortunately,? i"
-    r"|as an ai\b|i(?:'|’)m (?:not able|unable)"
-    r"|i (?:can(?:'|’)?t|cannot|can not|won(?:'|’)?t|will not|am not able|am unable|must decline"
-    r"|don(?:'|’)?t feel comfortable)"
-    r"|(?:es )?tut mir leid|ich kann (?:ihnen |dir )?(?:das |dabei |hierbei )?(?:leider )?nicht"
-    r"|je (?:suis désolé|ne peux pas)|lo siento|no puedo)",
-    re.IGNORECASE,
-)
-
-
-class Answer(NamedTuple):
-    """What an engine gave: token numbers, and where they were asked for the sampled tokens' logprobs (nat)."""
-
-    tokens: ArrayLike
-    finish_reason: str | None = None
-    text: str | None = None
-    logprobs: ArrayLike | None = None
-
 
 def prompt_row(embedding: Embedding, tokens: ArrayLike, skipped: int = 0) -> Floats:
     """(1 + dimensions,) of a prompt's own tokens, and all that comes behind them; `skipped` more are in its middle that
@@ -83,24 +61,24 @@ def prompt_row(embedding: Embedding, tokens: ArrayLike, skipped: int = 0) -> Flo
     return np.concatenate((length, embedding.vector(ids), token_surprise.sketch(ids), embedding.mean_row(ids)))
 
 
-def beginning(answer: Answer, tokens: int) -> Answer:
+def beginning(answer: Generation, tokens: int) -> Generation:
     """The answer as it would have been with `max_tokens` of `tokens`; all of it where that is 0."""
-    size = len(np.asarray(answer.tokens))
+    size = len(answer.output)
     if not tokens or size <= tokens:
         return answer
     text = answer.text and answer.text[: round(len(answer.text) * tokens / size)]
-    logprobs = None if answer.logprobs is None else np.asarray(answer.logprobs)[:tokens]
-    return Answer(np.asarray(answer.tokens)[:tokens], "length", text, logprobs)
+    logprobs = None if answer.logprobs is None else answer.logprobs[:tokens]
+    return replace(answer, output=answer.output[:tokens], finish_reason="length", text=text, logprobs=logprobs)
 
 
-def answer_rows(embedding: Embedding, answer: Answer) -> dict[str, Floats]:
+def answer_rows(embedding: Embedding, answer: Generation) -> dict[str, Floats]:
     """The rows that an answer has, with all that comes behind them, but for the prompt's that its log-probabilities are
     to be regressed on. Nothing of an answer without a token."""
-    ids = np.asarray(answer.tokens, np.int64)
+    ids = np.asarray(answer.output, np.int64)
     n = ids.size
     if not n:
         return {}
-    length, refused = math.log1p(n), answer.text is not None and refuses(answer.text)
+    length, refused = math.log1p(n), refuses(answer.text)
     pairs = _distinct(ids[:-1] << 32 | ids[1:]) if n > 1 else 1.0
     leads = (length, answer.finish_reason == "length", refused, _distinct(ids), pairs)
     row = np.concatenate((leads, token_surprise.sketch(ids), embedding.mean_row(ids)))
@@ -114,11 +92,6 @@ def answer_rows(embedding: Embedding, answer: Answer) -> dict[str, Floats]:
             spread = math.sqrt(np.add.reduce(away * away) / logprobs.size)
             rows[LOGPROB] = np.array((mean, np.minimum.reduce(logprobs), spread, length))
     return rows
-
-
-def refuses(text: str) -> bool:
-    """Whether an answer begins as refusals do, in the words of common models."""
-    return _REFUSES.match(text) is not None
 
 
 def names(signal: str) -> tuple[str, ...]:

@@ -11,14 +11,15 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from serve.drift.features.embedding import DIMENSIONS, Embedding, source
+from serve.drift.features.embedding import DIMENSIONS, Embedding
 from serve.files import fsync
+from serve.models.cache import aside
+from serve.models.input_embedding import source
 
 log = logging.getLogger(__name__)
 
@@ -69,18 +70,15 @@ def _read(folder: Path) -> Embedding | None:
 
 def _write(made: Embedding, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
+    with aside(folder.parent, folder.name) as written:
         for name in _ARRAYS:
             if (array := getattr(made, name)) is not None:
-                np.save(aside / f"{name}.npy", array)
-        (aside / "digest").write_text(made.digest)
-        for file in aside.iterdir():  # after a power failure a table would be as long, and zeros
+                np.save(written / f"{name}.npy", array)
+        (written / "digest").write_text(made.digest)
+        for file in written.iterdir():  # after a power failure a table would be as long, and zeros
             fsync(file)
         with suppress(OSError):  # another server was first
-            aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            written.rename(folder)
     others = sorted((each for each in folder.parent.iterdir() if each.is_dir()), key=lambda each: each.stat().st_mtime)
     for old in others[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)

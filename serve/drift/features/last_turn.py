@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from serve.asgi.messages import messages_of
 from serve.drift.features.shared_ends import NUMBER, RUN, hashed_runs
 
 # Characters at either end of a longer message that are looked at, and words of a system prompt.
@@ -28,7 +29,6 @@ MOST_CHARACTERS, MOST_WORDS = 16_384, 1024
 MOST_SYSTEMS = 64
 _known_runs: dict[bytes, NDArray[np.uint64]] = {}
 _SYSTEMS = ("system", "developer")
-_TEXT_PARTS = ("text", "input_text")
 
 
 class Tokens(Protocol):
@@ -63,7 +63,7 @@ def last_turn(question: Mapping[str, Any] | None, prompt: Sequence[int], text: T
     """Of the body of a request, if it was kept, and its rendered prompt."""
     if text is None:
         return Turn(np.array(prompt, np.int64))
-    messages = _messages(question)
+    messages = messages_of(question)
     said = [content for role, content in messages if role == "user"]
     tokens = text.tokens(_ends(said[-1])) if said else None
     if tokens is None:
@@ -76,40 +76,6 @@ def last_turn(question: Mapping[str, Any] | None, prompt: Sequence[int], text: T
         _digest(said[-2]) if len(said) > 1 else b"",
         _system_runs("\n".join(content for role, content in messages if role in _SYSTEMS)),
     )
-
-
-def first_message(question: Mapping[str, Any]) -> str | None:
-    """What the first message of the user's says; None of a request without one."""
-    return next((content for role, content in _messages(question) if role == "user"), None)
-
-
-def _messages(question: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """Roles and texts, in order; of other parts than texts nothing. None where there are no messages."""
-    if question is None:
-        return []
-    given = question.get("messages") or question.get("input")
-    given = [{"role": "user", "content": given}] if isinstance(given, str) else given
-    if not isinstance(given, list):
-        return []
-    system = question.get("system") or question.get("instructions")
-    messages = [("system", _content(system))] if system else []
-    for message in given:
-        if isinstance(message, Mapping):
-            # An item of the responses API that is no message is a call of a tool, or what came of it.
-            role, content = str(message.get("role") or "tool"), message.get("content")
-            results = isinstance(content, list) and any(
-                isinstance(part, Mapping) and part.get("type") == "tool_result" for part in content
-            )
-            messages.append(("tool" if results else role, _content(content)))
-    return messages
-
-
-def _content(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    texts = (part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") in _TEXT_PARTS)
-    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _between_special(tokens: NDArray[np.int64], special: frozenset[int]) -> NDArray[np.int64]:

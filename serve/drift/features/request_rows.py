@@ -13,13 +13,11 @@ from serve.drift.features.embedding import Embedding
 from serve.drift.features.features import (
     LOGPROB,
     PROMPT,
-    Answer,
     Floats,
     answer_rows,
     beginning,
     prompt_row,
 )
-from serve.drift.features.parameter_strata import Stratum
 from serve.drift.features.shared_ends import Words, own_tokens, skipped
 
 
@@ -27,25 +25,18 @@ def reference_rows(
     generations: Sequence[Generation],
     prompts: Sequence[NDArray[np.int64]],
     embedding: Embedding,
-    stratum: Stratum,
+    tokens: int,
 ) -> dict[str, list[Floats]]:
     """The rows of each signal that a reference is made of, of answers and the last turns of their `prompts`; what those
-    share is left out of them as it is live."""
+    share is left out of them as it is live. tokens: of an answer so many are looked at, all where it is 0."""
     rows: dict[str, list[Floats]] = {}
     for generation, prompt, own in zip(generations, prompts, own_tokens(prompts, embedding.numbers), strict=True):
-        each = rows_of_answer(generation, embedding, stratum)
+        each = answer_rows(embedding, beginning(generation, tokens))
         each[PROMPT] = prompt_row(embedding, own, skipped(prompt))
         regress_on(each[PROMPT][: 1 + embedding.dimensions], each)
         for kind, row in each.items():
             rows.setdefault(kind, []).append(row)
     return rows
-
-
-def rows_of_answer(generation: Generation, embedding: Embedding, stratum: Stratum) -> dict[str, Floats]:
-    """The rows that as much of an answer gives as the stratum looks at, without its prompt's numbers."""
-    tokens = np.asarray(generation.output, np.int64)
-    answer = Answer(tokens, generation.finish_reason, generation.text, generation.logprobs)
-    return answer_rows(embedding, beginning(answer, stratum.tokens))
 
 
 def follow_up_row(embedding: Embedding, turns: Sequence[NDArray[np.int64]]) -> Floats:

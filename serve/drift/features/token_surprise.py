@@ -99,13 +99,14 @@ def _fit(ids: NDArray[np.int64], buckets: int) -> tuple[NDArray[np.float16], NDA
     unseen = (np.count_nonzero(counts == 1) + 1) / (total + 2)
     empty = max(np.count_nonzero(counts == 0), 1)
 
-    def surprise(of: NDArray[np.float64]) -> NDArray[np.float64]:
-        once = (1 - unseen) / max(total, 1)
-        return -np.log(np.where(of > 0, of * once, min(unseen / empty, once / 2)))
-
-    scores = surprise(counts[flat] - own[inverse])
-    mean = scores.mean() if len(scores) else 0.0
     lengths = np.maximum(np.add.reduce(there, axis=1), 1)
+
+    def surprise(of: NDArray[np.float64], among: ArrayLike) -> NDArray[np.float64]:
+        once = (1 - unseen) / np.maximum(among, 1)
+        return -np.log(np.where(of > 0, of * once, np.minimum(unseen / empty, once / 2)))
+
+    scores = surprise(counts[flat] - own[inverse], total - lengths[rows])
+    mean = scores.mean() if len(scores) else 0.0
     sums = np.bincount(rows, scores - mean, minlength=len(ids))
-    table = np.append(surprise(counts) - mean, 0)
+    table = np.append(surprise(counts, total) - mean, 0)
     return table.astype(np.float16), sums / np.sqrt(lengths)

@@ -151,27 +151,13 @@ def typical_tokens(requests: Sequence[Seen]) -> int | None:
     return round(np.expm1(np.log1p([request.tokens for request in requests]).mean())) if requests else None
 
 
-def language_shares(requests: Sequence[Seen]) -> dict[str, float]:
-    """Of the requests whose language could be told, the most frequent first."""
-    return _shares(request.language for request in requests if request.language)
-
-
-def tenant_shares(requests: Sequence[Seen]) -> dict[str, float]:
-    """By tenant, the one with most requests first."""
-    return _shares(request.tenant for request in requests)
-
-
-def topic_shares(requests: Sequence[Seen]) -> dict[int, float]:
-    """By the topic's number, the one with most requests first."""
-    return _shares(request.topic for request in requests)
-
-
 def mark_shares(requests: Sequence[Seen]) -> dict[str, float]:
     """Of all requests those that are written in a way that stands out."""
     counts = Counter(mark for request in requests for mark in request.marks)
     return {mark: round(count / len(requests), 3) for mark, count in counts.most_common()}
 
 
-def _shares(values: Iterable[Value]) -> dict[Value, float]:
+def shares_of(values: Iterable[Value]) -> dict[Value, float]:
+    """Of each value, the most frequent first."""
     counts = Counter(values)
     return {value: round(count / counts.total(), 3) for value, count in counts.most_common()}

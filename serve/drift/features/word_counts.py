@@ -21,7 +21,6 @@ MOST = 250
 LETTERS = 4
 # Standard deviations by which a typical word is more frequent.
 TYPICAL = 3.0
-_LARGE = 1e12
 
 
 @dataclass(slots=True)
@@ -34,51 +33,41 @@ class _Count:
 
 
 class WordCounts:
-    """half_life: in requests, after which one counts half; 0 for never."""
+    """half_life: in requests, after each so many of which all that came before counts half; 0 for never."""
 
     def __init__(self, half_life: float = 0.0) -> None:
-        self._growth = 2 ** (1 / half_life) if half_life else 1.0
-        # Instead of all counts fading, each request weighs more than the one before.
-        self._unit = 1.0
-        self._requests = 0.0
+        self._half_life = half_life
+        self._until_half = half_life
+        # How many requests were counted, the older ones for less.
+        self.requests = 0.0
         # The largest count that was forgotten.
         self._forgotten = 0.0
         self._counts: dict[int, _Count] = {}
 
-    @property
-    def requests(self) -> float:
-        """How many requests were counted, the older ones for less."""
-        return self._requests / self._unit
-
     def add(self, words: Mapping[int, str], asker: int) -> None:
         """Count one request: its words by their hashes (`hashed`), and a number for who asked."""
-        self._unit *= self._growth
-        self._requests += self._unit
-        unit, counts = self._unit, self._counts
+        self.requests += 1
+        counts = self._counts
         for key, word in words.items():
             known = counts.get(key)
             if known is None:
-                counts[key] = _Count(unit, self._forgotten, (asker,))
+                counts[key] = _Count(1.0, self._forgotten, (asker,))
                 continue
-            known.count += unit
+            known.count += 1
             if not known.text and asker not in known.askers:
                 known.askers = (*known.askers, asker)
                 if len(known.askers) >= ASKERS:
                     known.text, known.askers = word, ()
         if len(self._counts) > 2 * MOST:
             self._forget()
-        if self._unit > _LARGE:
-            self._rescale()
-
-    def count(self, key: int) -> float:
-        """In how many requests the word of this hash was, at least."""
-        known = self._counts.get(key)
-        return known.count / self._unit if known else 0.0
+        self._until_half -= 1
+        if self._half_life and self._until_half <= 0:
+            self._halve()
 
     def count_at_most(self, key: int) -> float:
         """Rare words are forgotten to make room: in how many requests the word was at most."""
         known = self._counts.get(key)
-        return (known.count + known.missed if known else self._forgotten) / self._unit
+        return known.count + known.missed if known else self._forgotten
 
     def frequency(self, words: Sequence[str]) -> float:
         """In how many of the requests such a word is at most, on average over the words."""
@@ -95,7 +84,7 @@ class WordCounts:
         n, m = self.requests, sum(other.requests for other in rest)
         scored = []
         for key, known in self._counts.items():
-            a = known.count / self._unit
+            a = known.count
             if not known.text or a < ASKERS / 2:
                 continue
             b = sum(other.count_at_most(key) for other in rest)
@@ -107,25 +96,22 @@ class WordCounts:
 
     def unfading(self) -> WordCounts:
         """The same counts, which fade no more."""
-        self._rescale()
         made = WordCounts()
-        made._requests, made._forgotten = self._requests, self._forgotten
+        made.requests, made._forgotten = self.requests, self._forgotten
         made._counts = {key: replace(known) for key, known in self._counts.items()}
         return made
 
     def state(self) -> dict[str, Any]:
         """For JSON: the words that may be shown."""
-        self._rescale()
         words = {known.text: round(known.count, 3) for known in self._counts.values() if known.text}
         unwritten = [known.count + known.missed for known in self._counts.values() if not known.text]
         forgotten = max([self._forgotten, *unwritten])
-        return {"growth": self._growth, "requests": self._requests, "forgotten": forgotten, "words": words}
+        return {"half_life": self._half_life, "requests": self.requests, "forgotten": forgotten, "words": words}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
-        self = cls()
-        self._growth, self._requests = float(state["growth"]), float(state["requests"])
-        self._forgotten = float(state["forgotten"])
+        self = cls(float(state.get("half_life", 0)))  # the last release did not write it: such counts fade no more
+        self.requests, self._forgotten = float(state["requests"]), float(state["forgotten"])
         self._counts = {hash(word): _Count(float(count), text=word) for word, count in state["words"].items()}
         return self
 
@@ -137,13 +123,13 @@ class WordCounts:
         self._forgotten = max(self._forgotten, most.count + most.missed)
         self._counts = {every[place][0]: every[place][1] for place in order}
 
-    def _rescale(self) -> None:
+    def _halve(self) -> None:
+        self._until_half = self._half_life
+        self.requests /= 2
+        self._forgotten /= 2
         for known in self._counts.values():
-            known.count /= self._unit
-            known.missed /= self._unit
-        self._requests /= self._unit
-        self._forgotten /= self._unit
-        self._unit = 1.0
+            known.count /= 2
+            known.missed /= 2
 
 
 def hashed(words: Iterable[str], leave_out: frozenset[str], most: int = 80) -> dict[int, str]:

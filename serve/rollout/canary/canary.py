@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from serve.adapters.registry.snapshot import Share
 from serve.asgi.exchange import Exchange
-from serve.drift.features.features import refuses
 from serve.events import CanaryVerdict
+from serve.models.refusals import refuses
 from serve.rollout.canary.askers_seen import AskersSeen
 from serve.rollout.canary.key_weights import KeyWeights
 from serve.rollout.prefill_times import PrefillTimes

@@ -55,7 +55,7 @@ def test_the_first_requests_become_the_reference():
     ("kind", "how", "effect"),
     [
         (PROMPT, {"topic": 2.0}, "rank_shift"),
-        (OUTPUT, {"refusals": 0.5}, "refusal"),
+        (OUTPUT, {"refusals": 0.5}, "foreign_share"),
         (LOGPROB, {"logprob": -1.5}, "logprob"),
     ],
 )
@@ -201,8 +201,7 @@ def test_several_rows_at_once_are_those_rows_one_by_one_to_the_bit(needed):
     alone, together = Signal(PROMPT, needed=needed, threshold=100), Signal(PROMPT, needed=needed, threshold=100)
     alarms = [alone.update(row) for row in rows]
     blocks = [rows[i : i + 8] for i in range(0, len(rows), 8)]  # the reference is complete within a block
-    runs = [run for block in blocks for run in together.runs(block)]
-    assert [last and i == taken for taken, last in runs for i in range(1, taken + 1)] == alarms
+    assert [alarm for block in blocks for alarm in together.steps(block)] == alarms
     left, right = alone.state(), together.state()
     assert left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
     assert alone.effects() == together.effects() and alone.changed_at == together.changed_at
@@ -227,7 +226,7 @@ def test_what_a_reference_gathers_is_written_without_its_tokens():
     for _ in range(60):
         signal.update(sketched(rng))
     state = {name: value for name, value in signal.state().items() if not name.startswith("fixed.")}
-    assert state.keys() == {"gathered", "counts", "layout"} and state["gathered"].shape == (60, 33)
+    assert state.keys() == {"gathered", "counts"} and state["gathered"].shape == (60, 33)
 
 
 def test_after_a_restart_half_of_the_reference_comes_anew_with_its_tokens():

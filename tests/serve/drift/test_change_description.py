@@ -51,9 +51,25 @@ def test_a_language_a_length_and_a_topic_are_named():
     )
     said = describe(signal, TrafficProfiles(reference, recent), "2026-11-25T10:00:00+00:00")
     assert said["text"].startswith("since 2026-11-25T10:00:00+00:00, in at least ")
-    assert "of the prompts: probably German (0 % before, 100 % now), shorter (typically " in said["text"]
+    assert "of the prompts: about a new topic (in " in said["text"] and said["topics"][0]["new"]
+    assert ", probably German (0 % before, 100 % now), shorter (typically " in said["text"]
     assert "rezept" in said["text"] and "backofen" in said["text"] and "invoice" not in said["topics"][0]["words"]
     assert said["length"]["before"] > 90 > 40 > said["length"]["now"] and said["requests"] >= 30
+
+
+def test_a_topic_that_was_there_is_not_called_new():
+    rng = np.random.default_rng(1)
+    signal = moved_signal(rng, PROMPT, prompt_row(0.0), prompt_row(3.0))
+    reference, recent = TrafficProfile(), TrafficProfile.of_recent()
+    for number in range(600):
+        hot = number % 4 == 0
+        words = ["rezept", "backofen"] if hot else ["invoice", "payment"]
+        reference.add(prompt(rng, number, words=words, centre=9.0 * hot))
+    for number in range(60):
+        recent.add(prompt(rng, number, words=["rezept", "backofen"], centre=9.0))
+    said = describe(signal, TrafficProfiles(reference, recent), None)
+    assert "about backofen, rezept" in said["text"] or "about rezept, backofen" in said["text"]
+    assert not said["topics"][0]["new"]
 
 
 def test_how_prompts_are_written_is_named():
@@ -88,14 +104,13 @@ def output_row(tokens=50.0, cut=0.0, refusal=0.02, repeats=0.0):
     return row
 
 
-def test_answers_that_are_cut_off_refuse_or_repeat_are_said_to():
+def test_answers_that_are_shorter_are_said_to_be():
     rng = np.random.default_rng(3)
     signal = moved_signal(rng, OUTPUT, output_row(), output_row(8.0, cut=0.9, refusal=0.4, repeats=0.5))
     said = describe(signal, TrafficProfiles(), None)
-    for part in ("shorter (typically ", "more cut off by the limit of tokens", "more refusals", "more repetition"):
-        assert part in said["text"], said["text"]
-    assert "of the answers" in said["text"]
+    assert "% of the answers: shorter answers (typically 5" in said["text"]
     assert said["refusal"]["now"] > 0.2 > 0.1 > said["refusal"]["before"]
+    assert said["ended_by_length"]["now"] > 0.5 and said["repetition"]["now"] > said["repetition"]["before"] + 0.2
 
 
 def test_a_version_that_is_less_sure_is_said_to_be():

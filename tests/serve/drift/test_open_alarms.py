@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from serve.asgi.exchange import Exchange, Generation
 from serve.drift.features.embedding import Embedding
-from serve.drift.features.request_text import RequestText
 from serve.drift.monitor import DriftMonitor
 from serve.drift.watched_version import DriftSettings
+from serve.models.request_text import RequestText
 from tests.support.app import issued, upload
 from tests.support.tiny import HIDDEN
 from tests.support.watched_traffic import CHAT, Engine, ask, askers, drift, push

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from serve.drift.thinning import COUNTS, MOST_BETWEEN, Shuffle, Thinning, inherited
+from serve.drift.thinning import COUNTS, MOST_BETWEEN, Thinning, inherited
 
 RNG = np.random.default_rng(0)
 DIGITS = np.zeros(30_001, np.bool_)
@@ -266,16 +266,6 @@ def test_memory_is_bounded():
 def test_nonsense_is_refused():
     with pytest.raises(ValueError, match="window 0"):
         Thinning(window=0)
-    with pytest.raises(ValueError, match="block 0"):
-        Shuffle(0)
-
-
-def test_blocks_come_shuffled_and_whole():
-    shuffle = Shuffle(8, seed=1)
-    out = [item for i in range(84) for item in shuffle.add(i)]
-    assert len(out) == 80 and out != sorted(out)
-    assert all(sorted(out[i : i + 8]) == list(range(i, i + 8)) for i in range(0, 80, 8))
-    assert sorted(shuffle.flush()) == [80, 81, 82, 83] and shuffle.flush() == []
 
 
 def test_openings_are_known_after_a_restart_and_to_the_next_version():
@@ -287,5 +277,3 @@ def test_openings_are_known_after_a_restart_and_to_the_next_version():
         again = Thinning()
         again.restore(state)
         assert again.shared.openings == thinning.shared.openings
-    older = {name: value for name, value in thinning.state().items() if not name.startswith("shared.")}
-    Thinning().restore(older)

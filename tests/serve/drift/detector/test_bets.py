@@ -32,11 +32,11 @@ def test_bets_win_also_when_foreign_requests_are_in_the_bag():
 
 def test_of_bounds_each_side_bets_on_its_own():
     p = np.array([[0.5]])
-    (bet,) = Bank.prepare(p, (np.array([[0.1]]), np.array([[0.9]])))
-    (low,), (high,) = Bank.prepare(np.array([[0.1]])), Bank.prepare(np.array([[0.9]]))
+    least, most = np.array([[0.1]]), np.array([[0.9]])
+    (bet,), (low,), (high,) = Bank.prepare(least, most), Bank.prepare(least, least), Bank.prepare(most, most)
     assert np.array_equal(bet[: FIXED // 2], low[: FIXED // 2])
     assert np.array_equal(bet[FIXED // 2 :], high[FIXED // 2 :])
-    assert (bet <= Bank.prepare(p)[0]).all()
+    assert (bet <= Bank.prepare(p, p)[0]).all()
 
 
 @pytest.mark.parametrize(("shift", "requests"), [(4.0, 4), (2.0, 12)])
@@ -47,11 +47,12 @@ def test_what_moves_far_needs_no_learning(shift, requests):
     normal = np.sort(rng.standard_normal(20_000))
     for now in range(1, 100):
         where = normal.searchsorted(rng.standard_normal() + shift) / len(normal)
-        next(bank.steps(Bank.prepare(np.array([[min(where, 0.9999), rng.random()]])), [now]))
+        p = np.array([[min(where, 0.9999), rng.random()]])
+        next(bank.steps(Bank.prepare(p, p), [now]))
         if bank.evidence() >= 1e4:
             break
     assert now <= requests
-    assert bank.began()[1] == 0 and bank.weights().argmax() == 0
+    assert bank.began()[1] == 0 and bank.log_means().argmax() == 0
 
 
 def test_bets_of_several_requests_at_once_are_those_of_one_after_another():

@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from serve.drift.features.embedding import Embedding, rows
+from serve.drift.features.embedding import Embedding
 from serve.errors import ConfigError
 from serve.models.gguf import conversion
 from serve.models.gguf.checkpoint import Form
 from serve.models.gguf.families import values
 from serve.models.gguf.file import GGUF
+from serve.models.input_embedding import rows
 from tests.support.gguf_files import write
 
 TABLE = torch.randn(300, 16, generator=torch.Generator().manual_seed(1))

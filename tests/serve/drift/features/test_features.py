@@ -5,21 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from serve.asgi.exchange import Generation
 from serve.drift.features.embedding import Embedding
 from serve.drift.features.features import (
     CLIP,
     LOGPROB,
     OUTPUT,
     PROMPT,
-    Answer,
     Scale,
     answer_rows,
     columns,
     names,
     prompt_row,
-    refuses,
 )
 from serve.drift.features.token_surprise import SKETCH
+from serve.models.refusals import refuses
 
 
 @pytest.fixture
@@ -29,17 +29,19 @@ def embedding():
 
 def test_rows_have_the_scores_that_their_names_say(embedding):
     prompt = prompt_row(embedding, [5, 6, 7])
-    assert prompt.shape == (columns(PROMPT, 32) + SKETCH + embedding.mean_width,)
+    assert prompt.shape == (columns(PROMPT, 32) + SKETCH + embedding.narrow.shape[1],)
     assert prompt[0] == pytest.approx(np.log(4)) and names(PROMPT) == ("length",)
     assert np.array_equal(prompt[1:33], embedding.vector([5, 6, 7]))
-    rows = answer_rows(embedding, Answer([9, 9, 9, 8], "length", "I cannot help with that.", [-1, -2, -3, -2]))
-    assert rows[OUTPUT].shape == (columns(OUTPUT, 32) + SKETCH + embedding.mean_width,)
+    rows = answer_rows(
+        embedding, Generation([], [9, 9, 9, 8], "length", "I cannot help with that.", logprobs=[-1, -2, -3, -2])
+    )
+    assert rows[OUTPUT].shape == (columns(OUTPUT, 32) + SKETCH + embedding.narrow.shape[1],)
     output = dict(zip(names(OUTPUT), rows[OUTPUT][:5], strict=True))
     assert (output["ended_by_length"], output["refusal"]) == (1, 1)
     assert output["distinct_1"] == 0.5 and output["distinct_2"] == pytest.approx(2 / 3)
     assert rows[LOGPROB][:3] == pytest.approx([-2, -3, np.std([-1, -2, -3, -2])])
-    assert set(answer_rows(embedding, Answer([9], "stop"))) == {OUTPUT}
-    assert answer_rows(embedding, Answer([])) == {}
+    assert set(answer_rows(embedding, Generation([], [9], "stop"))) == {OUTPUT}
+    assert answer_rows(embedding, Generation([], [], "stop")) == {}
 
 
 def test_tokens_that_the_table_does_not_have_are_left_out(embedding):

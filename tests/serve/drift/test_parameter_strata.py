@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from serve.asgi.exchange import Parameters
+from serve.asgi.exchange import Generation, Parameters
 from serve.drift.baseline import Baseline, Phase, Provenance
 from serve.drift.drift_report import version_report
-from serve.drift.features.features import OUTPUT, Answer, beginning
-from serve.drift.features.parameter_strata import COUNTED, MOST_TOKENS, STRATA, ParameterStrata, Stratum
+from serve.drift.features.features import OUTPUT, beginning
+from serve.drift.parameter_strata import COUNTED, MOST_TOKENS, STRATA, ParameterStrata, Stratum
 from serve.drift.watched_version import DriftSettings, WatchedVersion
 from tests.support.sampled_answers import DIMENSIONS, SampledAnswers
 
@@ -177,8 +177,8 @@ def test_a_stratum_is_read_as_it_is_written():
 
 
 def test_the_beginning_of_an_answer_is_what_a_smaller_max_tokens_would_have_left():
-    answer = Answer([1, 2, 3, 4], "stop", "abcdefgh", [-1.0, -2.0, -3.0, -4.0])
+    answer = Generation([], [1, 2, 3, 4], "stop", "abcdefgh", logprobs=[-1.0, -2.0, -3.0, -4.0])
     cut = beginning(answer, 2)
-    assert (list(cut.tokens), cut.finish_reason, cut.text, list(cut.logprobs)) == ([1, 2], "length", "abcd", [-1, -2])
+    assert (list(cut.output), cut.finish_reason, cut.text, list(cut.logprobs)) == ([1, 2], "length", "abcd", [-1, -2])
     for tokens in (0, 4, 8):
         assert beginning(answer, tokens) is answer

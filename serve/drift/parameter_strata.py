@@ -19,12 +19,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serve.asgi.exchange import Parameters
+from serve.drift.signal import Signal
 
 # Of a longer answer the beginning is looked at.
 MOST_TOKENS = 1024
@@ -87,31 +88,20 @@ def most_common(parameters: Iterable[Parameters | None]) -> Stratum:
     return counts.most_common(1)[0][0] if counts else LEGACY
 
 
-class Gathers(Protocol):
-    """What is kept of a stratum; `samples` and `alarms` are counts."""
-
-    samples: int
-    alarms: int
-
-    @property
-    def watching(self) -> bool: ...
-
-
-Kept = TypeVar("Kept", bound=Gathers)
-
-
-class ParameterStrata(Generic[Kept]):
+class ParameterStrata:
     """The strata of one kind of signal. The one that is asked most is `signals[kind]`, the others are in `others`.
 
     `made` begins a new one. Not thread-safe.
     """
 
-    def __init__(self, kind: str, signals: dict[str, Kept], made: Callable[[], Kept], reference: int = 1000) -> None:
+    def __init__(
+        self, kind: str, signals: dict[str, Signal], made: Callable[[], Signal], reference: int = 1000
+    ) -> None:
         self._kind = kind
         self._signals = signals
         self._made = made
         self.current: Stratum | None = None
-        self.others: dict[Stratum, Kept] = {}
+        self.others: dict[Stratum, Signal] = {}
         # Requests of each stratum: recent ones by their weight, and the first `reference` ones.
         self.recent: dict[Stratum, float] = {}
         self.first: dict[Stratum, int] = {}
@@ -123,7 +113,7 @@ class ParameterStrata(Generic[Kept]):
         """So many requests make a reference from now on."""
         self.reference = reference
 
-    def every(self) -> Iterator[tuple[Stratum, Kept]]:
+    def every(self) -> Iterator[tuple[Stratum, Signal]]:
         """The current stratum, then the others."""
         yield self.current or LEGACY, self._signals[self._kind]
         yield from self.others.items()
@@ -134,7 +124,7 @@ class ParameterStrata(Generic[Kept]):
         samples = self._gone[0] + sum(signal.samples for signal in kept)
         return samples, self._gone[1] + sum(signal.alarms for signal in kept)
 
-    def signal(self, stratum: Stratum) -> Kept | None:
+    def signal(self, stratum: Stratum) -> Signal | None:
         """What watches this stratum, if it is kept."""
         if self.current in (None, stratum):
             return self._signals[self._kind]
@@ -203,7 +193,7 @@ class ParameterStrata(Generic[Kept]):
             "gone": np.array(self._gone, np.int64),
         }
 
-    def restore(self, state: Mapping[str, NDArray]) -> list[Kept]:
+    def restore(self, state: Mapping[str, NDArray]) -> list[Signal]:
         """Become the strata whose state this was; the signals of `others`, still empty, in their order."""
         if not state:  # of an earlier release, which kept one reference whatever was asked
             self.current = LEGACY

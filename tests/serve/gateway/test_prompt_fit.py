@@ -6,7 +6,8 @@ import numpy as np
 
 from serve.drift.features.shared_ends import SharedEnds
 from serve.drift.features.token_surprise import SAMPLED, TokenSurprise, sketch
-from serve.drift.prompt_fit import MOST, WEIGHTS, Counts, PromptFit, PromptFits
+from serve.drift.reference_counts import MOST, Counts, ReferenceCounts
+from serve.gateway.prompt_fit import WEIGHTS, PromptFit
 
 
 class Text:
@@ -78,7 +79,7 @@ def test_nothing_fits_all_alike():
 
 def test_the_fits_are_bounded_and_go_with_their_version_and_their_base():
     looked = []
-    fits = PromptFits(lambda *version: looked.append(version) or version[2] == "b@2")
+    fits = ReferenceCounts(lambda *version: looked.append(version) or version[2] == "b@2")
     fits.find([("a", "v1", "a@1"), ("b", "v2", "b@2"), ("c", "v3", "c@3")])
     assert [id for _, _, id in looked] == ["a@1", "b@2"], "the first that is known is enough"
     assert fits.is_missing("a@1") and not fits.is_missing("a@1")

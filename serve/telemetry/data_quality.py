@@ -16,8 +16,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from serve.asgi.exchange import Exchange
-from serve.drift.features.features import refuses
-from serve.drift.personal_data import personal_data
+from serve.models.refusals import refuses
+from serve.telemetry.personal_data import personal_data
 
 OTHER, UNKNOWN = "other", "unknown"
 EMPTY, OVER_CONTEXT, CONTEXT_FULL = PROBLEMS = ("empty", "over_context", "context_full")

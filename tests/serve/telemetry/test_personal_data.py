@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from serve.drift.personal_data import KINDS, blacked_out, personal_data
+from serve.telemetry.personal_data import KINDS, blacked_out, personal_data
 
 
 @pytest.mark.parametrize(

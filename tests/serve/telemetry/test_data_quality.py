@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from serve.asgi.exchange import Exchange, Generation
-from serve.drift.data_quality import LANGUAGES, DataQuality, question
+from serve.telemetry.data_quality import LANGUAGES, DataQuality, question
 from tests.support.app import CHAT
 
 ANSWERED = Generation([1, 2, 3], [4, 5], "stop", "an answer")
