@@ -33,7 +33,11 @@ class ProcessGroup:
         assert self._watch.stdin is not None
         self._watch.stdin.close()
 
+    @property
+    def number(self) -> int:
+        return self._watch.pid
+
     def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
-        process: subprocess.Popen[Any] = subprocess.Popen(command, process_group=self._watch.pid, **options)
+        process: subprocess.Popen[Any] = subprocess.Popen(command, process_group=self.number, **options)
         self._started.append(process)
         return process

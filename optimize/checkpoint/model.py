@@ -33,6 +33,7 @@ def settle(seed: int, device: str = "cpu") -> None:
         torch.set_default_device(device)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     torch.set_num_threads(processor.threads())
 
 
@@ -61,6 +62,7 @@ def skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
     """The model's modules without weights; only its computed buffers are real."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     config = configured(folder)
     if getattr(config, "quantization_config", None) is not None:
@@ -70,7 +72,7 @@ def skeleton(folder: Path, dtype: torch.dtype) -> nn.Module:
     kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
     fits = getattr(kind, "_supports_sdpa", True) and not getattr(config, "attn_logit_softcapping", None)
     attention = "sdpa" if fits else "eager"
-    with torch.device("cpu"), init_empty_weights(include_buffers=False), warnings.catch_warnings():
+    with torch.device("cpu"), no_init_weights(), init_empty_weights(include_buffers=False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     for module in model.modules():
@@ -373,16 +375,21 @@ def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def greedy(model: nn.Module, ids: list[int], count: int, end: int | None) -> list[int]:
-    """The `count` likeliest tokens one after another behind `ids`, or fewer where `end` comes, with a cache of keys and
-    values."""
-    tokens: list[int] = []
-    now, cache = torch.tensor([ids]), None
-    while len(tokens) < count:
-        said = model(input_ids=now, past_key_values=cache, use_cache=True)
-        token, cache = int(said.logits[0, -1].argmax()), getattr(said, "past_key_values", None)
-        if token == end:
-            break
-        tokens.append(token)
-        now = torch.tensor([[token] if cache is not None else [*ids, *tokens]])
-    return tokens
+def greedy(model: nn.Module, prompts: Sequence[list[int]], count: int, end: int | None) -> list[list[int]]:
+    """The `count` likeliest tokens one after another behind each prompt, or fewer where `end` comes, with a cache of
+    keys and values, for all prompts at once: most of a token's time goes into reading the weights."""
+    from transformers import GenerationConfig
+
+    if len(prompts) > 1 and getattr(model, "_is_stateful", False):  # what is before a prompt would reach its state
+        return [greedy(model, [prompt], count, end)[0] for prompt in prompts]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    how = GenerationConfig(
+        max_new_tokens=count, do_sample=False, use_cache=True, eos_token_id=end, pad_token_id=end or 0
+    )
+    able: Any = model
+    # The last token's logits alone would be made with a copy of the output layer for each prompt.
+    every = {"logits_to_keep": 0} if able._supports_logits_to_keep() else {}
+    answers = able.generate(input_ids=ids, attention_mask=mask, generation_config=how, **every)[:, longest:].tolist()
+    return [answer[: answer.index(end)] if end in answer else answer for answer in answers]

@@ -26,7 +26,7 @@ from optimize.steps import planning
 ANSWER = 32  # tokens
 ADAPTED = 8  # windows that adapters are measured on
 Ask = Callable[[torch.Tensor], torch.Tensor]
-Say = Callable[[list[int], int, int | None], list[int]]
+Say = Callable[[Sequence[list[int]], int, int | None], list[list[int]]]
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
@@ -87,19 +87,17 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
 
 def _samples(job: Job, say_old: Say, say: Say, new: Any, text: HeldOut) -> list[dict[str, Any]]:
     """What the original, the result and each adapter on it answer the recipe's prompts."""
-    samples = [
-        {
-            "prompt": prompt,
-            "original": _answer(say_old, text.words, prompt),
-            "result": _answer(say, text.new_words, prompt),
-        }
-        for prompt in job.evaluate.prompts
-    ]
-    for name, folder in sorted(job.adapters.items()) if samples else ():
+    prompts = job.evaluate.prompts
+    if not prompts:
+        return []
+    said = {"original": _said(say_old, text.words, prompts), "result": _said(say, text.new_words, prompts)}
+    for name, folder in sorted(job.adapters.items()):
         with adapted(new, Path(folder)) as both:
-            for line in samples:
-                line[name] = _answer(partial(greedy, both), text.new_words, line["prompt"])
-    return samples
+            said[name] = _said(partial(greedy, both), text.new_words, prompts)
+    answers = zip(*said.values(), strict=True)
+    return [
+        {"prompt": prompt, **dict(zip(said, line, strict=True))} for prompt, line in zip(prompts, answers, strict=True)
+    ]
 
 
 def _add_worst(scores: dict[str, Any], effects: dict[str, dict[str, Any]]) -> None:
@@ -250,15 +248,13 @@ def _effect(
     }
 
 
-def _answer(say: Say, words: Any, prompt: str) -> str:
-    """A greedy answer, in the chat template where there is one."""
+def _said(say: Say, words: Any, prompts: Sequence[str]) -> list[str]:
+    """A greedy answer to each prompt, in the chat template where there is one."""
+    texts = list(prompts)
     if words.chat_template:
-        text_in = words.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-    else:
-        text_in = prompt
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = [words.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     # As vLLM: a chat template writes special tokens itself, a plain prompt gets them from the tokenizer.
-    ids = words(text_in, add_special_tokens=not words.chat_template).input_ids
-    answer: str = words.decode(say(ids, ANSWER, words.eos_token_id), skip_special_tokens=True)
-    return answer.strip()
+    ids = [words(text, add_special_tokens=not words.chat_template).input_ids for text in texts]
+    said = say(ids, ANSWER, words.eos_token_id)
+    return [words.decode(answer, skip_special_tokens=True).strip() for answer in said]

@@ -14,6 +14,18 @@ from optimize.data import text
 from optimize.job import Job
 from optimize.steps.prune.vocabulary import mapping
 
+# How the names of a tokenizer's files begin.
+TOKENIZER = (
+    "tokenizer",
+    "vocab",
+    "merges",
+    "special_tokens",
+    "added_tokens",
+    "chat_template",
+    "spiece",
+    "sentencepiece",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
@@ -29,13 +41,21 @@ class HeldOut:
 
 def held_out(job: Job) -> HeldOut:
     words = tokenizer(Path(job.reference))
-    new_words = tokenizer(Path(job.model))
+    same = _said(Path(job.reference)) == _said(Path(job.model))
+    new_words = words if same else tokenizer(Path(job.model))
     part = job.evaluate
     ids = torch.tensor(text.windows(words, text.documents(part, True), part.samples, part.tokens, job.seed))
-    kept = mapping(words, new_words)
+    kept = None if same else mapping(words, new_words)
     original = list(ids.split(1))
     result = original if kept is None else [_again(words, new_words, row[0].tolist()) for row in original]
     return HeldOut(words, new_words, original, result, kept)
+
+
+def _said(folder: Path) -> dict[str, bytes]:
+    """The files of a model's folder that say what its tokenizer is, as far as they are more than its config."""
+    return {
+        file.name: file.read_bytes() for file in folder.iterdir() if file.is_file() and file.name.startswith(TOKENIZER)
+    }
 
 
 def own_text(job: Job, held: HeldOut, adapter: str, samples: int) -> list[torch.Tensor]:

@@ -104,9 +104,10 @@ class Session:
             if made < count:
                 logits, cache = self.step(np.array([[token]]), cache)
 
-    def greedy(self, ids: list[int], count: int, end: int | None) -> list[int]:
-        """As `optimize.checkpoint.model.greedy`."""
-        return list(self.tokens(ids, count, frozenset() if end is None else frozenset((end,))))
+    def greedy(self, prompts: Sequence[list[int]], count: int, end: int | None) -> list[list[int]]:
+        """As `optimize.checkpoint.model.greedy`, one after another."""
+        ends = frozenset() if end is None else frozenset((end,))
+        return [list(self.tokens(prompt, count, ends)) for prompt in prompts]
 
     def _value(self, array: np.ndarray) -> Any:
         import onnxruntime

@@ -15,9 +15,11 @@ from typing import Any
 
 import msgspec
 
+from optimize import processor
 from optimize.errors import OptimizeError, OutOfMemory, Refused, Stopped
 from optimize.job import Job
-from optimize.pipeline.signals import SENTENCE, Signals
+from optimize.pipeline.resident import Resident
+from optimize.pipeline.signals import SENTENCE, Process, Signals
 from optimize.pipeline.step_code import ROOT
 from optimize.processes import ProcessGroup
 
@@ -27,12 +29,14 @@ ERRORS = {"Refused": Refused, "OutOfMemory": OutOfMemory, "Stopped": Stopped}
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """How a step's process is run: its files go to `folder`, and `served` are the variables of a served engine."""
+    """How a step's process is run: its files go to `folder`, `served` are the variables of a served engine, and
+    `resident` is what most are forked from."""
 
     folder: Path
     memory: int
     tell: Tell
     served: Mapping[str, str]
+    resident: Resident
     signals: Signals = field(default_factory=Signals)
 
     def run(self, job: Job) -> dict[str, Any]:
@@ -42,11 +46,7 @@ class Child:
         read, write = os.pipe()
         with os.fdopen(read, "rb", buffering=0) as pipe, log.open("w") as output, ProcessGroup() as group:
             try:
-                process = group.start(
-                    [sys.executable, "-m", "optimize.pipeline.worker", str(file), str(write)],
-                    stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self._environ(job.kind),
-                    pass_fds=[write],
-                )  # fmt: skip
+                process = self._started(job, file, write, output.fileno(), group)
             finally:
                 os.close(write)
             self.signals.running(process)
@@ -70,6 +70,16 @@ class Child:
             f"{job.kind}: the step ended with {process.returncode}: {''.join(tail)[:300]} (all of it in {log})"
         )
 
+    def _started(self, job: Job, file: Path, write: int, output: int, group: ProcessGroup) -> Process:
+        environ = self._environ(job.kind)
+        # The engine and tasks have an environment of their own, and what uses a GPU is not to be forked.
+        if job.kind not in ("engine", "tasks") and processor.gpu() is None:
+            return self.resident.start(file, write, output, group.number, environ)
+        return group.start(
+            [sys.executable, "-m", "optimize.pipeline.worker", str(file), str(write)],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environ, pass_fds=[write],
+        )  # fmt: skip
+
     def _environ(self, kind: str) -> dict[str, str]:
         environ = {
             **os.environ,
@@ -90,7 +100,7 @@ class Child:
             environ |= self.served
         return environ
 
-    def _listen(self, kind: str, process: subprocess.Popen[bytes], pipe: int) -> tuple[dict[str, Any], int]:
+    def _listen(self, kind: str, process: Process, pipe: int) -> tuple[dict[str, Any], int]:
         """The process's last message, and the most memory that it had."""
         last: dict[str, Any] = {}
         peak, unfinished = 0, b""

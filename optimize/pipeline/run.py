@@ -30,6 +30,7 @@ from optimize.pipeline.child import Child, Tell
 from optimize.pipeline.facts import Done, Facts
 from optimize.pipeline.gate import judge
 from optimize.pipeline.plan import Plan, by_content
+from optimize.pipeline.resident import Resident
 from optimize.pipeline.signals import Signals
 from optimize.pipeline.worker import TASKS, sentence
 from optimize.recipe import Recipe
@@ -68,6 +69,7 @@ class Run:
     served: dict[str, str] = field(default_factory=dict)
     watched: Path | None = None
     signals: Signals = field(default_factory=Signals)
+    resident: Resident = field(default_factory=Resident)
     done: list[Done] = field(default_factory=list)
 
     @property
@@ -235,7 +237,7 @@ class Run:
                 device=where,
                 memory=self.memory,
             )
-            notes = Child(self.work, self.memory, self.tell, self.served, self.signals).run(job)
+            notes = Child(self.work, self.memory, self.tell, self.served, self.resident, self.signals).run(job)
             shutil.rmtree(aside / "partial", ignore_errors=True)
             if where == device.CUDA and (gpu := processor.gpu()):
                 notes["gpu"] = gpu.name
@@ -287,6 +289,8 @@ class Run:
                 yield
             except OSError as error:
                 raise OptimizeError(sentence(error)) from error
+            finally:
+                self.resident.close()
 
 
 def _keep_only_partial(aside: Path) -> None:

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from optimize.errors import Stopped
 
 SENTENCE = "stopped; what is done is kept, go on with --resume"
 
 
+class Process(Protocol):
+    """The process of a step."""
+
+    pid: int
+    returncode: int | None
+
+    def wait(self) -> int: ...
+
+    def send_signal(self, number: int, /) -> None: ...
+
+
 class Signals:
     """While this is entered, in the main thread, SIGTERM raises Stopped here, or goes to the step that runs."""
 
     def __init__(self) -> None:
-        self._step: subprocess.Popen[Any] | None = None
+        self._step: Process | None = None
         self._asked = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -32,7 +42,7 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def running(self, step: subprocess.Popen[Any] | None) -> None:
+    def running(self, step: Process | None) -> None:
         """A step's process has begun, or the one before has ended."""
         if step is not None and self._asked:
             raise Stopped(SENTENCE)

@@ -15,7 +15,7 @@ import resource
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -84,8 +84,12 @@ def sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-if __name__ == "__main__":
-    code = main(sys.argv[1], sys.argv[2])
+def leave(code: int) -> NoReturn:
+    """Torch's and vLLM's native modules take seconds to unload."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # torch's and vLLM's native modules take seconds to unload
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1], sys.argv[2]))

@@ -164,7 +164,7 @@ class CalibratedModel:
 
     def hessians(self, layer: int, readers: Mapping[K, str], begun: Entered) -> dict[K, torch.Tensor]:
         """The sum of x xT over the inputs x of each of `readers`, (in, in)."""
-        with self.observed(readers, _add_products) as sums:
+        with products_of(self.dtype), self.observed(readers, _add_products) as sums:
             through([self.layers[layer]], begun)
         for total in sums.values():
             for start in range(0, len(total), PRODUCTS):
@@ -190,6 +190,19 @@ class CalibratedModel:
 def largest(measured: torch.Tensor | None, magnitudes: torch.Tensor) -> torch.Tensor:
     """For `observed`: the largest so far of each."""
     return magnitudes if measured is None else torch.maximum(measured, magnitudes)
+
+
+@contextmanager
+def products_of(dtype: torch.dtype) -> Iterator[None]:
+    """float32 matrices whose numbers are bfloat16's are multiplied as such, where that is faster: no product loses a
+    bit, and they are summed in float32 all the same."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16" if dtype is torch.bfloat16 else before
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _add_products(total: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:

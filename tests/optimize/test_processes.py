@@ -56,6 +56,11 @@ def running(mark: str, word: str = "") -> list[int]:
     return found
 
 
+def started(pid: int) -> int:
+    """When a process began, in the kernel's ticks."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
 def optimizing(mark: str, recipe: Path, out: Path, path: Path | None = None) -> subprocess.Popen[bytes]:
     environ = {**os.environ, MARK: mark, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(path or "")]))}
     # Whoever runs these tests in the background or with nohup has signals ignored, which children inherit.
@@ -81,8 +86,9 @@ def test_a_step_that_is_killed_takes_along_what_it_started(mark, written, tmp_pa
     (tmp_path / "sitecustomize.py").write_text(LONG_STEP)
     run = optimizing(mark, written("steps: [quantize]"), tmp_path / "out", tmp_path)
     assert eventually(lambda: running(mark, "SIG_IGN"), PATIENCE)
-    (worker,) = running(mark, "optimize.pipeline.worker")
-    os.kill(worker, signal.SIGKILL)
+    resident, step = sorted(running(mark, "optimize.pipeline.resident"), key=started)
+    assert f"PPid:\t{resident}\n" in Path(f"/proc/{step}/status").read_text()
+    os.kill(step, signal.SIGKILL)
     assert run.wait() == 1
     assert eventually(lambda: not running(mark), PATIENCE)
 

@@ -13,12 +13,10 @@ from contextlib import contextmanager
 import torch
 
 BLOCK = 128
-CACHED = 1 << 15  # weights whose scales are searched at a time: they stay in the processor's cache
+CACHED = 1 << 17  # weights whose scales are searched at a time: they stay in the processor's cache
 DAMP = 0.01
-SHRINK = 0.02  # a step of the search
-COARSE = (0, 4, 8, 12, 16)  # steps that are tried for both signs
-FINE = (2, 1)  # then this far on either side of the best
-STEPS = 20
+SHRUNK = (0.05, 0.14, 0.26)  # shares of the range that are given up, in attempts for both signs
+REFINED = 2  # so often the best one's integers are taken then
 
 
 def scales(weight: torch.Tensor, bits: int, group: int, importance: torch.Tensor | None = None) -> torch.Tensor:
@@ -30,7 +28,7 @@ def scales(weight: torch.Tensor, bits: int, group: int, importance: torch.Tensor
     widest = parts.abs().amax(-1).clamp(min=1e-8)
     if bits >= 8:
         return (widest / limit).bfloat16().float()
-    heavy = torch.ones(columns) if importance is None else importance
+    heavy = torch.ones(columns) if importance is None else importance.contiguous()
     heavy = heavy.view(1, columns // group, group)
     few = max(1, CACHED // columns)
     of_rows = zip(parts.split(few), widest.split(few), strict=True)
@@ -50,29 +48,35 @@ def _one_thread() -> Iterator[None]:
 
 
 def _clipped(parts: torch.Tensor, widest: torch.Tensor, limit: int, heavy: torch.Tensor) -> torch.Tensor:
-    """The scales (rows, groups) of `parts` (rows, groups, group) with the least weighted error, coarse to fine."""
-    best = torch.full_like(widest, torch.inf)
-    chosen = widest / limit
-    step = torch.zeros_like(widest)
-    sign = torch.ones_like(widest)
+    """The scales (rows, groups) of `parts` (rows, groups, group) with the least weighted error.
 
-    def attempt(steps: torch.Tensor, signs: torch.Tensor) -> None:
-        nonlocal best, chosen, step, sign
-        scale = (widest * signs * (1 - SHRINK * steps) / limit).bfloat16().float()
-        near = (parts / scale[..., None]).round_().clamp_(-limit - 1, limit).mul_(scale[..., None])
-        error = near.sub_(parts).square_().mul_(heavy).sum(-1)
-        better = error < best
-        chosen, step, sign = (torch.where(better, *pair) for pair in ((scale, chosen), (steps, step), (signs, sign)))
-        best = torch.minimum(error, best)
+    To the integers q that a shrunk range gives belongs a best scale, sum(h w q) / sum(h q q), which takes
+    sum(h w q)^2 / sum(h q q) off the error: that is compared, and the best scale's own integers have a better one yet.
+    """
+    weighted = parts * heavy
+    integers, steps, product = (torch.empty_like(parts) for _ in range(3))
 
-    for coarse in COARSE:
-        for way in (1.0, -1.0):
-            attempt(torch.full_like(step, coarse), torch.full_like(sign, way))
-    for far in FINE:
-        middle = step
-        for side in (-far, far):
-            attempt((middle + side).clamp(0, STEPS - 1), sign)
-    return chosen
+    def fitted(lowest: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best scale of the integers that `steps` are from `lowest` on, and what it takes off the error."""
+        torch.clamp(steps, lowest, lowest + 2 * limit + 1, out=integers)
+        along = torch.mul(weighted, integers, out=product).sum(-1)
+        scale = along / integers.square_().mul_(heavy).sum(-1).clamp_(min=1e-30)
+        return scale, along.mul_(scale)
+
+    found = []
+    for share in SHRUNK:
+        torch.mul(parts, (limit / (1 - share) / widest)[..., None], out=steps).round_()
+        found += [(*fitted(-limit - 1), 1.0), (*fitted(-limit), -1.0)]
+    scales, gains = (torch.stack(part) for part in list(zip(*found, strict=True))[:2])
+    best = gains.argmax(0)[None]
+    chosen = scales.gather(0, best)[0]
+    # Integers have one more below zero, for the side that the sign turns there.
+    sign = torch.tensor([way for *_, way in found])[best[0]]
+    parts, weighted = parts * sign[..., None], weighted.mul_(sign[..., None])
+    for _ in range(REFINED):
+        torch.mul(parts, chosen.reciprocal()[..., None], out=steps).round_()
+        chosen = fitted(-limit - 1)[0]
+    return (chosen * sign).bfloat16().float()
 
 
 def nearest(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
@@ -98,17 +102,19 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, bits:
     feedback = _unit_lower(hessian, order)
     left = weight.T.contiguous()[order]  # of the weights; their errors as soon as they are rounded
     integers = torch.empty(left.shape, dtype=torch.int8)
-    steps, of_column = scale.T.contiguous(), (order // group).tolist()
+    steps = scale.T.contiguous()[order // group]
     for end in range(columns, 0, -BLOCK):
         start = max(0, end - BLOCK)
-        put_right = torch.addmm(left[start:end], feedback[end:, start:end].T, left[end:])
-        for at in reversed(range(start, end)):
-            wished, step = put_right[at - start], steps[of_column[at]]
-            if at + 1 < end:
-                wished.addmv_(left[at + 1 : end].T, feedback[at + 1 : end, at])
-            near = (wished / step).round_().clamp_(-limit - 1, limit)
-            integers[at] = near
-            left[at] -= near.mul_(step)
+        errors = left[start:end]
+        wished = torch.addmm(errors, feedback[end:, start:end].T, left[end:])
+        inside = feedback[start:end, start:end].T.contiguous()  # a strided vector is slow to multiply with
+        of_block = zip(*(part.unbind() for part in (wished, steps[start:end], errors, inside)), strict=True)
+        for at, (near, step, error, factors) in reversed(list(enumerate(of_block, 1))):
+            if at < end - start:
+                near.addmv_(errors[at:].T, factors[at:])
+            near.div_(step).round_().clamp_(-limit - 1, limit)
+            error.addcmul_(near, step, value=-1)
+        integers[start:end] = wished
     back = torch.empty_like(order)
     back[order] = torch.arange(columns)
     return integers[back].T.contiguous()

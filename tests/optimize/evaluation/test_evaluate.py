@@ -53,15 +53,20 @@ def test_after_a_merge_the_base_is_there_to_compare_with(base, job, adapter):
     assert scores["perplexity_base_increase"] == pytest.approx(alone["perplexity_increase"], abs=1e-4)
 
 
-def test_greedy_tokens_with_a_cache_are_those_without(base):
+def test_greedy_tokens_of_many_prompts_with_a_cache_are_those_of_each_without(base):
     model = models.opened(base, torch.float32)
-    ids = [2, 9, 4, 17]
-    said = models.greedy(model, ids, 12, None)
-    again: list[int] = []
-    for _ in range(12):
-        again.append(int(models.logits(model, torch.tensor([[*ids, *again]]))[0, -1].argmax()))
-    assert said == again and len(said) == 12
-    assert models.greedy(model, ids, 12, said[3]) == said[: said.index(said[3])]
+    prompts = [[2, 9, 4, 17], [5], [3, 3, 8, 21, 40, 7, 6]]
+    alone = []
+    for ids in prompts:
+        said: list[int] = []
+        for _ in range(12):
+            said.append(int(models.logits(model, torch.tensor([[*ids, *said]]))[0, -1].argmax()))
+        alone.append(said)
+    assert models.greedy(model, prompts, 12, None) == alone
+    end = alone[1][3]
+    assert models.greedy(model, prompts, 12, end) == [
+        said[: said.index(end)] if end in said else said for said in alone
+    ]
 
 
 def test_scores_come_with_where_they_lie_for_all_windows(base, job, adapter, tmp_path):
