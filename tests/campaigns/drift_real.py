@@ -3,6 +3,7 @@
     python -m tests.campaigns.drift_real [--streams 50] [--requests 5000] [--kinds chats agents] [--finished real.jsonl]
     python -m tests.campaigns.drift_real --changes [--streams 20]
     python -m tests.campaigns.drift_real --explanations [--streams 1]
+    python -m tests.campaigns.drift_real --genres [--streams 1]
 
 With `--finished` it goes on where it was stopped (`tests.campaigns.finished_streams`). Every request goes through
 `DriftMonitor.observe` and `looked` with its body, and five seconds between two of them. The kinds:
@@ -25,6 +26,8 @@ languages single questions, of which 15 % are German and 5 % Spanish
 dated     single questions behind a system prompt with the date, and another date each 250 requests
 
 `--explanations` asks of 21 changes whether the alarm names the cause, by words that were fixed beforehand.
+`--genres` counts, over 71 changes of texts that nothing was tuned on, how many are seen within 340 requests, with a
+reference of 500, and after how many in the mean: 340 where it is none.
 A change begins when the references are full and 300 more requests came; answers are drawn: 1 % refuse, 0.5 % loop, and
 lengths are lognormal with a spread of 0.5.
 """
@@ -60,6 +63,8 @@ SPAN = 5.0
 POOLS = ("general", "german", "finance", "medical", "health", "manuals", "encyclopedia", "code", "spanish")
 # Requests after a change; a change that is not seen within them is missed.
 MOST = 1500
+# The same of a change of `--genres`, and its reference.
+GENRES_MOST, GENRES_REFERENCE = 340, 500
 
 
 NOUNS = "東京天気料理旅行文章予定会社電車学校病院銀行手紙音楽映画写真家族友達先生言葉時間季節"
@@ -290,6 +295,32 @@ EXPLAINED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 }
 
 
+def genres() -> dict[str, tuple[str, dict[str, Any], dict[str, Any], str]]:
+    """71 changes: close and far genres and languages at 100 and 20 %, far ones and languages at 10 %, and styles."""
+    close = ("news encyclopedia", "encyclopedia news", "quotations news", "jargon computing", "manuals computing")
+    close += ("computing jargon",)
+    far = ("news manuals", "quotations manuals", "encyclopedia quotations", "jargon quotations", "manuals news")
+    far += ("computing news",)
+    languages = ("news spanish", "quotations italian", "encyclopedia portuguese", "jargon polish")
+    languages += ("manuals french_manuals", "computing esperanto")
+    pairs = [(share, pair) for share in (1.0, 0.2) for pair in close + far + languages]
+    pairs += [(0.1, pair) for pair in far + languages]
+    found = {}
+    for share, pair in pairs:
+        usual, other = pair.split()
+        found[f"{share:.0%} {other} among {usual}"] = "first", {"asks": usual}, {"other": other, "foreign": share}, ""
+    usually = ("news", "quotations", "encyclopedia", "jargon", "manuals", "computing", "news", "encyclopedia")
+    styles = ("lower", "upper", "damaged", "base64", "jailbreak", "japanese", "longer", "shorter")
+    for share in (0.5, 0.2, 0.1):
+        for usual, style in zip(usually, styles, strict=True):
+            change = {"style": style, "styled": share}
+            found[f"{share:.0%} {style} among {usual}"] = "first", {"asks": usual}, change, ""
+    return dict(list(found.items())[:71])
+
+
+GENRES = genres()
+
+
 @cache
 def model() -> tuple[Embedding, RequestText]:
     folder = ensure("smollm2")
@@ -335,8 +366,9 @@ def unchanged(kind: str, seed: int, *, requests: int, reference: int) -> dict[st
 
 
 def changed(name: str, seed: int, *, reference: int) -> dict[str, Any]:
-    if name in EXPLAINED:
-        kind, usual, change, key = EXPLAINED[name]
+    most = GENRES_MOST if name in GENRES else MOST
+    if name in EXPLAINED or name in GENRES:
+        kind, usual, change, key = (EXPLAINED | GENRES)[name]
     else:
         (kind, change), usual, key = CHANGES[name], {}, ""
     with tempfile.TemporaryDirectory() as folder:
@@ -351,7 +383,7 @@ def changed(name: str, seed: int, *, reference: int) -> dict[str, Any]:
         for field_name, value in change.items():
             setattr(watched.traffic, field_name, value)
         began, watched.traffic.begun = watched.requests, 0
-        while watched.requests - began < MOST:
+        while watched.requests - began < most:
             if alarms := watched.step(5):
                 texts = {signal: moved.get("text", "") for signal, moved in alarms.items()}
                 delay = watched.requests - began
@@ -377,16 +409,24 @@ def table(finished: FinishedStreams, kinds: list[str], *, changes: bool) -> Iter
             yield f"| {kind} | {len(rows)} | {sum(bool(row['alarms']) for row in rows)} | {names} | {seen:.0%} |"
 
 
+def mean_delay(finished: FinishedStreams) -> str:
+    """Of all changes of `--genres`."""
+    delays = [row.get("delay", GENRES_MOST) for kind in GENRES for row in finished.of(kind) if "early" not in row]
+    seen = sum(delay < GENRES_MOST for delay in delays)
+    return f"{seen} of {len(delays)} seen, after {np.mean(delays):.0f} requests in the mean"
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description="streams as clients send them, of real texts")
     add_options(options, streams=50)
     options.add_argument("--changes", action="store_true", help="count the requests until a change is seen")
     options.add_argument("--explanations", action="store_true", help="whether alarms name the cause")
+    options.add_argument("--genres", action="store_true", help="count that of 71 changes of texts")
     options.add_argument("--requests", type=int, default=5000, help="of a stream in which nothing changes")
     options.add_argument("--reference", type=int, default=1000)
     options.add_argument("--kinds", nargs="*", default=[], help="beginnings of names; all by default")
     chosen = options.parse_args()
-    for kind in POOLS:
+    for kind in POOLS if not chosen.genres else [usual["asks"] for _, usual, _, _ in GENRES.values()]:
         pool(kind)  # fetched before there are several processes
     model()
     code = digest(
@@ -398,11 +438,14 @@ def main() -> None:
         reference=chosen.reference,
     )
     finished = FinishedStreams(chosen.finished, code)
-    known = EXPLAINED if chosen.explanations else CHANGES if chosen.changes else KINDS
+    known = EXPLAINED if chosen.explanations else GENRES if chosen.genres else CHANGES if chosen.changes else KINDS
+    reference = GENRES_REFERENCE if chosen.genres else chosen.reference
     names, changes = [name for name in known if name.startswith(tuple(chosen.kinds or [""]))], known is not KINDS
     work = partial(unchanged, requests=chosen.requests, reference=chosen.reference)
-    run_chosen(finished, names, partial(changed, reference=chosen.reference) if changes else work, chosen)
+    run_chosen(finished, names, partial(changed, reference=reference) if changes else work, chosen)
     print(*table(finished, names, changes=changes), sep="\n")
+    if chosen.genres:
+        print(mean_delay(finished))
 
 
 if __name__ == "__main__":
