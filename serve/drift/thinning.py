@@ -251,7 +251,7 @@ class Thinning(Generic[Item]):
         self._raw = raw
         self._steady = bool(steady)
         self._returned = returned
-        self.shared.openings, self.shared.endings = _pairs(state["shared.openings"]), _pairs(state["shared.endings"])
+        self.shared.know(_pairs(state["shared.openings"]), _pairs(state["shared.endings"]))
         self.acceptance.restore(below(state, "acceptance."))
         self.opening.restore(below(state, "opening."))
         if "counts" in state:

@@ -16,8 +16,10 @@ from serve.loop.examples import question
 from serve.loop.likelihood import Example
 
 _WORD = re.compile(r"\w{3,}")
-# Words are hashed to so many numbers; of a question so many characters are read; so often centres move.
-WIDTH, READ, ROUNDS = 512, 2000, 12
+# Words are hashed to so many numbers; of a question so many characters are read.
+WIDTH, READ = 512, 2000
+# How often centres move, at most.
+ROUNDS = 12
 
 
 def topics(examples: Sequence[Example]) -> list[int]:

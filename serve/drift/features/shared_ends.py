@@ -211,6 +211,10 @@ class SharedEnds:
         own = words.kept(begin, n - end)
         return Own(own, known, signature(rest), bool((rest != NUMBER).any()), len(rest) == n)
 
+    def know(self, openings: tuple[tuple[int, int], ...], endings: tuple[tuple[int, int], ...]) -> None:
+        """What earlier prompts began and ended with alike, from before a restart."""
+        self.openings, self.endings = openings, endings
+
     def own(self, read: Read) -> NDArray[np.int32]:
         """The tokens of a prompt, which need be none of these, without what these began and ended with alike."""
         begin = _longest(self.openings, read.begin)

@@ -117,7 +117,6 @@ class TrafficProfile:
         self.topics = [WordCounts.from_state(topic) for topic in state["topics"]]
         if self.topics:
             self.centres = np.array([topic["centre"] for topic in state["topics"]], np.float64)
-        # Earlier releases did not look at how prompts are written.
         self.seen.extend(Seen(*request) for request in state["seen"])
         return self
 
