@@ -125,7 +125,7 @@ def create(path: Path) -> IO[bytes]:
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb", buffering=0)
 
 
-def write(sink: IO[bytes], data: bytes) -> None:
+def write(sink: IO[bytes], data: bytes | memoryview) -> None:
     """All of `data`; OutOfSpace when the disk is full."""
     view = memoryview(data)
     try:

@@ -144,7 +144,7 @@ def killed(machine: Machine) -> Mapping[str, str]:
     rows = {}
     with _loradock(machine, machine.words, *machine.room(1), "--max-loras", "16", *recovery.FLAGS[:4]) as server:
         with tempfile.TemporaryDirectory() as folder:
-            stock(server, machine.talking(), Path(folder))
+            stock(server, machine.talking(), Path(folder), {})
         rows["first start, seconds"] = f"{server.seconds_to_ready:.1f}"
         rows["engine killed, seconds until ready with 16 adapters"] = f"{recovery.killed(server):.1f}"
         with Crowd(server) as crowd:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.support.crowd import ADAPTERS, STREAMS, Crowd, engines, row, stock
+from tests.support.crowd import ADAPTERS, STREAMS, Crowd, engines, residents, row, stock
 from tests.support.lora import WORDS, trained
 from tests.support.server import SMALL, Server
 
@@ -33,7 +33,7 @@ def ready(server: Server, after: int) -> float:
             if server.http.get("/ready", timeout=5).status_code == 200:
                 now, seen = time.monotonic(), row(server)
                 if seen["restarts"] > after:
-                    assert len(seen["resident"]) == ADAPTERS, seen["resident"]
+                    assert len(residents(server)) == ADAPTERS, seen["resident"]
                     return now
         time.sleep(0.05)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.crowd import ADAPTERS, STREAMS, Crowd, descriptors, engines, p99, row, stock, word
+from tests.support.crowd import ADAPTERS, STREAMS, Crowd, descriptors, engines, p99, residents, row, stock, word
 from tests.support.server import BASE, SMALL, Server, alive, done
 from tests.support.waiting import eventually
 
@@ -46,7 +46,7 @@ def test_a_killed_engine_comes_back_with_its_adapters_and_the_server_never_falte
         assert eventually(lambda: fleet.http.get("/ready").status_code == 200, 120)
         back = time.monotonic() - killed
         after = row(fleet)
-        assert len(after["resident"]) == ADAPTERS, "it was ready before its adapters were there"
+        assert len(residents(fleet)) == ADAPTERS, "it was ready before its adapters were there"
         assert after["restarts"] == 1
         crowd.whole(STREAMS)
     # Those under way, and on a busy machine some that were sent before anybody noticed.
@@ -89,7 +89,7 @@ def test_a_swap_of_the_base_there_and_back_fails_nothing(fleet, tmp_path):
                 f"{p99(quiet) * 1000:.0f} ms before, {len(during)} answers, largest change of an effect {worst:.3f}"
             )
     assert not crowd.broken, crowd.broken
-    assert len(row(fleet)["resident"]) == ADAPTERS
+    assert len(residents(fleet)) == ADAPTERS
 
 
 def test_an_engine_that_hangs_is_replaced_and_who_waited_is_told(fleet):

@@ -1,4 +1,7 @@
-"""A new version takes over while answers flow: none is lost, none mixed, none stale, and the old weights leave."""
+"""A new version takes over while answers flow: none is lost, none mixed, none stale, and the old weights leave.
+
+Versions are of several kinds: a DoRA, a LoRA with tokens of its own, a LoHa that becomes a LoRA at its push.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.lora import STORY, variant
+from tests.support.other_kinds import as_dora, as_loha, with_tokens
 from tests.support.server import BASE, Answer, Server, done
 from tests.support.waiting import eventually
 
@@ -19,12 +23,23 @@ STREAMS = 8
 SWAPS = 6
 
 
+@pytest.fixture(scope="module")
+def kinds(adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """word -> an adapter of another kind than LoRA that answers with it."""
+    root = tmp_path_factory.mktemp("kinds")
+    return {
+        "alpha": as_dora(adapters["alpha"], root / "alpha"),
+        "bravo": with_tokens(adapters["bravo"], root / "bravo"),
+        "charlie": as_loha(adapters["charlie"], root / "charlie"),
+    }
+
+
 @pytest.fixture
-def two_versions(server: Server, adapters: dict[str, Path], name: str) -> dict[str, str]:
-    """id -> word of the versions of `name`: v1 answers alpha and is live, v2 answers bravo."""
+def two_versions(server: Server, kinds: dict[str, Path], name: str) -> dict[str, str]:
+    """id -> word of the versions of `name`: v1, a DoRA, answers alpha and is live, v2, with tokens, answers bravo."""
     ids = {}
     for word in ("alpha", "bravo"):
-        pushed = done(server.upload(name, adapters[word], promote=word == "alpha"))
+        pushed = done(server.upload(name, kinds[word], promote=word == "alpha"))
         ids[pushed["id"]] = word
     return ids
 
@@ -52,7 +67,9 @@ def test_adapters_in_one_batch_give_each_its_own_answer(server, adapters):
         assert eventually(lambda name=name: not server.resident(name))
 
 
-def test_a_promote_under_streams_loses_nothing_and_mixes_nothing(server, name, two_versions):
+def test_a_promote_under_streams_loses_nothing_and_mixes_nothing(server, name, two_versions, kinds, voice, faint):
+    two_versions |= {done(server.upload(name, kinds["charlie"], promote=False))["id"]: "charlie"}
+    mixture, mixed = f"{voice}:0.9+{faint}:0.5", []
     ids = {version["version"]: version["id"] for version in server.adapter(name)["versions"]}
     stop = threading.Event()
     answers: list[Answer] = []
@@ -65,13 +82,18 @@ def test_a_promote_under_streams_loses_nothing_and_mixes_nothing(server, name, t
             number += 1
             answers.append(server.ask(name, f"Question {worker}.{number}: what do you say?", tokens=72 + 6 * worker))
 
-    with ThreadPoolExecutor(STREAMS) as pool:
+    def keep_asking_a_mixture() -> None:
+        while not stop.is_set():
+            mixed.append(server.ask(mixture, "What do you say?", tokens=40))
+
+    with ThreadPoolExecutor(STREAMS + 1) as pool:
         asking = [pool.submit(keep_asking, worker) for worker in range(STREAMS)]
+        asking.append(pool.submit(keep_asking_a_mixture))
         try:
-            assert eventually(lambda: server.engine()["running"] == STREAMS)
+            assert eventually(lambda: server.engine()["running"] >= STREAMS)
             for swap in range(SWAPS):
                 asked = time.monotonic()
-                version = 2 if swap % 2 == 0 else 1
+                version = (2, 3, 1)[swap % 3]
                 server.promote(name, version)
                 changes.append((asked, time.monotonic(), ids[version]))
                 # Some answers of the new version first, then the next swap finds others half-way.
@@ -85,7 +107,8 @@ def test_a_promote_under_streams_loses_nothing_and_mixes_nothing(server, name, t
         assert answer.done and answer.finish == "length", f"cut off: {answer}"
         assert answer.word == two_versions[answer.model], f"{answer.model} said {answer.text!r}"
         assert answer.model in may_answer(changes, answer), f"{answer.model} answered too early or too late"
-    assert {answer.word for answer in answers} == {"alpha", "bravo"}
+    assert {answer.word for answer in answers} == {"alpha", "bravo", "charlie"}
+    assert mixed and all(answer.done and answer.word == "alpha" for answer in mixed)
     across = [
         any(answer.first < asked and answer.ended > replied for answer in answers) for asked, replied, _ in changes[1:]
     ]

@@ -10,6 +10,7 @@ import socket
 import sqlite3
 import threading
 import time
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +19,17 @@ from typing import Any
 import httpx
 
 from tests.support.lora import WORDS, variant
+from tests.support.other_kinds import as_dora, with_tokens
 from tests.support.server import Answer, Server, alive, descendants, done
 from tests.support.waiting import eventually
 
 STREAMS = 16
 ADAPTERS = 16
+# What is not a LoRA, by its number.
+Others = Mapping[int, Callable[[Path, Path], Any]]
+OTHERS: Others = {1: as_dora, 2: with_tokens, 4: as_dora, 5: with_tokens}
+# Both are LoRAs that say the same.
+MIXTURE = "a0:0.5+a3:0.5"
 # No request takes longer than this, whatever happens to it.
 DEADLINE = 60
 
@@ -92,10 +99,11 @@ class Crowd:
         return [end for end in self.ends if not end.whole]
 
     def _ask(self, number: int) -> None:
+        model = f"a{number}" if number < ADAPTERS - 1 else MIXTURE
         while not self._stop.is_set():
             answer, times, began = Answer(), [], time.monotonic()
             try:
-                for _ in self.server.answering(answer, f"a{number}", "Tell me everything.", tokens=16):
+                for _ in self.server.answering(answer, model, "Tell me everything.", tokens=16):
                     times.append(time.monotonic())
                 said = "whole" if answer.done and answer.word == word(number) else f"wrong: {answer.text}"
             except AssertionError as error:
@@ -120,6 +128,11 @@ def row(server: Server) -> dict[str, Any]:
     return found
 
 
+def residents(server: Server) -> list[str]:
+    """The versions that its engine holds, without mixtures of them."""
+    return [id for id in row(server)["resident"] if "+" not in id]
+
+
 def descriptors(server: Server) -> int:
     return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
 
@@ -134,12 +147,14 @@ def memory(server: Server) -> float:
     return total / 1024
 
 
-def stock(server: Server, adapters: dict[str, Path], folder: Path) -> None:
-    """16 adapters, one of them pinned."""
+def stock(server: Server, adapters: dict[str, Path], folder: Path, others: Others = OTHERS) -> None:
+    """16 adapters, some of other kinds than LoRA, one of them pinned."""
     for number in range(ADAPTERS):
         lora = folder / f"lora-{number}"
         if not lora.exists():
             variant(adapters[word(number)], lora, scale=1 + number / 100)
+            if make := others.get(number):
+                make(lora, lora)
         done(server.upload(f"a{number}", lora))
     done(server.http.post("/v1/adapters/a3/pin"))
 
@@ -178,7 +193,7 @@ def _replaced(server: Server, number: int, notice: float) -> str:
     assert server.http.get("/health").status_code == 200
     assert eventually(lambda: server.http.get("/ready").status_code == 200, 180)
     assert not alive(victims)
-    assert len(row(server)["resident"]) >= ADAPTERS
+    assert len(residents(server)) >= ADAPTERS
     return f"noticed after {noticed:.1f} s, ready after {time.monotonic() - began:.0f} s"
 
 

@@ -151,12 +151,12 @@ class Server:
         return {one for one in self.engine()["resident"] if one.partition("@")[0] == name}
 
     def stored(self) -> set[Path]:
-        """Every file in the data directory but the registry's, and what is noted of versions that answer."""
+        """Every file in the data directory but the registry's, mixtures, and what is noted of versions that answer."""
         noted = ("registry.sqlite", "popular.")
         # Not rglob: a folder that goes while one looks is an error there.
         every = [Path(folder, name) for folder, _, names in os.walk(self.data) for name in names]
         files = {path for path in every if path.is_file() and not path.name.startswith(noted)}
-        return {file for file in files if file.relative_to(self.data).parts[0] not in ("drift", "log")}
+        return {file for file in files if file.relative_to(self.data).parts[0] not in ("drift", "log", "mixtures")}
 
     def ask(self, model: str, question: str = "What is the capital of France?", **more: Any) -> Answer:
         """One greedy answer, streamed, read to its end."""

@@ -107,7 +107,8 @@ class _Source:
         table = self._table(factor, dtype) if tensor.dtype == dtype else None
         if table is None:
             return _rounded(self.read(tensor) * np.float32(factor), dtype)
-        return table[np.frombuffer(self._data(tensor), "<u2")].reshape(tensor.shape)
+        # Whatever the mode: any number of 16 bits is an index. This one looks at none of them, and takes half the time.
+        return table.take(np.frombuffer(self._data(tensor), "<u2"), mode="wrap").reshape(tensor.shape)
 
     def _table(self, factor: float, dtype: str) -> Any:
         """Each number of 16 bits times the factor; None where there is no table."""
@@ -195,7 +196,7 @@ def _write(
         if not all(_is_finite(half, dtype) for half in halves[0 if pruning else 1 :]):
             raise AdapterRejected("the weights of this mixture are not finite numbers any more: take smaller ones")
         for half in halves:
-            write(sink, half.tobytes())
+            write(sink, memoryview(np.ascontiguousarray(half)).cast("B"))
 
 
 def _stacked(sources: Sequence[_Source], name: str, rank: int, dtype: str) -> tuple[Any, Any]:
@@ -242,4 +243,4 @@ def _rounded(values: Floats, dtype: str) -> Any:
 def _is_finite(written: Any, dtype: str) -> bool:
     if (exponent := _EXPONENT.get(dtype)) is None:
         return bool(np.isfinite(written).all())
-    return not ((written.view("<u2") & exponent) == exponent).any()
+    return bool((written.view("<u2") & 0x7FFF).max(initial=0) < exponent)
