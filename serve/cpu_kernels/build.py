@@ -25,7 +25,8 @@ SOURCES = [FOLDER / name for name in ("kernels.cpp", "step.cpp", "packing.cpp", 
 HEADERS = sorted(FOLDER.glob("*.h"))
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math"]
 # Another processor to compile for than the one at hand, as the compiler names it, to try an older one's kernels
-# (LORADOCK_CPU_MARCH=haswell is AVX2, skylake-avx512 is AVX-512 without VNNI and BF16, armv8.2-a+dotprod is NEON).
+# (LORADOCK_CPU_MARCH=haswell is AVX2, skylake-avx512 is AVX-512 without VNNI and BF16, armv8.2-a+dotprod is NEON), and
+# what else to tell it ("native -DLORADOCK_TILES" does by plain loops what AMX does).
 MARCH = "LORADOCK_CPU_MARCH"
 # For arm64 whole steps were compared in an emulator and never ran in a server: they are computed where this is 1.
 ARM64 = "LORADOCK_ARM64_STEP"
@@ -117,7 +118,7 @@ def compiled_kernels(folder: Path = FOLDER, *flags: str) -> Path | None:
     libraries = Path(torch.__file__).parent / "lib"
     # OpenMP's functions come from whichever OpenMP torch runs on: a second one beside it would fight for the cores.
     link = [f"-L{libraries}", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--unresolved-symbols=ignore-all"]
-    all_flags = [f"-march={os.environ.get(MARCH) or 'native'}", *FLAGS, *flags]
+    all_flags = [*f"-march={os.environ.get(MARCH) or 'native'}".split(), *FLAGS, *flags]
     sources = {folder / source.name: all_flags for source in SOURCES}
     return compiled("kernels", sources, sorted(folder.glob("*.h")), link, (torch.__version__,))
 

@@ -484,6 +484,37 @@ const Tile* ggml_tiles(const Format& format, bool unpacked) {
   return format.minima ? tiles_of_format<4, false, 1, true>(unpacked) : tiles_of_format<4, false, 1, false>(unpacked);
 }
 
+namespace {
+
+// put(fours before them, side, numbers of four inputs as bytes) for a block's 32 inputs at w.
+template <class Put>
+ALWAYS void each_four(const Format& f, const uint8_t* w, Ints table, Put&& put) {
+  for (int side = 0; side < 128; side += 64) {
+    const uint8_t* from = w + side;
+    if (f.bits == 8) {
+      for (int four = 0; four < 8; four++) put(four, side, load64(from + four * 128));
+      continue;
+    }
+    Ints high = f.bits == 5 ? load64(from) : spread(0);
+    if (f.bits == 5) from += 128;
+    auto eight = [&](auto four) {
+      constexpr int FOUR = decltype(four)::value;
+      if (f.bits == 6 && FOUR % 4 == 0) high = load64(from), from += 128;
+      const Ints v = load64(from);
+      Ints low = lower4(v), upper = upper4(v);
+      from += 128;
+      if (f.bits == 5) low = with_high<5, FOUR>(low, high), upper = with_high<5, FOUR + 1>(upper, high);
+      if (f.bits == 6) low = with_high<6, FOUR>(low, high), upper = with_high<6, FOUR + 1>(upper, high);
+      if (f.table) low = looked_up(table, low), upper = looked_up(table, upper);
+      put(FOUR, side, low), put(FOUR + 1, side, upper);
+    };
+    eight(std::integral_constant<int, 0>()), eight(std::integral_constant<int, 2>());
+    eight(std::integral_constant<int, 4>()), eight(std::integral_constant<int, 6>());
+  }
+}
+
+}  // namespace
+
 // Its numbers as bytes, its scales as float32. Numbers that are bytes stay where they are, each 32 behind their scales.
 void unpack_ggml(const Matrix& m, int block, Matrix& to, uint8_t* bytes) {
   const Format& f = *m.formats[block];
@@ -497,26 +528,25 @@ void unpack_ggml(const Matrix& m, int block, Matrix& to, uint8_t* bytes) {
     read_scales<2>(f, w, 0, scales);
     w += f.header(), scales += size_t(f.groups) * scales_of(f.minima);
     if (f.bits == 8) w += f.inputs() / 32 * f.numbers();
-    for (int i = 0; i < f.inputs() && f.bits < 8; i += 32, w += f.numbers(), bytes += 1024) {
-      for (int side = 0; side < 128; side += 64) {
-        const uint8_t* from = w + side;
-        Ints high = f.bits == 5 ? load64(from) : spread(0);
-        if (f.bits == 5) from += 128;
-        auto eight = [&](auto four, uint8_t* at) {
-          constexpr int FOUR = decltype(four)::value;
-          if (f.bits == 6 && FOUR % 4 == 0) high = load64(from), from += 128;
-          const Ints v = load64(from);
-          Ints low = lower4(v), upper = upper4(v);
-          from += 128;
-          if (f.bits == 5) low = with_high<5, FOUR>(low, high), upper = with_high<5, FOUR + 1>(upper, high);
-          if (f.bits == 6) low = with_high<6, FOUR>(low, high), upper = with_high<6, FOUR + 1>(upper, high);
-          if (f.table) low = looked_up(table, low), upper = looked_up(table, upper);
-          store64(at + FOUR * 128, low), store64(at + FOUR * 128 + 128, upper);
-        };
-        eight(std::integral_constant<int, 0>(), bytes + side), eight(std::integral_constant<int, 2>(), bytes + side);
-        eight(std::integral_constant<int, 4>(), bytes + side), eight(std::integral_constant<int, 6>(), bytes + side);
-      }
-    }
+    for (int i = 0; i < f.inputs() && f.bits < 8; i += 32, w += f.numbers(), bytes += 1024)
+      each_four(f, w, table, [&](int four, int side, Ints v) { store64(bytes + four * 128 + side, v); });
+  }
+}
+
+void widen_ggml(const Matrix& m, int block, int from, int to, uint8_t* pairs) {
+  const Format& f = *m.formats[block];
+  const uint8_t* w = m.block(block) + from / f.inputs() * (f.header() + f.inputs() / 32 * f.numbers());
+  const Ints table = Group<1, 4, true, 1, false, false>::table();
+  alignas(64) SpanScales own;
+  for (int done = from; done < to; done += f.inputs()) {
+    read_scales<2>(f, w, 0, own);
+    w += f.header();
+    for (int i = 0; i < f.inputs(); i += 32, w += f.numbers(), pairs += 2048)
+      each_four(f, w, table, [&](int four, int side, Ints v) {
+        const float* scales = own + (i + 4 * four) / f.each * scales_of(f.minima) + side / 4;
+        const Floats scale = load(scales), offset = f.minima ? load(scales + WIDTH) : spread(-float(f.zero)) * scale;
+        widen4(pairs + four * 256 + side, v, scale, offset);
+      });
   }
 }
 

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 
 from serve.cpu_kernels.build import ARM64, step_available
@@ -22,18 +21,8 @@ VARIABLE = "LORADOCK_LORA_KERNELS"
 WEIGHTS = "LORADOCK_CPU_WEIGHTS"
 
 
-def free_memory() -> int:
-    """Bytes that this process may still take; `install` may know better."""
-    return _free_memory()
-
-
-_free_memory: Callable[[], int] = lambda: psutil.virtual_memory().available  # noqa: E731
-
-
-def install(free: Callable[[], int]) -> None:
-    """In each of vLLM's processes on a CPU. `free` says how much memory is free, control groups included."""
-    global _free_memory
-    _free_memory = free
+def install() -> None:
+    """In each of vLLM's processes on a CPU."""
     weights = os.environ.get(WEIGHTS, "auto")
     if weights != "auto" and not step_available():
         needed = f"AVX2, or arm64 with dot products and {ARM64}=1, and a C++ compiler"

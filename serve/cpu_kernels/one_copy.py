@@ -2,8 +2,7 @@
 
 `take` marks the layers of a model that the step takes, when it is built and before its weights are read. As each of
 them is loaded it is packed, and its weights are freed at once: never are there two copies. Steps that go vLLM's way
-call `loradock::packed_linear`. With tile instructions vLLM's copy stays where there is room: long prompts are several
-times faster with them.
+call `loradock::packed_linear`.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ RELEASED = 64 << 20  # bytes that are freed before the allocator is asked to giv
 _freed = 0
 
 
-def take(model: Any, embedding: Any, head: Any, keep: bool) -> None:
-    """Have the layers of this model packed as they are loaded; `keep`: vLLM's copy stays beside."""
+def take(model: Any, embedding: Any, head: Any, keep: bool = False) -> None:
+    """Have the layers of this model packed as they are loaded; `keep`: vLLM's copy stays beside, to compare with it."""
     layers = [module for module in model.modules() if packing.is_linear(module)]
     for layer in (*layers, embedding, head):
         layer.loradock_keep = keep

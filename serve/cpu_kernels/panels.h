@@ -1,6 +1,7 @@
 // The rows of a product as its tiles read them.
 #pragma once
 
+#include "amx.h"
 #include "matrix.h"
 
 #ifdef STEP
@@ -15,12 +16,14 @@ constexpr int GROUP_TILE = MANY ? 6 : 4;  // and where every group of inputs has
 constexpr int sides(int rows, int most) { return MANY || rows <= most ? 2 : 1; }
 constexpr int ROWS = 192;  // tokens whose inputs stay in the cache while all blocks pass
 
+constexpr int TALL_ROWS = 384;  // the same where the processor's tiles multiply
+
 // How rows are cut: into passes of about equal size, since each goes over all weights, and these into tiles, all of them full
 // but for the last pass's.
 struct Cut {
   int rows, most, passes;  // most: of a tile
 
-  explicit Cut(int rows = 0, int most = 1) : rows(rows), most(most), passes((rows + ROWS - 1) / ROWS) {}
+  explicit Cut(int rows = 0, int most = 1, int of_pass = ROWS) : rows(rows), most(most), passes((rows + of_pass - 1) / of_pass) {}
   // Where it begins.
   int pass(int number) const { return number < passes ? int(int64_t(rows) * number / passes) / most * most : rows; }
   int tiles(int number) const { return (pass(number + 1) - pass(number) + most - 1) / most; }
@@ -51,13 +54,28 @@ struct Cut {
 //   the products with all of a span's weights are too large by where they are multiplied in 8 bits
 //   int8 for GGML: for each 32 inputs, of each row their scale, it times their sum, and the sums of the first 16 and of the
 //   others; then sixteen inputs of each row, and the others
+//   bfloat16 for the processor's tiles: 32 inputs of each row, and the next
 struct Input {
   const bf16* x;
   int64_t stride;
   uint8_t* panels;
   int rows;
+  const int* which = nullptr;  // rows of x, where they are not the first ones
+  bool prompts = false;        // they are of prompts
 
+  int row(int i) const { return which ? which[i] : i; }
+  const bf16* at(int i) const { return x + int64_t(row(i)) * stride; }
+  // Whether the processor's tiles multiply. They round otherwise: so whatever a step is made of, all tokens of prompts are multiplied
+  // by them, and no others.
+  bool tall(const Matrix& m) const { return TILES && prompts && m.k % DEEP == 0; }
+  // Whether rows must be made into something else before they are multiplied.
+  bool converts(const Matrix& m) const { return m.kind != BF16 || !PAIRS || which || tall(m); }
+
+  // With tiles: of whole lines, and one row more than there is may be read of the last inputs of all.
   static size_t row_bytes(const Matrix& m) {
+    return TILES ? (std::max(own_bytes(m), size_t(m.k) * sizeof(bf16) + 64) + 63) / 64 * 64 : own_bytes(m);
+  }
+  static size_t own_bytes(const Matrix& m) {
     if (m.kind == BF16) return size_t(m.k) * sizeof(float);
     if (m.kind == GGML) return m.k + size_t(m.k / 32) * 16;
     if (m.span > 1) return m.k + size_t(m.groups()) * 4 + size_t(m.spans()) * 8;
@@ -67,27 +85,28 @@ struct Input {
   // Of a tile of so many rows as dot2 takes it: where it begins, and elements from one row, and one pair, to the next.
   const Element* pairs(const Matrix& m, int first) const {
     if constexpr (PAIRS)
-      return reinterpret_cast<const Element*>(x + first * stride);
+      return reinterpret_cast<const Element*>(which ? reinterpret_cast<const bf16*>(panel(m, first)) : x + first * stride);
     else
       return reinterpret_cast<const Element*>(panel(m, first));
   }
-  int64_t apart() const { return PAIRS ? stride : 2; }
+  int64_t apart(const Matrix& m) const { return !PAIRS ? 2 : which ? int64_t(row_bytes(m) / sizeof(bf16)) : stride; }
   static constexpr int next(int rows) { return PAIRS ? 2 : 2 * rows; }
 };
 
-inline int most_rows(const Matrix& m) { return m.kind == BF16 ? TILE : m.kind == CHANNEL8 ? TILE8 : GROUP_TILE; }
+inline Cut cut_of(const Matrix& m, const Input& in) {
+  if (in.tall(m)) return Cut(in.rows, TALL_TILE, TALL_ROWS);
+  return Cut(in.rows, m.kind == BF16 ? TILE : m.kind == CHANNEL8 ? TILE8 : GROUP_TILE);
+}
 
 // The tile of a row. One is asked for after the other: most are in the tile of the one before.
 inline Cut::Range tile_of(const Matrix& m, const Input& in, int row) {
   static thread_local Cut cut;
   static thread_local Cut::Range last;
-  if (cut.rows != in.rows || cut.most != most_rows(m)) cut = Cut(in.rows, most_rows(m)), last = {};
+  const Cut its = cut_of(m, in);
+  if (cut.rows != its.rows || cut.most != its.most) cut = its, last = {};
   if (row < last.begin || row >= last.end) last = cut.of(row);
   return last;
 }
-
-// Whether rows must be made into something else before they are multiplied with a matrix.
-inline bool converts(const Matrix& m) { return m.kind != BF16 || !PAIRS; }
 
 // A row's place in its panel, for `to_bytes`.
 struct InPanel {
@@ -195,18 +214,29 @@ struct Both {
   ALWAYS void sum(int g, int32_t its) { panel.sum(g, its), row.sum(g, its); }
 };
 
-// A row in 8 bits: in its panel, and as number `place` of `rows`, which have room for it.
+// A row for the processor's tiles.
+inline void put_tall(const Matrix& m, const Input& in, int row) {
+  const auto [begin, end] = tile_of(m, in, row);
+  uint8_t* to = in.panel(m, begin) + 64 * (row - begin);
+  const bf16* x = in.at(row);
+  for (int i = 0; i < m.k; i += DEEP, to += 64 * (end - begin)) store64(to, load64(x + i));
+}
+
+// A row in its panel, and in 8 bits as number `place` of `rows`, which have room for it.
 inline void convert(const Matrix& m, const Input& in, int row, Rows8& rows, int place) {
-  auto put = [&](auto&& to) { to_bytes(in.x + row * in.stride, m.k, m.group, m.zero(), m.span, to); };
+  auto put = [&](auto&& to) { to_bytes(in.at(row), m.k, m.group, m.zero(), m.span, to); };
+  if (in.tall(m)) return put_tall(m, in, row), put(rows.to(place, m.k, m.group));
   if (m.kind == GGML) return put(Both<InPairs>{{m, in, row}, rows.to(place, m.k, m.group)});
   put(Both<InPanel>{{m, in, row}, rows.to(place, m.k, m.group)});
 }
 
 // A row as the matrix wants it.
 inline void convert(const Matrix& m, const Input& in, int row) {
-  if (m.kind == GGML) return to_bytes(in.x + row * in.stride, m.k, m.group, m.zero(), m.span, InPairs(m, in, row));
-  if (m.kind != BF16) return to_bytes(in.x + row * in.stride, m.k, m.group, m.zero(), m.span, InPanel(m, in, row));
-  const bf16* x = in.x + row * in.stride;
+  if (in.tall(m)) return put_tall(m, in, row);
+  const bf16* x = in.at(row);
+  if (m.kind == GGML) return to_bytes(x, m.k, m.group, m.zero(), m.span, InPairs(m, in, row));
+  if (m.kind != BF16) return to_bytes(x, m.k, m.group, m.zero(), m.span, InPanel(m, in, row));
+  if (PAIRS) return (void)std::memcpy(in.panel(m, row), x, m.k * sizeof(bf16));
   const auto [begin, end] = tile_of(m, in, row);
   float* to = reinterpret_cast<float*>(in.panel(m, begin)) + (row - begin) * 2;
   alignas(64) float numbers[16];

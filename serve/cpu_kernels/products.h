@@ -139,7 +139,7 @@ ALWAYS void leave(const Floats (&s)[M][N], float* sums) {
 template <int M, Fetch FETCH>
 void tile_bf16(const Matrix& m, int block, const Input& in, int row, const Ahead& ahead, float* sums) {
   constexpr int N = sides(M, 2);
-  const int64_t apart = in.apart();
+  const int64_t apart = in.apart(m);
   const int pairs = m.k / 2;
   for (int side = 0; side < 2; side += N) {
     const uint8_t* w = m.data.data + block * m.block_bytes + 64 * side;
@@ -549,10 +549,96 @@ class Unpacked {
   static constexpr int TILES = 5;  // as was measured on Zen 5
 };
 
+// ---- many rows by the processor's tiles ---------------------------------------------------------------------------------------
+
+constexpr int CHUNK_INPUTS = 512;  // so many inputs of a block stay in the first cache while all rows pass,
+constexpr int TALL_BLOCKS = 8;     // and of the rows in the second one while so many blocks pass
+
+// A block's weights from input `from` on, as pairs of bfloat16. GGML: of whole spans.
+void widen_ggml(const Matrix& m, int block, int from, int to, uint8_t* pairs);
+inline void widen(const Matrix& m, int block, int from, int to, uint8_t* pairs) {
+  if (m.kind == GGML) return widen_ggml(m, block, from, to, pairs);
+  const bool four = m.kind == GROUP4;
+  for (int i = from; i < to;) {
+    const int g = i / m.group, end = std::min(to, (g + 1) * m.group), into = i - g * m.group;
+    const uint8_t* w;
+    Floats scale[2], offset[2];
+    if (four) {
+      const int s = g / m.span;
+      const uint8_t* header = m.span > 1 ? m.span4(block, s) : m.group4(block, g);
+      const int8_t* by = reinterpret_cast<const int8_t*>(header + WIDTH * sizeof(bf16)) + (g - s * m.span) * WIDTH;
+      for (int j = 0; j < 2; j++) {
+        scale[j] = wide(reinterpret_cast<const bf16*>(header) + 16 * j);
+        if (m.span > 1) scale[j] = scale[j] * wide(by + 16 * j);
+        offset[j] = spread(-float(ZERO4)) * scale[j];
+        if (m.offsets) offset[j] = fma(spread(8.f), wide(reinterpret_cast<const bf16*>(header) + 32 + 16 * j), offset[j]);
+      }
+      w = m.span > 1 ? header + Matrix::header(m.span_groups(s)) + size_t(g - s * m.span) * m.group * WIDTH / 2
+                     : header + (m.offsets ? 128 : 64);
+      w += size_t(into) * WIDTH / 2;
+    } else {
+      w = m.data.data + block * m.block_bytes + size_t(i) * WIDTH;
+      for (int j = 0; j < 2; j++) {
+        scale[j] = load(m.scale.data + (size_t(block) * m.groups() + g) * WIDTH + 16 * j);
+        offset[j] = spread(-float(ZERO8)) * scale[j];
+      }
+    }
+    for (; i < end; i += four ? 8 : 4, w += 128, pairs += four ? 512 : 256)
+      for (int j = 0; j < 2; j++) {
+        const Ints v = load64(w + 64 * j);
+        if (four) widen4(pairs + 64 * j + 256, upper4(v), scale[j], offset[j]);
+        widen4(pairs + 64 * j, four ? lower4(v) : v, scale[j], offset[j]);
+      }
+  }
+}
+
+// given(block, from, to, sums) for every tile of rows and for the blocks of [first, last).
+template <class Given>
+void multiply_tall(const Matrix& m, const Input& in, int first, int last, Given&& given) {
+  static thread_local Buffer<uint8_t> room;
+  static thread_local Buffer<float> all_sums;
+  room.need(size_t(CHUNK_INPUTS) * WIDTH * sizeof(bf16)), all_sums.need(size_t(TALL_BLOCKS) * TALL_ROWS * WIDTH);
+  const Cut cut = cut_of(m, in);
+  for (int pass = 0; pass < cut.passes; pass++) {
+    const int parts = cut.tiles(pass);
+    int most = 0;
+    for (int part = 0; part < parts; part++) most = std::max(most, cut.tile(pass, part + 1) - cut.tile(pass, part));
+    auto sums = [&](int block, int part) { return all_sums.data + size_t(block * parts + part) * TALL_TILE * WIDTH; };
+    for (int b = first; b < last; b += TALL_BLOCKS) {
+      const int blocks = std::min(TALL_BLOCKS, last - b);
+      {
+        Tiles tiles(most);
+        for (int k = 0; k < m.k; k += CHUNK_INPUTS)
+          for (int block = 0; block < blocks; block++) {
+            const int inputs = std::min(CHUNK_INPUTS, m.k - k);
+            const uint8_t* w = m.kind == BF16 ? m.block(b + block) + size_t(k) * WIDTH * sizeof(bf16) : room.data;
+            if (m.kind != BF16) widen(m, b + block, k, k + inputs, room.data);
+            // What comes next is on its way meanwhile: about, where blocks begin with what is of all of them.
+            const bool other = block + 1 < blocks;
+            const uint8_t* begin = m.block(b + (other ? block + 1 : 0));
+            const size_t bytes = m.bytes(b + (other ? block + 1 : 0));
+            const int after = other ? k : k + CHUNK_INPUTS, until = std::min(after + CHUNK_INPUTS, m.k);
+            for (int part = 0; part < parts; part++) {
+              const int from = cut.tile(pass, part), rows = cut.tile(pass, part + 1) - from;
+              const size_t all = after < m.k ? bytes * (until - after) / m.k : 0;
+              const Ahead ahead{all ? begin + bytes * after / m.k + all * part / parts : nullptr, int(all / parts)};
+              // Where a tile has fewer rows than most, what is behind them is multiplied in vain.
+              tiles.add(sums(block, part), !k, in.panel(m, from) + size_t(k) * sizeof(bf16) * rows, 64 * rows, w, inputs / DEEP,
+                        [&](int step) { ahead.beside(step, CHUNK_INPUTS / DEEP); });
+            }
+          }
+      }
+      for (int block = 0; block < blocks; block++)
+        for (int part = 0; part < parts; part++)
+          given(b + block, cut.tile(pass, part), cut.tile(pass, part + 1), sums(block, part));
+    }
+  }
+}
+
 // What comes on top of a product: nothing.
 struct Nothing {
-  void fetch(const Matrix&, int, int, int) const {}
-  void add(const Matrix&, int, int, int, float*) const {}
+  void fetch(const Matrix&, const Input&, int, int, int) const {}
+  void add(const Matrix&, const Input&, int, int, int, float*) const {}
 };
 
 // out(row, block, sums) for every row and for the blocks of [first, last), once `top` has added what it has; its fetch is
@@ -561,22 +647,23 @@ struct Nothing {
 template <class Out, class Top = Nothing>
 void multiply(const Matrix& m, const Input& in, int first, int last, Out&& out, const Top& top = {}) {
   const int rows = in.rows;
-  const Cut cut(rows, most_rows(m));
+  const Cut cut = cut_of(m, in);
   alignas(64) float sums[TILE * WIDTH];
   auto given = [&](int block, int from, int to, float* s) {
     const float* bias = m.bias.data ? m.bias.data + block * WIDTH : nullptr;
     for (int i = 0; bias && i < to - from; i++)
       for (int j = 0; j < WIDTH; j++) s[i * WIDTH + j] += bias[j];
-    top.add(m, block, from, to, s);
-    for (int i = from; i < to; i++) out(i, block, s + (i - from) * WIDTH);
+    top.add(m, in, block, from, to, s);
+    for (int i = from; i < to; i++) out(in.row(i), block, s + (i - from) * WIDTH);
   };
+  if (in.tall(m)) return multiply_tall(m, in, first, last, given);
   for (int pass = 0; pass < cut.passes; pass++) {
     const int parts = cut.tiles(pass);
     Unpacked unpacked(m, parts);
     const Tile* tiles = unpacked ? unpacked.tiles() : parts == 1 ? tiles_of<OWN>(m) : tiles_of<NEXT>(m);
     for (int b = first; b < last; b++) {
       if (rows == 1 && m.kind == BF16 && b + 1 < last) {
-        for (int i = 0; i < 2; i++) top.fetch(m, b + i, 0, 1);
+        for (int i = 0; i < 2; i++) top.fetch(m, in, b + i, 0, 1);
         pair_bf16(m, b, in, sums);
         for (int i = 0; i < 2; i++) given(b + i, 0, 1, sums + i * WIDTH);
         b++;
@@ -587,7 +674,7 @@ void multiply(const Matrix& m, const Input& in, int first, int last, Out&& out, 
       const size_t bytes = m.bytes(b);
       for (int part = 0; part < parts; part++) {
         const int from = cut.tile(pass, part), to = cut.tile(pass, part + 1);
-        if (rows <= 48) top.fetch(m, b, from, to);
+        if (rows <= 48) top.fetch(m, in, b, from, to);
         // This tile's part of the next block: where it begins, and how much of it for 128 bytes of this block.
         const int fetching = unpacked ? parts : std::min(parts, 8);
         const uint8_t* next = part < fetching ? m.block(b) + bytes + bytes * part / fetching : nullptr;

@@ -21,7 +21,7 @@ from serve.cpu_kernels.drafts import MOST, MOST_IN_STEP, Bets, Bettor, DraftPric
 log = logging.getLogger("loradock")
 
 VARIABLE = "LORADOCK_SPECULATION"
-# Tokens of answers in a step that has drafts: where there are tile instructions, larger steps go layer by layer.
+# Tokens of answers in a step that has drafts.
 ROWS = 64
 # With one of these a token depends on the others of its answer, or on a grammar, or its answer is more than tokens.
 APART = (

@@ -96,6 +96,8 @@ struct Decoder : Shape {
   std::vector<bf16*> cache;  // of each layer
   std::vector<int> group;    // of each layer
   std::vector<Tokens> runs;  // of a step
+  std::vector<int> order, place;
+  int answers = 0;
   bool after = false;        // what is added to the residual is normalized before
   int top = -1;        // the output layer's matrix
   int table = -1;      // the embedding's, where it is packed
@@ -282,23 +284,23 @@ struct Delta {
     return {s, o - layer->slices[s].offset};
   }
 
-  // work(first row, last row, slot) for neighbouring rows with the same adapter.
+  // work(first row, last row, slot) for neighbouring rows with the same adapter, which are neighbours in t too.
   template <class F>
-  inline void runs(int from, int to, F&& work) const {
+  inline void runs(const Input& in, int from, int to, F&& work) const {
+    auto follows = [&](int i) { return plan->place[in.row(i)] == plan->place[in.row(i - 1)] + 1; };
     for (int row = from, end; row < to; row = end) {
-      const int slot = plan->slot[row];
-      for (end = row + 1; end < to && plan->slot[end] == slot;) end++;
+      const int slot = plan->slot[in.row(row)];
+      for (end = row + 1; end < to && plan->slot[in.row(end)] == slot && (slot < 0 || follows(end));) end++;
       if (slot >= 0) work(row, end, slot);
     }
   }
 
   // To the sums of rows [from, to) and a block's outputs.
-  void add(const Matrix& m, int block, int from, int to, float* sums) const {
+  void add(const Matrix& m, const Input& in, int block, int from, int to, float* sums) const {
     if (!layer) return;
     const Half halves[2] = {half(m, block, 0), half(m, block, 16)};
-    runs(from, to, [&](int row, int end, int slot) {
-      // A slot's tokens are in order: neighbours are neighbours in t too.
-      const char* of_row = t + plan->place[row] * t_row;
+    runs(in, from, to, [&](int row, int end, int slot) {
+      const char* of_row = t + plan->place[in.row(row)] * t_row;
       float* to_row = sums + (row - from) * WIDTH;
       for (int side = 0; side < 2 && halves[side].slice >= 0; side++) {
         const int slice = halves[side].slice;
@@ -309,18 +311,20 @@ struct Delta {
         const char *b = w.packed() + size_t(output / 16) * parts * 64, *from_t = of_row + layer->middle_at(slice);
         const float* bias = m.bias.data ? m.bias.data + block * WIDTH + 16 * side : nullptr;
         const bf16* gains = w.gains ? w.gains + output : nullptr;
-        EXPANDS[w.eight()][gains != nullptr][end - row - 1](b, parts, from_t, t_row, to_row + 16 * side, gains, bias);
+        for (int first = row; first < end; first += TILE)
+          EXPANDS[w.eight()][gains != nullptr][std::min(TILE, end - first) - 1](
+              b, parts, from_t + (first - row) * t_row, t_row, to_row + (first - row) * WIDTH + 16 * side, gains, bias);
       }
     });
   }
 
   // What `add` will read: many adapters' pieces are too short for the processor to see them coming.
-  void fetch(const Matrix& m, int block, int from, int to) const {
+  void fetch(const Matrix& m, const Input& in, int block, int from, int to) const {
     if (!layer) return;
     for (int first = 0; first < WIDTH; first += 16) {
       const Half h = half(m, block, first);
       if (h.slice < 0) return;
-      runs(from, to, [&](int, int, int slot) {
+      runs(in, from, to, [&](int, int, int slot) {
         const Weights& w = layer->slices[h.slice].slots[slot];
         const size_t bytes = size_t(parts(w)) * 64;
         for (size_t i = 0; i < bytes; i += 64) soon(w.packed() + h.output / 16 * bytes + i);
@@ -342,6 +346,18 @@ struct Step {
   int pieces;          // how many of them there are
   bool decode;    // one token for each request, which reads no other one's
   float* logits;  // [requests, vocabulary] of each one's only token, where the head is asked for as well
+  // With tiles, in a step that has both: the tokens of answers, then those of prompts; and where each token is among them.
+  const int *order, *place;
+  int answers;  // tokens of answers
+};
+
+// The rows of a product: those of answers, those of prompts, or both.
+struct Inputs {
+  Input of[2];
+  int count;
+
+  const Input* begin() const { return of; }
+  const Input* end() const { return of + count; }
 };
 
 // Of 32 bfloat16: those at even and those at odd places.
@@ -809,7 +825,7 @@ struct Sharing {
 };
 
 // Blocks in one piece: with many rows several, so that the rows pass the cache less often.
-inline int grain(int rows) { return rows > ROWS ? 6 : rows > 4 ? 1 : 2; }
+inline int grain(int rows, bool tall) { return tall ? TALL_BLOCKS : rows > ROWS ? 6 : rows > 4 ? 1 : 2; }
 
 // Logits in float32, as vLLM's sampler wants them. vLLM's own are rounded to bfloat16 before: the two likeliest tokens are
 // then often equal, and which one greedy decoding takes is a matter of their numbers.
@@ -885,23 +901,45 @@ struct Team : Sharing {
 
   // The adapters' part of the way in, and int8 if the matrix wants them. Adapters in 8 bits take these: a chunk's rows are
   // converted before it is multiplied.
-  Input prepare(const Matrix& m, const Delta& delta, const bf16* x, int64_t stride) {
-    const Input in{x, stride, mine(d.panels), s.rows};
+  Inputs prepare(const Matrix& m, const Delta& delta, const bf16* x, int64_t stride) {
+    Inputs all_rows{{{x, stride, mine(d.panels), s.rows, nullptr, s.answers == 0}, {}}, 1};
+    if (s.order) {
+      uint8_t* panels = all_rows.of[0].panels;
+      all_rows.of[0] = {x, stride, panels, s.answers, s.order, false};
+      all_rows.of[1] = {x, stride, panels + s.answers * Input::row_bytes(m), s.rows - s.answers, s.order + s.answers, true};
+      all_rows.count = 2;
+    }
+    return prepare(m, delta, all_rows);
+  }
+
+  Inputs prepare(const Matrix& m, const Delta& delta, const Inputs& inputs) {
+    const bf16* x = inputs.of[0].x;
+    const int64_t stride = inputs.of[0].stride;
+    // work(its rows, its number in them) for a token.
+    auto of_token = [&](int token, auto&& work) {
+      const int at = s.order ? s.place[token] : token;
+      const bool second = inputs.count == 2 && at >= s.answers;
+      work(inputs.of[second], at - second * s.answers);
+    };
     const bool eight = delta && delta.layer->eight;
     const int slices = delta ? int(delta.layer->slices.size()) : 0;
     const int shrinks = delta ? delta.pieces() / (eight ? slices : 1) : 0;
-    const int converts = loradock::converts(m) ? s.rows : 0;
+    const bool any = std::any_of(inputs.begin(), inputs.end(), [&](const Input& in) { return in.converts(m); });
+    const int converts = any ? s.rows : 0;
     auto work = [&](int first, int last) {
       for (int i = first; i < last; i++)
         if (i >= shrinks) {
-          if (!eight || delta.plan->slot[i - shrinks] < 0) convert(m, in, i - shrinks);
+          if (!eight || delta.plan->slot[i - shrinks] < 0)
+            of_token(i - shrinks, [&](const Input& in, int row) {
+              if (in.converts(m)) convert(m, in, row);
+            });
         } else if (eight) {
           static thread_local Rows8 rows;
           const Chunk& c = delta.plan->chunks[i];
           const Bytes bytes = rows.room(c.end - c.begin, m.k, m.group, m.zero());
           float owed[CHUNK];
           for (int at = 0; at < c.end - c.begin; at++) {
-            convert(m, in, delta.plan->tokens[c.begin + at], rows, at);
+            of_token(delta.plan->tokens[c.begin + at], [&](const Input& in, int row) { convert(m, in, row, rows, at); });
             owed[at] = bytes.owed(at);
           }
           for (int p = i * slices; p < (i + 1) * slices; p++) delta.shrink(p, x, stride, bytes, owed);
@@ -914,7 +952,7 @@ struct Team : Sharing {
       work(0, all);
     else if (all)
       share(all, std::max(1, all / (8 * threads)), work);
-    return in;
+    return inputs;
   }
 
   // x times a matrix and its adapters.
@@ -922,8 +960,11 @@ struct Team : Sharing {
   void product(int number, int lora, const bf16* x, int64_t stride, Out&& out) {
     const Matrix& m = *matrices[number];
     const Delta delta(lora, mine(d.t));
-    const Input in = prepare(m, delta, x, stride);
-    share(m.blocks, grain(s.rows), [&](int first, int last) { multiply(m, in, first, last, out, delta); });
+    const Inputs inputs = prepare(m, delta, x, stride);
+    const bool tall = std::any_of(inputs.begin(), inputs.end(), [&](const Input& in) { return in.tall(m); });
+    share(m.blocks, grain(s.rows, tall), [&](int first, int last) {
+      for (const Input& in : inputs) multiply(m, in, first, last, out, delta);
+    });
   }
 
   // A product onto the residual; where it is normalized before, `settle` brings it there.
@@ -1034,7 +1075,8 @@ struct Team : Sharing {
     });
     if (!s.logits) return;
     const Matrix& m = *matrices[d.top];
-    head(*this, m, prepare(m, Delta(-1, nullptr), out, d.hidden), s.logits, d.vocabulary, d.vocabulary, d.logits_cap,
+    const Inputs plain{{{out, d.hidden, mine(d.panels), s.rows}, {}}, 1};  // whatever a token was, what comes next is an answer
+    head(*this, m, prepare(m, Delta(-1, nullptr), plain).of[0], s.logits, d.vocabulary, d.vocabulary, d.logits_cap,
          d.logits_by);
   }
 };
@@ -1050,16 +1092,16 @@ void together(int threads, F&& work) {
 
 // work(all, in) in all threads, for a product that is no part of a step.
 template <class F>
-void alone(const Matrix& m, const bf16* x, int64_t stride, int rows, F&& work) {
+void alone(const Matrix& m, const bf16* x, int64_t stride, int rows, bool prompts, F&& work) {
   static Buffer<uint8_t> panels;
   static Phases phases;
   const int most = omp_get_max_threads();
-  if (converts(m)) panels.need(rows * Input::row_bytes(m));
-  const Input in{x, stride, panels.data, rows};
+  Input in{x, stride, nullptr, rows, nullptr, prompts};
+  if (in.converts(m)) panels.need(rows * Input::row_bytes(m)), in.panels = panels.data;
   phases.begin(2, most);
   together(most, [&](int thread, int threads) {
     Sharing all{phases, thread, threads};
-    if (converts(m))
+    if (in.converts(m))
       all.share(rows, std::max(1, rows / (8 * threads)), [&](int first, int last) {
         for (int i = first; i < last; i++) convert(m, in, i);
       });
@@ -1072,7 +1114,10 @@ void alone(const Matrix& m, const bf16* x, int64_t stride, int rows, F&& work) {
 extern "C" {
 
 // What this build computes a step with; nothing where it computes none.
-const char* loradock_instructions() { return INSTRUCTIONS; }
+const char* loradock_instructions() {
+  static const std::string all = std::string(INSTRUCTIONS) + (TILES ? " AMX" : "");
+  return all.c_str();
+}
 
 // table: the embedding's matrix, where it is packed.
 void loradock_decoder_head(int number, int matrix, int vocabulary, int table) {
@@ -1125,9 +1170,20 @@ int loradock_step(int number, const int32_t* ids, const bf16* embedded, const in
     for (int i = first; i < answer; i += QUERIES) runs.push_back({i, std::min(QUERIES, answer - i), true});
     for (int i = answer; i < end; i++) runs.push_back({i, 1, false});
   }
-  const Step s{ids, embedded, positions, groups, rows, requests, runs.data(), int(runs.size()), decode, logits};
+  std::vector<int>& order = d.order;
+  order.clear();
+  for (bool prompt : {false, true}) {
+    for (const Tokens& of : runs)
+      for (int i = of.first; of.prompt == prompt && i < of.first + of.count; i++) order.push_back(i);
+    if (!prompt) d.answers = int(order.size());
+  }
+  const bool both = TILES && d.answers && d.answers < rows;
+  d.place.resize(rows);
+  for (int i = 0; i < rows; i++) d.place[order[i]] = i;
+  const Step s{ids,    embedded, positions, groups, rows, requests, runs.data(), int(runs.size()), decode, logits,
+               both ? order.data() : nullptr, d.place.data(), d.answers};
   const size_t n = rows;
-  auto panel_of = [](int m) { return converts(*matrices[m]) ? Input::row_bytes(*matrices[m]) : 0; };
+  auto panel_of = [&](int m) { return TILES || matrices[m]->kind != BF16 || !PAIRS ? Input::row_bytes(*matrices[m]) : 0; };
   size_t ranks = 0, panel = d.top < 0 ? 0 : panel_of(d.top);
   bool whole = false;
   for (const Block& l : d.layers) {
@@ -1162,14 +1218,14 @@ int loradock_step(int number, const int32_t* ids, const bf16* embedded, const in
 void loradock_logits(int number, const bf16* x, int64_t stride, int rows, float* out, int64_t out_stride, int columns,
                      float cap, float by) {
   const Matrix& m = *matrices[number];
-  alone(m, x, stride, rows, [&](Sharing& all, const Input& in) { head(all, m, in, out, out_stride, columns, cap, by); });
+  alone(m, x, stride, rows, false, [&](Sharing& all, const Input& in) { head(all, m, in, out, out_stride, columns, cap, by); });
 }
 
-// out[rows, n] = x W^T, in bfloat16: for one layer by itself.
-void loradock_linear(int number, const bf16* x, int64_t stride, int rows, bf16* out) {
+// out[rows, n] = x W^T, in bfloat16: for one layer by itself. `prompts`: as of tokens of prompts.
+void loradock_product(int number, const bf16* x, int64_t stride, int rows, int prompts, bf16* out) {
   const Matrix& m = *matrices[number];
-  alone(m, x, stride, rows, [&](Sharing& all, const Input& in) {
-    all.share(m.blocks, grain(rows), [&](int first, int last) {
+  alone(m, x, stride, rows, prompts, [&](Sharing& all, const Input& in) {
+    all.share(m.blocks, grain(rows, in.tall(m)), [&](int first, int last) {
       multiply(m, in, first, last, [&](int row, int block, const float* sums) {
         bf16* to = out + int64_t(row) * m.n;
         const int next = m.output(block, 16);
@@ -1178,6 +1234,10 @@ void loradock_linear(int number, const bf16* x, int64_t stride, int rows, bf16* 
       });
     });
   });
+}
+
+void loradock_linear(int number, const bf16* x, int64_t stride, int rows, bf16* out) {
+  loradock_product(number, x, stride, rows, false, out);
 }
 
 // What vLLM does in parallel regions of their own, which cost more than a few tokens' work: where each token's K and V go,

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -25,15 +24,12 @@ from vllm.v1.attention.backends import cpu_attn
 from serve.cpu_kernels import between_steps, eight_bits, one_copy, packing, pages, tally
 from serve.cpu_kernels.architecture import Layer, Norm, Unknown, bare, read
 from serve.cpu_kernels.build import cache_folder, instructions, library
-from serve.cpu_kernels.install import free_memory
 from serve.cpu_kernels.operators import Layer as Adapters
 from serve.cpu_kernels.operators import lora_linear
 from serve.cpu_kernels.packing import at as _at
 from serve.cpu_kernels.structures import BlockView, GroupView, NormView, ShapeView
 
 log = logging.getLogger("loradock")
-
-RESERVE = 1 << 30
 
 
 class Fused:
@@ -73,9 +69,7 @@ class Fused:
         self.attention = [layer.attention for layer in decoder.layers]
         self.groups: list[str] = []  # a layer of each group of layers that share block tables
         self.bound = 0
-        # Prompts: with tile instructions vLLM's matrix products are several times faster than dot products.
         head = decoder.head
-        self.most = 64 if head.loradock_keep and torch.cpu._is_amx_tile_supported() else 1 << 30
         self.head = getattr(head, "loradock_matrix", -1)
         of_head = head.loradock_weights if self.head >= 0 else "bfloat16"
         self.weights = f"{', '.join(sorted(self.formats))}; output layer {of_head}"  # for whoever operates the server
@@ -147,8 +141,6 @@ class Fused:
         if not isinstance(metadata, dict):
             raise Elsewhere("attention")
         rows = ids.shape[0]
-        if rows > self.most:
-            raise Elsewhere("rows")
         if (layerwise := getattr(self.runner, "loradock_layerwise", None)) and layerwise():
             raise Elsewhere("dora")
         self._bind(metadata)
@@ -313,18 +305,6 @@ def _as_vectors(dtype: torch.dtype, block_size: int, *args: Any, **kwargs: Any) 
     return "vec" if chosen in ("amx", "neon") and block_size % 32 == 0 else chosen
 
 
-def _keeps_vllms(model: Any) -> bool:
-    """Whether vLLM's copy of the weights stays beside ours: its tile instructions need it, and there is room."""
-    if not torch.cpu._is_amx_tile_supported():
-        return False
-    cache = get_current_vllm_config().cache_config.kv_cache_memory_bytes or 0
-    size = sum(parameter.nbytes for parameter in model.parameters())
-    if free_memory() > 2 * size + cache + RESERVE:
-        return True
-    log.warning("there is no memory for a second copy of the weights: long prompts do without tile instructions")
-    return False
-
-
 def create_model(original: Callable[..., Any], loader: Any, *args: Any, **kwargs: Any) -> Any:
     model, config = original(loader, *args, **kwargs), args[0] if args else kwargs["vllm_config"]
     try:
@@ -334,14 +314,13 @@ def create_model(original: Callable[..., Any], loader: Any, *args: Any, **kwargs
         model.loradock_unknown = reason.with_traceback(None)
         return model
     model.loradock_unknown = None
-    keep = bool(decoder.embedding.weight.numel()) and _keeps_vllms(model)  # of a GGUF file's there is one copy
-    one_copy.take(model, decoder.embedding, decoder.head, keep)
+    one_copy.take(model, decoder.embedding, decoder.head)
     _pack_when_loaded(model, decoder.embedding, decoder.head)
     load_weights = model.load_weights
     model.load_weights = lambda weights: load_weights(pages.read_once(weights))
-    if not keep and (decoder.head.weight is not decoder.embedding.weight or packing.shrinks()):
+    if decoder.head.weight is not decoder.embedding.weight or packing.shrinks():
         pages.keep_in_file(decoder.embedding.weight, cache_folder())
-    if packing.shrinks() and not keep:
+    if packing.shrinks():
         for layer in model.modules():
             if isinstance(layer, LinearBase) and type(layer.quant_method) is UnquantizedLinearMethod:
                 one_copy.when_loaded(layer, partial(_take_in, layer))

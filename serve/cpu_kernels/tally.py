@@ -18,7 +18,6 @@ REASONS = {
     "engine": "the engine is spread, has a speculative_config, hands its KV cache over or generates nothing",
     "adapter": "an adapter came in between",
     "dora": "an adapter has magnitudes (DoRA), and a layer is not one of our kernels'",
-    "rows": "the processor has tile instructions, which vLLM's products use for many tokens",
     "cache": "the KV cache lies in another way",
     "embeddings": "the prompt is embeddings and not tokens",
 }

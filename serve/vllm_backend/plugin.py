@@ -21,7 +21,7 @@ def install() -> None:
         return
     model_inspection.install()
     if hardware.on_cpu():
-        install_kernels(hardware.free_memory)
+        install_kernels()
     media.install()
     applying.install("all")
     if applying.is_on("fork-server"):

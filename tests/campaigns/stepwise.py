@@ -296,15 +296,15 @@ def main(out: Path, folder: Path, wanted: Sequence[str]) -> None:
     if not build.step_available():
         out.write_text("null")
         return
-    from serve.cpu_kernels import step
+    from serve.cpu_kernels import one_copy
 
-    floats, found = packing.floats, {}
+    floats, take, found = packing.floats, one_copy.take, {}
     for name, model in models(folder, wanted).items():
         ranks = {**RANKS, HEAD: 4} if name == WITH_HEAD else RANKS
         loras = adapters(model, folder / f"{name}-adapters", ranks)
         packing.floats = partial(pack_both, floats)
         for keep in (True, False) if name in ONE_COPY else (True,):
-            step._keeps_vllms = lambda _, keep=keep: keep  # type: ignore[assignment,misc]
+            one_copy.take = partial(take, keep=keep)  # type: ignore[assignment]
             found[name if keep else f"{name}-one-copy"] = run(model, loras)
         if name == INT8:
             packing.floats = floats

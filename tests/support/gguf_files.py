@@ -49,13 +49,18 @@ def scaled_blocks(kind: str, shape: tuple[int, int], random: np.random.Generator
 
 
 def packed_blocks(
-    parts: list[tuple[str, np.ndarray]], outputs: int, inputs: int, bias: Any = None, paired: bool = False
+    parts: list[tuple[str, np.ndarray]],
+    outputs: int,
+    inputs: int,
+    bias: Any = None,
+    paired: bool = False,
+    kernels: ctypes.CDLL | None = None,
 ) -> int:
     """The number of the kernels' matrix of these tensors' rows; -1 where it cannot be."""
     from serve.cpu_kernels import build, packing
 
     count = len(parts)
-    kernels = build.library()
+    kernels = kernels or build.library()
     assert kernels is not None
     return int(
         kernels.loradock_matrix_ggml(

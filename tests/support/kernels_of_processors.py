@@ -2,7 +2,7 @@
 
     python -m tests.support.kernels_of_processors haswell=older.pt native=mine.pt
 
-On stdout is how each ended: its name and its exit code, or the signal's number below zero.
+On stdout is how each ended: its exit code, or the signal's number below zero, and its name.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def forked(march: str, file: str) -> int:
 def main(*pairs: str) -> None:
     assert not build.library.cache_info().currsize, "an import has loaded the kernels"
     for march, file in (pair.split("=") for pair in pairs):
-        print(march, forked(march, file), flush=True)
+        print(forked(march, file), march, flush=True)
 
 
 if __name__ == "__main__":

@@ -27,17 +27,19 @@ pytestmark = pytest.mark.skipif(not build.step_available(), reason="no kernels f
 
 # As compilers name them, and what is computed with there.
 PROCESSORS = {"haswell": "AVX2", "alderlake": "AVX2 VNNI", "skylake-avx512": "AVX-512"}
+# Its tiles are plain loops here, where the processor has none.
+TILES = "skylake-avx512 -DLORADOCK_TILES"
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
     """What the kernels compute that are compiled for a processor; skips if this one cannot execute them."""
     folder, root = tmp_path_factory.mktemp("kernels"), Path(__file__).parents[3]
-    pairs = [f"{march}={folder / march}.pt" for march in ("native", *PROCESSORS)]
+    pairs = [f"{march}={folder / march}.pt" for march in ("native", *PROCESSORS, TILES)]
     command = [sys.executable, "-m", "tests.support.kernels_of_processors", *pairs]
     environ = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=root)
-    ended = {march: int(code) for march, code in map(str.split, done.stdout.splitlines())}
+    ended = {march: int(code) for code, march in (line.split(" ", 1) for line in done.stdout.splitlines())}
 
     def computed(march: str) -> dict[str, Any]:
         if ended.get(march) == -signal.SIGILL:
@@ -46,6 +48,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[st
         return torch.load(folder / f"{march}.pt")
 
     return computed
+
+
+def test_prompts_are_multiplied_by_tiles_up_to_their_rounding(results):
+    there = results(TILES)
+    assert there["instructions"] == "AVX-512 AMX"
+    compare(results("native"), there)
 
 
 @pytest.mark.parametrize("march", PROCESSORS)

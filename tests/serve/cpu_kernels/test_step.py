@@ -53,7 +53,7 @@ def test_the_cache_lies_as_the_kernels_know_it_where_they_take_its_blocks(chosen
 
 def test_a_step_with_a_row_that_only_the_layers_know_is_theirs(monkeypatch):
     monkeypatch.setattr(step, "get_forward_context", lambda: SimpleNamespace(attn_metadata={}))
-    fused = SimpleNamespace(most=64, runner=SimpleNamespace(loradock_layerwise=lambda: True))
+    fused = SimpleNamespace(runner=SimpleNamespace(loradock_layerwise=lambda: True))
     with pytest.raises(step.Elsewhere, match="dora"):
         step.Fused._step(fused, torch.zeros(1), torch.zeros(1))
     assert "dora" in tally.REASONS
@@ -165,8 +165,7 @@ def test_every_step_is_vllms_up_to_rounding(steps, name):
     fused = [step for step in seen if step["fused"]]
     rows = {step["rows"] for step in fused}
     assert len(fused) >= 20 and {1, 2, 5} <= rows
-    if not torch.cpu._is_amx_tile_supported():
-        assert len(fused) == len(seen) and 96 in rows
+    assert len(fused) == len(seen) and 96 in rows
     # Logits computed with the step, where each request has one token, and those that are asked for afterwards. Those of
     # a step with an adapter of the output layer are vLLM's; beside that adapter's slot all others' go on as before.
     ahead = [step["ahead"] for step in fused if "ahead" in step]

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 
 pytest.importorskip("vllm")
 
@@ -70,11 +69,6 @@ def fused(server: Server) -> bool:
     return bool(done(server.http.get("/v1/engines"))["data"][0]["weights"].startswith("bfloat16;"))
 
 
-def exact(server: Server) -> bool:
-    """All of them are, long prompts too: with AMX those are vLLM's."""
-    return fused(server) and not torch.cpu._is_amx_tile_supported()
-
-
 def scores(server: Server, model: str, prompt: str) -> list[float]:
     body = {"model": model, "prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 0, "temperature": 0}
     return done(server.http.post("/v1/completions", json=body))["choices"][0]["logprobs"]["token_logprobs"][1:-1]
@@ -102,7 +96,7 @@ def test_a_prompts_logprobs_are_its_own_models_beside_streams_of_others(server: 
         for one, other in zip(before, after, strict=True)
     ]
     # Logits near 20 in bfloat16 lie 0.125 apart; a step in one call rounds them the same whoever is in it.
-    assert max(apart) < (1e-6 if exact(server) else 0.1 * other_models)
+    assert max(apart) < (1e-6 if fused(server) else 0.1 * other_models)
     assert descendants(server.process.pid) >= server.family, "nothing was restarted"
 
 
@@ -144,13 +138,13 @@ def test_answers_with_drafts_are_those_without(server: Server, asked: dict[str, 
     with ThreadPoolExecutor(4) as pool:
         answers = [one.result() for one in [pool.submit(answer, model) for model in (BASE, "head1", BASE, "embed")]]
     assert [one["completion_tokens"] for one in answers] == [48] * 4
-    if exact(server):
+    if fused(server):
         assert answers[0] == answers[2] == alone, "beside adapters of the embedding and the output layer too"
     assert eventually(lambda: drafted(server, BASE)["accepted"] > before["accepted"])
 
 
 def test_what_is_beside_an_answer_changes_no_digit_of_it(server: Server):
-    if not exact(server):
+    if not fused(server):
         pytest.skip("vLLM's own layers round a row by what else is in the step")
     texts = [PROMPTS[0], 8 * ORDER, 3 * PROMPTS[1], 30 * ORDER]
     assert not apart(server, requests((BASE, "head1", "embed"), texts, 24), 6)

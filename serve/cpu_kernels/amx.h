@@ -1,0 +1,142 @@
+// Products of many rows by the processor's tiles (AMX): sums of 32 rows and 32 outputs at a time, in bfloat16. With LORADOCK_TILES
+// they are added up one by one, to test what is around them on any AVX-512.
+#pragma once
+
+#include "vectors.h"
+
+#ifdef WIDE
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__) && !defined(LORADOCK_TILES)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define AMX 1
+#endif
+
+namespace loradock {
+
+// Whether there are tiles. The kernel lets a process have them that asks for them.
+#ifdef AMX
+inline bool asked_for_tiles() {
+  constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return !syscall(SYS_arch_prctl, REQUEST, TILE_DATA);
+}
+inline const bool TILES = asked_for_tiles();
+#elif defined(LORADOCK_TILES) && defined(__AVX512BW__)
+constexpr bool TILES = true;
+#else
+constexpr bool TILES = false;
+#endif
+
+constexpr int TALL_TILE = 32;  // rows of a tile, at most
+constexpr int DEEP = 32;       // inputs that are multiplied at a time
+
+// A thread's tiles while it multiplies with 32 outputs: so many rows, up to 32.
+class Tiles {
+ public:
+  explicit Tiles(int rows) : rows_(rows) {
+#ifdef AMX
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};  // of a tile's row
+      uint8_t rows[16] = {};
+    } shape;
+    const int one = rows < 16 ? rows : 16, other = rows - one;
+    const int of[8] = {one, one, other, other, one, other, 16, 16};  // four of sums, two of rows, two of weights
+    for (int i = 0; i < 8; i++) shape.rows[i] = uint8_t(of[i]), shape.bytes[i] = of[i] ? 64 : 0;
+    asm volatile("" : : "r"(&shape) : "memory");  // the intrinsic says that it reads eight bytes
+    _tile_loadconfig(&shape);
+#endif
+  }
+  ~Tiles() {
+#ifdef AMX
+    _tile_release();
+#endif
+  }
+  Tiles(const Tiles&) = delete;
+
+  // sums[rows][32] plus products of `steps` times 32 inputs: rows of 64 bytes at x one behind the other, `apart` bytes from step to
+  // step; at w 16 pairs of 32 outputs a step. `begins`: the sums are 0 before.
+  template <class Beside>
+  ALWAYS void add(float* sums, bool begins, const uint8_t* x, int64_t apart, const uint8_t* w, int steps, Beside&& beside) {
+#ifdef AMX
+    if (rows_ > 16)
+      add<true>(sums, begins, x, apart, w, steps, beside);
+    else
+      add<false>(sums, begins, x, apart, w, steps, beside);
+#else
+    for (int i = 0; begins && i < rows_ * 32; i++) sums[i] = 0;
+    for (int s = 0; s < steps; s++, x += apart, w += 2048, beside(s - 1))
+      for (int i = 0; i < rows_; i++)
+        for (int j = 0; j < 32; j++)
+          for (int k = 0; k < DEEP; k++) {
+            bf16 of_row, weight;
+            std::memcpy(&of_row, x + 64 * i + 2 * k, 2), std::memcpy(&weight, w + k / 2 * 128 + 4 * j + 2 * (k % 2), 2);
+            sums[32 * i + j] += to_float(of_row) * to_float(weight);
+          }
+#endif
+  }
+
+ private:
+#ifdef AMX
+  template <bool BOTH, class Beside>
+  static ALWAYS void add(float* sums, bool begins, const uint8_t* x, int64_t apart, const uint8_t* w, int steps, Beside&& beside) {
+    constexpr int64_t ROW = 128;
+    float* others = sums + 16 * 32;
+    if (begins) {
+      _tile_zero(0);
+      _tile_zero(1);
+      if (BOTH) _tile_zero(2);
+      if (BOTH) _tile_zero(3);
+    } else {
+      _tile_loadd(0, sums, ROW);
+      _tile_loadd(1, sums + 16, ROW);
+      if (BOTH) _tile_loadd(2, others, ROW);
+      if (BOTH) _tile_loadd(3, others + 16, ROW);
+    }
+    for (int s = 0; s < steps; s++, x += apart, w += 2048) {
+      _tile_loadd(4, x, 64);
+      _tile_loadd(6, w, 128);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(7, w + 64, 128);
+      _tile_dpbf16ps(1, 4, 7);
+      if (BOTH) {
+        _tile_loadd(5, x + 1024, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      beside(s);
+    }
+    _tile_stored(0, sums, ROW);
+    _tile_stored(1, sums + 16, ROW);
+    if (BOTH) _tile_stored(2, others, ROW);
+    if (BOTH) _tile_stored(3, others + 16, ROW);
+  }
+#endif
+
+  int rows_;
+};
+
+// Of sixteen outputs the numbers of four inputs, bytes without a sign, as the weights that they stand for: two pairs of bfloat16,
+// 128 bytes apart.
+ALWAYS void widen4(uint8_t* to, Ints v, Floats scale, Floats offset) {
+#ifdef __AVX512BW__
+  const __m512i byte = _mm512_set1_epi32(255);
+  const __m512 a = fma(to_floats(_mm512_and_si512(v, byte)), scale, offset);
+  const __m512 b = fma(to_floats(_mm512_and_si512(_mm512_srli_epi32(v, 8), byte)), scale, offset);
+  const __m512 c = fma(to_floats(_mm512_and_si512(_mm512_srli_epi32(v, 16), byte)), scale, offset);
+  const __m512 d = fma(to_floats(_mm512_srli_epi32(v, 24)), scale, offset);
+#ifdef __AVX512BF16__
+  alignas(64) static constexpr uint16_t PAIRS_OF[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i by_turns = load64(PAIRS_OF);
+  store64(to, _mm512_permutexvar_epi16(by_turns, (__m512i)_mm512_cvtne2ps_pbh(b, a)));
+  store64(to + 128, _mm512_permutexvar_epi16(by_turns, (__m512i)_mm512_cvtne2ps_pbh(d, c)));
+#else
+  store64(to, zip(narrow(a), narrow(b))), store64(to + 128, zip(narrow(c), narrow(d)));
+#endif
+#endif
+}
+
+}  // namespace loradock
+
+#endif
