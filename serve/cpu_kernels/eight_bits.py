@@ -1,4 +1,4 @@
-"""vLLM's layers over packed 8-bit weights, where vLLM has no kernel for them on a CPU: W8A16, and FP8 in blocks.
+"""vLLM's layers over packed 8-bit weights: W8A16, and FP8 in blocks. vLLM has a kernel for the latter alone, with AMX.
 
 Weights are multiplied where the fused step reads them, with activations in 8 bits for up to 128 inputs each.
 """
@@ -70,14 +70,13 @@ class PackedBlocks(Fp8BlockScaledMMLinearKernel):
 
 
 def register() -> None:
-    """Let vLLM choose them where its own kernels do not know the weights, or not on this processor."""
-    for kind, kernels in (
-        (PackedIntegers, linear._POSSIBLE_KERNELS),
-        (PackedBlocks, linear._POSSIBLE_FP8_BLOCK_KERNELS),
-    ):
-        known: list[Any] = kernels[PlatformEnum.CPU]
-        if kind not in known:
-            known.append(kind)
+    """Let vLLM choose them: before its own one for blocks, since the fused step does not know what that packs."""
+    integers: list[Any] = linear._POSSIBLE_KERNELS[PlatformEnum.CPU]
+    if PackedIntegers not in integers:
+        integers.append(PackedIntegers)
+    blocks: list[Any] = linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU]
+    if PackedBlocks not in blocks:
+        blocks.insert(0, PackedBlocks)
 
 
 def _fits(shape: tuple[int, int], dtype: torch.dtype | None) -> tuple[bool, str | None]:

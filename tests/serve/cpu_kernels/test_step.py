@@ -197,9 +197,9 @@ def test_int8_weights_change_every_step_a_little(steps, name):
 def test_vllms_layers_multiply_with_the_packed_weights(steps, name):
     seen = [step for step in steps[f"{name}-one-copy"] if step["fused"]]
     assert len(seen) >= 20
-    # The same weights on both roads, int8 or not.
+    # The same weights on both roads, int8 or not. With tiles prompts are rounded to 8 bits on one of them.
     assert max(step["worst"] for step in seen) < 0.2
-    assert middle(seen) < 0.05
+    assert middle(seen) < 0.08
     assert max(step["logits"] for step in seen if "logits" in step) < 2**-7
 
 
