@@ -76,6 +76,45 @@ class Tiles {
 #endif
   }
 
+  // sums[rows][32 N] plus products of rows of `steps` times 32 elements with pairs of them: of up to 16 rows. Each has so many bytes
+  // from row to row, or pair to pair.
+  void multiply(float* sums, int64_t sums_row, bool begins, const bf16* x, int64_t x_row, const void* pairs, int64_t pairs_row, int steps,
+                int columns) {
+    const auto* all = static_cast<const uint8_t*>(pairs);
+    for (int at = 0; at < columns; at += 32) {
+#ifdef AMX
+      if (begins) {
+        _tile_zero(0);
+        _tile_zero(1);
+      } else {
+        _tile_loadd(0, sums + at, sums_row);
+        _tile_loadd(1, sums + at + 16, sums_row);
+      }
+      for (int s = 0; s < steps; s++) {
+        const uint8_t* w = all + 16 * s * pairs_row + 4 * at;
+        _tile_loadd(4, x + DEEP * s, x_row);
+        _tile_loadd(6, w, pairs_row);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, w + 64, pairs_row);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      _tile_stored(0, sums + at, sums_row);
+      _tile_stored(1, sums + at + 16, sums_row);
+#else
+      for (int i = 0; i < rows_; i++)
+        for (int j = at; j < at + 32; j++) {
+          float& sum = sums[i * sums_row / 4 + j];
+          if (begins) sum = 0;
+          for (int k = 0; k < DEEP * steps; k++) {
+            bf16 weight;
+            std::memcpy(&weight, all + k / 2 * pairs_row + 4 * j + 2 * (k % 2), 2);
+            sum += to_float(x[i * x_row / 2 + k]) * to_float(weight);
+          }
+        }
+#endif
+    }
+  }
+
  private:
 #ifdef AMX
   template <bool BOTH, class Beside>

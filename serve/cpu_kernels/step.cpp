@@ -9,6 +9,7 @@
 #ifdef STEP
 
 #include <atomic>
+#include <optional>
 #include <sched.h>
 
 using namespace loradock;
@@ -551,6 +552,7 @@ constexpr int HEADS = 4;     // and so many query heads of each at most
 constexpr int KEYS = 64;     // keys that they take at a time
 constexpr int STRIP = 6;     // queries that are multiplied with them together,
 constexpr int COLUMNS = MANY ? 4 : 1;  // and so many sixteens of them: as many sums as there are registers for
+constexpr int TALL_STRIP = 16;         // queries that the processor's tiles multiply
 
 // Some keys and values of one head, as dot products want them: pairs of a key's elements, and pairs of neighbouring values.
 template <int HEAD>
@@ -590,6 +592,7 @@ template <int HEAD>
 struct Queries {
   int rows = 0, strips = 0;
   alignas(64) Element q[QUERIES * HEADS + STRIP][HEAD];
+  alignas(64) bf16 tall_q[QUERIES * HEADS][HEAD];  // instead, for the processor's tiles
   alignas(64) float sum[QUERIES * HEADS + STRIP][HEAD];
   alignas(64) float total[QUERIES * HEADS + STRIP][16];
   float most[QUERIES * HEADS + STRIP];
@@ -597,30 +600,43 @@ struct Queries {
   bf16* out[QUERIES * HEADS + STRIP];
 
   void add(const bf16* query, bf16* to, int from, int until) {
-    for (int i = 0; i < HEAD; i += 16) store(q[rows] + i, wide(query + i));
+    if (TILES)
+      std::memcpy(tall_q[rows], query, sizeof(tall_q[rows]));
+    else
+      for (int i = 0; i < HEAD; i += 16) store(q[rows] + i, wide(query + i));
     out[rows] = to, first[rows] = from, length[rows] = until;
     rows++;
   }
 
   // Keys [from, first of all rows) are not there, nor are those from the longest row's length on.
   void attend(const Decoder& d, const Block& l, Keys keys) {
-    strips = (rows + STRIP - 1) / STRIP;
+    const int strip_rows = TILES ? TALL_STRIP : STRIP;
+    strips = (rows + strip_rows - 1) / strip_rows;
     keys.first = first[0], keys.length = length[0];
     for (int i = 0; i < rows; i++) {
       keys.first = std::min(keys.first, first[i]), keys.length = std::max(keys.length, length[i]);
       most[i] = -INFINITY;
     }
-    for (int i = rows; i < strips * STRIP; i++) {  // no query: it sees nothing
-      std::memset(q[i], 0, sizeof(q[i]));
+    for (int i = rows; i < strips * strip_rows; i++) {  // no query: it sees nothing
+      if (TILES)
+        std::memset(tall_q[i], 0, sizeof(tall_q[i]));
+      else
+        std::memset(q[i], 0, sizeof(q[i]));
       first[i] = length[i] = 0;
     }
-    std::memset(sum, 0, sizeof(sum[0]) * strips * STRIP);
-    std::memset(total, 0, sizeof(total[0]) * strips * STRIP);
+    std::memset(sum, 0, sizeof(sum[0]) * strips * strip_rows);
+    std::memset(total, 0, sizeof(total[0]) * strips * strip_rows);
     Packed<HEAD> packed;
+    std::optional<Tiles> tiles;
+    if (TILES) tiles.emplace(TALL_STRIP);
     // Always the same keys together: no answer depends on how its prompt was cut.
     for (int from = keys.first / KEYS * KEYS; from < keys.length; from += KEYS) {
       packed.take(d, keys, from);
-      for (int strip = 0; strip < strips; strip++) meet(l, packed, from, strip * STRIP);
+      for (int strip = 0; strip < strips; strip++)
+        if (tiles)
+          meet_tall(*tiles, l, packed, from, strip * TALL_STRIP);
+        else
+          meet(l, packed, from, strip * STRIP);
     }
     for (int i = 0; i < rows; i++) {
       const Floats by = spread(1.f / sum_of(load(total[i])));
@@ -629,19 +645,40 @@ struct Queries {
   }
 
  private:
+  // Which of some keys each of N queries sees, and which any of them does.
+  template <int N>
+  struct Seen {
+    int begin[N], end[N], least = KEYS, last = 0;
+    Seen(const Queries& all, int from, int row) {
+      for (int i = 0; i < N; i++) {
+        begin[i] = std::max(0, all.first[row + i] - from), end[i] = std::min(KEYS, all.length[row + i] - from);
+        if (begin[i] < end[i]) least = std::min(least, begin[i]), last = std::max(last, end[i]);
+      }
+    }
+  };
+
+  void meet_tall(Tiles& tiles, const Block& l, const Packed<HEAD>& packed, int from, int row) {
+    const Seen<TALL_STRIP> seen(*this, from, row);
+    if (seen.least >= seen.last) return;
+    alignas(64) float scores[TALL_STRIP][KEYS];
+    alignas(64) bf16 p[TALL_STRIP][KEYS];
+    tiles.multiply(scores[0], sizeof(scores[0]), true, tall_q[row], sizeof(tall_q[0]), packed.k, sizeof(packed.k[0]), HEAD / DEEP, KEYS);
+    for (int i = 0; i < TALL_STRIP; i++) {
+      const float by = soften(l, row + i, seen.begin[i], seen.end[i], scores[i], p[i]);
+      for (int k = 0; k < HEAD && by != 1; k += 16) store(sum[row + i] + k, load(sum[row + i] + k) * spread(by));
+    }
+    tiles.multiply(sum[row], sizeof(sum[0]), false, p[0], sizeof(p[0]), packed.v, sizeof(packed.v[0]), KEYS / DEEP, HEAD);
+  }
+
   void meet(const Block& l, const Packed<HEAD>& packed, int from, int row) {
     alignas(64) float scores[STRIP][KEYS];
     alignas(64) Element p[STRIP][KEYS];
     float by[STRIP];
-    // Which of these keys each of them sees, and which any of them does.
-    int begin[STRIP], end[STRIP], least = KEYS, last = 0;
-    for (int i = 0; i < STRIP; i++) {
-      begin[i] = std::max(0, first[row + i] - from), end[i] = std::min(KEYS, length[row + i] - from);
-      if (begin[i] < end[i]) least = std::min(least, begin[i]), last = std::max(last, end[i]);
-    }
+    const Seen<STRIP> seen(*this, from, row);
+    const int least = seen.least, last = seen.last;
     if (least >= last) return;
     score(packed, row, scores);
-    for (int i = 0; i < STRIP; i++) by[i] = soften(l, row + i, begin[i], end[i], scores[i], p[i]);
+    for (int i = 0; i < STRIP; i++) by[i] = soften(l, row + i, seen.begin[i], seen.end[i], scores[i], p[i]);
     constexpr int REST = HEAD / 16 % COLUMNS, WHOLE = HEAD - 16 * REST;
     for (int at = 0; at < WHOLE; at += 16 * COLUMNS) gather<COLUMNS>(packed, row, at, least / 2, (last + 1) / 2, p, by);
     if constexpr (REST) gather<REST>(packed, row, WHOLE, least / 2, (last + 1) / 2, p, by);
@@ -665,9 +702,10 @@ struct Queries {
   }
 
   // The probabilities of a query's scores; what its sum so far is to be multiplied by comes back.
-  float soften(const Block& l, int row, int begin, int end, const float* scores, Element* p) {
+  template <class P>
+  float soften(const Block& l, int row, int begin, int end, const float* scores, P* p) {
     if (begin >= end) {
-      std::memset(p, 0, sizeof(Element) * KEYS);
+      std::memset(p, 0, sizeof(P) * KEYS);
       return 1;
     }
     const uint64_t seen = ~uint64_t(0) << begin & ~uint64_t(0) >> (KEYS - end);
