@@ -23,6 +23,9 @@ WEIGHTS = "LORADOCK_CPU_WEIGHTS"
 
 def install() -> None:
     """In each of vLLM's processes on a CPU."""
+    if torch.cpu._is_amx_tile_supported():
+        # Who uses tiles asks the kernel for them first. vLLM's attention leaves that to others.
+        torch.cpu._init_amx()
     weights = os.environ.get(WEIGHTS, "auto")
     if weights != "auto" and not step_available():
         needed = f"AVX2, or arm64 with dot products and {ARM64}=1, and a C++ compiler"
