@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -40,17 +41,32 @@ IMPORTED = (
 )
 
 
+class Socket:
+    """The way to the resident. A fork of it may hold the other end for a moment, so its process is looked at too."""
+
+    def __init__(self, here: socket.socket, process: int) -> None:
+        self.here, self.process = here, process
+
+    def receive(self) -> bytes:
+        """Its next message; nothing if it has ended."""
+        here = self.here.fileno()
+        ready, _, _ = select.select([here, self.process], [], [])
+        return self.here.recv(MESSAGE) if here in ready else b""
+
+
 class Forked:
     """A step's process, as subprocess describes one: it is not a child of this process."""
 
-    def __init__(self, pid: int, tells: socket.socket) -> None:
+    def __init__(self, pid: int, resident: Socket) -> None:
         self.pid = pid
         self.returncode: int | None = None
-        self._tells = tells
+        self._resident = resident
 
     def wait(self) -> int:
         if self.returncode is None:
-            message = self._tells.recv(MESSAGE)
+            message = self._resident.receive()
+            if not message:  # the resident was killed, maybe before this process was told to end with it
+                self.kill()
             self.returncode = json.loads(message)["returncode"] if message else -signal.SIGKILL
         return self.returncode
 
@@ -67,7 +83,7 @@ class Resident:
 
     def __init__(self) -> None:
         self._open = contextlib.ExitStack()
-        self._socket: socket.socket | None = None
+        self._socket: Socket | None = None
         self._last: Forked | None = None
 
     def start(self, job: Path, pipe: int, log: int, group: int, environ: Mapping[str, str]) -> Forked:
@@ -79,8 +95,8 @@ class Resident:
             if self._socket is None:
                 self._socket = self._started(environ, log)
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                socket.send_fds(self._socket, [order], [pipe, log])
-                if message := self._socket.recv(MESSAGE):
+                socket.send_fds(self._socket.here, [order], [pipe, log])
+                if message := self._socket.receive():
                     self._last = Forked(json.loads(message)["pid"], self._socket)
                     return self._last
             self.close()
@@ -90,16 +106,18 @@ class Resident:
         self._open.close()
         self._socket = self._last = None
 
-    def _started(self, environ: Mapping[str, str], log: int) -> socket.socket:
+    def _started(self, environ: Mapping[str, str], log: int) -> Socket:
         here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         group = self._open.enter_context(ProcessGroup())
         self._open.callback(here.close)
         with there:
-            group.start(
+            process = group.start(
                 [sys.executable, "-m", "optimize.pipeline.resident", str(there.fileno())],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, pass_fds=[there.fileno()],
             )  # fmt: skip
-        return here
+        descriptor = os.pidfd_open(process.pid)
+        self._open.callback(os.close, descriptor)
+        return Socket(here, descriptor)
 
 
 def main(fd: str) -> int:

@@ -196,6 +196,7 @@ def compare(here: dict[str, Any], there: dict[str, Any]) -> None:
     """Fails where results differ by more than rounding explains."""
     assert there.keys() == here.keys()
     # Tiles multiply many rows, without rounding these to 8 bits.
+    have_tiles = {results["instructions"].endswith("AMX") for results in (here, there)} - {False}
     one_has_tiles = here["instructions"].endswith("AMX") != there["instructions"].endswith("AMX")
     for name in there.keys() - {"instructions"}:
         mine, other = here[name].double(), there[name].double()
@@ -207,8 +208,8 @@ def compare(here: dict[str, Any], there: dict[str, Any]) -> None:
             assert apart < (1e-4 if name.endswith("bf16") else 1e-6), name
         elif name.startswith("steps"):
             rows = (mine - other).norm(dim=-1) / mine.norm(dim=-1)
-            # A rounding to bfloat16 here and there; of rows to 8 bits.
-            most, middle = (0.2, 0.05) if one_has_tiles else (0.04, 0.02)
+            # A rounding to bfloat16 here and there; of rows to 8 bits. Tiles add up in another order than plain loops.
+            most, middle = (0.2, 0.05) if have_tiles else (0.04, 0.02)
             assert rows.max() < most and rows.median() < middle, name
         else:
             assert apart < {"argmax": 1e-9, "adapters: torch.float32": 1e-5}.get(name, 2**-6), name

@@ -147,7 +147,11 @@ def test_the_checkpoint_stops_at_the_end_of_a_turn_and_of_a_text(smollm2, tokeni
     ends = json.loads((smollm2 / "generation_config.json").read_text())["eos_token_id"]
     assert tokenizer.convert_ids_to_tokens(ends) == ["<|im_end|>", "<|endoftext|>"]
     config = json.loads((smollm2 / "config.json").read_text())
-    assert (config["dtype"], config["tie_word_embeddings"], config["max_position_embeddings"]) == (
+    assert (
+        config.get("dtype") or config["torch_dtype"],
+        config["tie_word_embeddings"],
+        config["max_position_embeddings"],
+    ) == (
         "bfloat16",
         True,
         8192,

@@ -164,7 +164,7 @@ def test_vllms_second_model_runner_gets_the_same():
     assert prompt_logprobs.compute_prompt_logprobs(original, None, model.compute_logits, hidden, 1, 2) == (1, 2)
     assert seen == [(0, 0, TENANT), (RIVAL, 0)] and model._last_mapping == step
     with pytest.raises(RuntimeError, match="rows that are not the step's"):
-        prompt_logprobs.compute_prompt_logprobs(original, None, model.compute_logits, torch.randn(9, HIDDEN), 1)
+        prompt_logprobs.compute_prompt_logprobs(original, None, model.compute_logits, hidden.repeat(2, 1), 1)
 
 
 @pytest.mark.engine
