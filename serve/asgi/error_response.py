@@ -64,14 +64,14 @@ def _as_plain_error(start: Message, message: Message) -> tuple[Message, Message]
 
 
 async def send_error(error: LoradockError, scope: Scope, receive: Receive, tap: Tap) -> None:
-    """The error as JSON with its status; as the last event, if a stream has begun."""
+    """The error as JSON with its status; as the last event, if a stream has begun and not ended."""
     if not tap.begun:
         body = error_body(error, scope["path"])
         response = JSONResponse(body, status_code=error.status, headers=error.headers())
         await response(scope, receive, tap.send)
         return
     log.warning("%s broke off: %s", scope["path"], error)
-    if tap.events:
+    if tap.events and not tap.ended:
         await tap.send({"type": "http.response.body", "body": _last_event(error, scope["path"]), "more_body": False})
 
 

@@ -347,6 +347,7 @@ class Tap:
         "began",
         "dealt",
         "draw",
+        "ended",
         "events",
         "id",
         "key",
@@ -393,6 +394,8 @@ class Tap:
         self.watch = Watch(background=background)
         # The answer is a stream of server-sent events.
         self.events = False
+        # The client has been sent all of it.
+        self.ended = False
         # Another server answered, and counts it.
         self._left_out = False
         self.question: Mapping[str, Any] | None = None
@@ -418,6 +421,7 @@ class Tap:
             self._first = time.perf_counter()
             self.over_context = self.status == 400 and bool(_OVER_CONTEXT.search(message.get("body", b"")))
         await self._send(message)
+        self.ended = message["type"] == "http.response.body" and not message.get("more_body", False)
 
     def _version_tag(self) -> str:
         """Which version gives the answer, as its caller may name it; a mixture, as the engine knows it."""
