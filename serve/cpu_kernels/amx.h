@@ -58,99 +58,85 @@ class Tiles {
   // step; at w 16 pairs of 32 outputs a step. `begins`: the sums are 0 before.
   template <class Beside>
   ALWAYS void add(float* sums, bool begins, const uint8_t* x, int64_t apart, const uint8_t* w, int steps, Beside&& beside) {
-#ifdef AMX
+    const Operands of{sums, 128, begins, x, 64, apart, w, 128, steps};
     if (rows_ > 16)
-      add<true>(sums, begins, x, apart, w, steps, beside);
+      add<true>(of, beside);
     else
-      add<false>(sums, begins, x, apart, w, steps, beside);
-#else
-    for (int i = 0; begins && i < rows_ * 32; i++) sums[i] = 0;
-    for (int s = 0; s < steps; s++, x += apart, w += 2048, beside(s - 1))
-      for (int i = 0; i < rows_; i++)
-        for (int j = 0; j < 32; j++)
-          for (int k = 0; k < DEEP; k++) {
-            bf16 of_row, weight;
-            std::memcpy(&of_row, x + 64 * i + 2 * k, 2), std::memcpy(&weight, w + k / 2 * 128 + 4 * j + 2 * (k % 2), 2);
-            sums[32 * i + j] += to_float(of_row) * to_float(weight);
-          }
-#endif
+      add<false>(of, beside);
   }
 
   // sums[rows][32 N] plus products of rows of `steps` times 32 elements with pairs of them: of up to 16 rows. Each has so many bytes
   // from row to row, or pair to pair.
-  void multiply(float* sums, int64_t sums_row, bool begins, const bf16* x, int64_t x_row, const void* pairs, int64_t pairs_row, int steps,
+  void multiply(float* sums, int64_t sums_row, bool begins, const void* x, int64_t x_row, const void* pairs, int64_t pairs_row, int steps,
                 int columns) {
-    const auto* all = static_cast<const uint8_t*>(pairs);
-    for (int at = 0; at < columns; at += 32) {
-#ifdef AMX
-      if (begins) {
-        _tile_zero(0);
-        _tile_zero(1);
-      } else {
-        _tile_loadd(0, sums + at, sums_row);
-        _tile_loadd(1, sums + at + 16, sums_row);
-      }
-      for (int s = 0; s < steps; s++) {
-        const uint8_t* w = all + 16 * s * pairs_row + 4 * at;
-        _tile_loadd(4, x + DEEP * s, x_row);
-        _tile_loadd(6, w, pairs_row);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, w + 64, pairs_row);
-        _tile_dpbf16ps(1, 4, 7);
-      }
-      _tile_stored(0, sums + at, sums_row);
-      _tile_stored(1, sums + at + 16, sums_row);
-#else
-      for (int i = 0; i < rows_; i++)
-        for (int j = at; j < at + 32; j++) {
-          float& sum = sums[i * sums_row / 4 + j];
-          if (begins) sum = 0;
-          for (int k = 0; k < DEEP * steps; k++) {
-            bf16 weight;
-            std::memcpy(&weight, all + k / 2 * pairs_row + 4 * j + 2 * (k % 2), 2);
-            sum += to_float(x[i * x_row / 2 + k]) * to_float(weight);
-          }
-        }
-#endif
-    }
+    for (int at = 0; at < columns; at += 32)
+      add<false>({sums + at, sums_row, begins, static_cast<const uint8_t*>(x), x_row, 64, static_cast<const uint8_t*>(pairs) + 4 * at,
+                  pairs_row, steps},
+                 [](int) {});
   }
 
  private:
-#ifdef AMX
+  struct Operands {
+    float* sums;
+    int64_t sums_row;
+    bool begins;
+    const uint8_t* x;
+    int64_t x_row, x_step;
+    const uint8_t* w;
+    int64_t pair;
+    int steps;
+  };
+
+  // BOTH: of more than 16 rows.
   template <bool BOTH, class Beside>
-  static ALWAYS void add(float* sums, bool begins, const uint8_t* x, int64_t apart, const uint8_t* w, int steps, Beside&& beside) {
-    constexpr int64_t ROW = 128;
-    float* others = sums + 16 * 32;
-    if (begins) {
+  ALWAYS void add(const Operands& of, Beside&& beside) {
+    const uint8_t *x = of.x, *w = of.w;
+#ifdef AMX
+    float* others = of.sums + 4 * of.sums_row;  // 16 rows further
+    if (of.begins) {
       _tile_zero(0);
       _tile_zero(1);
       if (BOTH) _tile_zero(2);
       if (BOTH) _tile_zero(3);
     } else {
-      _tile_loadd(0, sums, ROW);
-      _tile_loadd(1, sums + 16, ROW);
-      if (BOTH) _tile_loadd(2, others, ROW);
-      if (BOTH) _tile_loadd(3, others + 16, ROW);
+      _tile_loadd(0, of.sums, of.sums_row);
+      _tile_loadd(1, of.sums + 16, of.sums_row);
+      if (BOTH) _tile_loadd(2, others, of.sums_row);
+      if (BOTH) _tile_loadd(3, others + 16, of.sums_row);
     }
-    for (int s = 0; s < steps; s++, x += apart, w += 2048) {
-      _tile_loadd(4, x, 64);
-      _tile_loadd(6, w, 128);
+    for (int s = 0; s < of.steps; s++, x += of.x_step, w += 16 * of.pair) {
+      _tile_loadd(4, x, of.x_row);
+      _tile_loadd(6, w, of.pair);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, w + 64, 128);
+      _tile_loadd(7, w + 64, of.pair);
       _tile_dpbf16ps(1, 4, 7);
       if (BOTH) {
-        _tile_loadd(5, x + 1024, 64);
+        _tile_loadd(5, x + 16 * of.x_row, of.x_row);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
       }
       beside(s);
     }
-    _tile_stored(0, sums, ROW);
-    _tile_stored(1, sums + 16, ROW);
-    if (BOTH) _tile_stored(2, others, ROW);
-    if (BOTH) _tile_stored(3, others + 16, ROW);
-  }
+    _tile_stored(0, of.sums, of.sums_row);
+    _tile_stored(1, of.sums + 16, of.sums_row);
+    if (BOTH) _tile_stored(2, others, of.sums_row);
+    if (BOTH) _tile_stored(3, others + 16, of.sums_row);
+#else
+    for (int s = 0; s < of.steps; s++, x += of.x_step, w += 16 * of.pair) {
+      for (int i = 0; i < rows_; i++)
+        for (int j = 0; j < 32; j++) {
+          float& sum = of.sums[i * of.sums_row / 4 + j];
+          if (of.begins && !s) sum = 0;
+          for (int k = 0; k < DEEP; k++) {
+            bf16 of_row, weight;
+            std::memcpy(&of_row, x + i * of.x_row + 2 * k, 2), std::memcpy(&weight, w + k / 2 * of.pair + 4 * j + 2 * (k % 2), 2);
+            sum += to_float(of_row) * to_float(weight);
+          }
+        }
+      beside(s);
+    }
 #endif
+  }
 
   int rows_;
 };

@@ -69,14 +69,15 @@ class PackedBlocks(Fp8BlockScaledMMLinearKernel):
         raise NotImplementedError("the weights are packed")
 
 
-def register() -> None:
-    """Let vLLM choose them: before its own one for blocks, since the fused step does not know what that packs."""
+def register(mla: bool) -> None:
+    """Let vLLM choose them: before its own one for blocks, since the fused step does not know what that packs; but
+    where attention is latent (MLA), which reads weights that must not be packed."""
     integers: list[Any] = linear._POSSIBLE_KERNELS[PlatformEnum.CPU]
     if PackedIntegers not in integers:
         integers.append(PackedIntegers)
     blocks: list[Any] = linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU]
     if PackedBlocks not in blocks:
-        blocks.insert(0, PackedBlocks)
+        blocks.insert(len(blocks) if mla else 0, PackedBlocks)
 
 
 def _fits(shape: tuple[int, int], dtype: torch.dtype | None) -> tuple[bool, str | None]:

@@ -68,8 +68,9 @@ struct Input {
   // Whether the processor's tiles multiply. They round otherwise: so whatever a step is made of, all tokens of prompts are multiplied
   // by them, and no others.
   bool tall(const Matrix& m) const { return TILES && prompts && m.k % DEEP == 0; }
-  // Whether rows must be made into something else before they are multiplied.
+  // Whether rows must be made into something else before they are multiplied, and whether some rows ever are.
   bool converts(const Matrix& m) const { return m.kind != BF16 || !PAIRS || which || tall(m); }
+  static bool may_convert(const Matrix& m) { return m.kind != BF16 || !PAIRS || TILES; }
 
   // With tiles: of whole lines, and one row more than there is may be read of the last inputs of all.
   static size_t row_bytes(const Matrix& m) {

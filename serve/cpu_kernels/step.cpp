@@ -97,8 +97,7 @@ struct Decoder : Shape {
   std::vector<bf16*> cache;  // of each layer
   std::vector<int> group;    // of each layer
   std::vector<Tokens> runs;  // of a step
-  std::vector<int> order, place;
-  int answers = 0;
+  std::vector<int> order, place;  // of `Step`
   bool after = false;        // what is added to the residual is normalized before
   int top = -1;        // the output layer's matrix
   int table = -1;      // the embedding's, where it is packed
@@ -1208,20 +1207,19 @@ int loradock_step(int number, const int32_t* ids, const bf16* embedded, const in
     for (int i = first; i < answer; i += QUERIES) runs.push_back({i, std::min(QUERIES, answer - i), true});
     for (int i = answer; i < end; i++) runs.push_back({i, 1, false});
   }
-  std::vector<int>& order = d.order;
-  order.clear();
-  for (bool prompt : {false, true}) {
+  int answers = 0;
+  for (const Tokens& of : runs) answers += of.prompt ? 0 : of.count;
+  const bool both = TILES && answers && answers < rows;
+  if (both) {
+    d.order.resize(rows), d.place.resize(rows);
+    int next[2] = {0, answers};  // of answers, and of prompts
     for (const Tokens& of : runs)
-      for (int i = of.first; of.prompt == prompt && i < of.first + of.count; i++) order.push_back(i);
-    if (!prompt) d.answers = int(order.size());
+      for (int i = of.first; i < of.first + of.count; i++) d.order[d.place[i] = next[of.prompt]++] = i;
   }
-  const bool both = TILES && d.answers && d.answers < rows;
-  d.place.resize(rows);
-  for (int i = 0; i < rows; i++) d.place[order[i]] = i;
   const Step s{ids,    embedded, positions, groups, rows, requests, runs.data(), int(runs.size()), decode, logits,
-               both ? order.data() : nullptr, d.place.data(), d.answers};
+               both ? d.order.data() : nullptr, d.place.data(), answers};
   const size_t n = rows;
-  auto panel_of = [&](int m) { return TILES || matrices[m]->kind != BF16 || !PAIRS ? Input::row_bytes(*matrices[m]) : 0; };
+  auto panel_of = [](int m) { return Input::may_convert(*matrices[m]) ? Input::row_bytes(*matrices[m]) : 0; };
   size_t ranks = 0, panel = d.top < 0 ? 0 : panel_of(d.top);
   bool whole = false;
   for (const Block& l : d.layers) {

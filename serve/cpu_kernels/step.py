@@ -396,7 +396,7 @@ def process_integers_after_loading(original: Callable[..., None], kernel: Any, l
 
 
 def load_model(original: Callable[..., None], runner: Any, *args: Any, **kwargs: Any) -> None:
-    eight_bits.register()
+    eight_bits.register(runner.model_config.use_mla)
     original(runner, *args, **kwargs)
     runner.loradock_fused = None
     runner.sampler.greedy_sample = partial(between_steps.greedy_sample, type(runner.sampler).greedy_sample)
