@@ -27,11 +27,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from serve.drift.features.embedding import DIMENSIONS
 from serve.drift.features.features import (
+    EARLIER_FEATURES,
     FEATURES,
+    FOLLOW_UP,
     LOGPROB,
     OUTPUT,
     PROMPTS,
     SIGNALS,
+    VECTORS,
 )
 from serve.drift.parameter_strata import ParameterStrata
 from serve.drift.signal import NEEDED, Phase, Signal
@@ -177,12 +180,17 @@ class Baseline:
     def load(cls, folder: Path, expected: Provenance, *, tolerance: Tolerance = Tolerance()) -> Self:
         """What `save` wrote there, or ConfigError: damaged, of another format, or not what is `expected`."""
         provenance, arrays = _read(folder)
-        provenance.check(expected)
+        older = provenance.features in EARLIER_FEATURES
+        provenance.check(replace(expected, features=provenance.features) if older else expected)
+        if provenance.features == VECTORS:  # what is left of it is what today's rows have
+            provenance = replace(provenance, features=FEATURES)
         self = cls(provenance)
         try:
             for kind, signal in self.signals.items():
                 signal.configure(signal.threshold, tolerance)
-                signal.restore(below(arrays, f"{kind}/"))
+                # Earlier releases did not watch follow-ups.
+                if kind != FOLLOW_UP or below(arrays, f"{kind}/"):
+                    signal.restore(below(arrays, f"{kind}/"))
             for kind, strata in self.strata.items():
                 for i, signal in enumerate(strata.restore(below(arrays, f"{kind}.strata/"))):
                     signal.restore(below(arrays, f"{kind}.{i}/"))

@@ -116,6 +116,6 @@ class ConversationBlocks(Generic[Item]):
         return {"counts": np.array([self.counts[name] for name in COUNTS])}
 
     def restore(self, state: Mapping[str, NDArray]) -> None:
-        """Go on counting."""
-        if state:
+        """Go on counting; earlier releases did not."""
+        if "counts" in state:
             self.counts = dict(zip(COUNTS, state["counts"].tolist(), strict=True))

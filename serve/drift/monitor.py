@@ -451,7 +451,8 @@ class DriftMonitor(Collector):
         try:
             if profile:
                 watched.profiles[PROMPT] = TrafficProfiles.from_state(profile)
-                watched.profiles[FOLLOW_UP] = TrafficProfiles.from_state(profile[FOLLOW_UP])
+                if FOLLOW_UP in profile:  # earlier releases did not watch them
+                    watched.profiles[FOLLOW_UP] = TrafficProfiles.from_state(profile[FOLLOW_UP])
         except (KeyError, TypeError, ValueError) as error:
             log.warning("what %s was asked before is not known any more: %s", watched.id or watched.adapter, error)
 

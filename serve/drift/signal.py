@@ -26,6 +26,7 @@ from serve.drift.detector.fixed_reference import FixedReference, Moved
 from serve.drift.detector.mean_rows import MeanRows, with_surprise
 from serve.drift.detector.recent_rows import Rows, all_finite, latest
 from serve.drift.detector.reference_structure import ReferenceStructure, fit, local_range
+from serve.drift.earlier_baselines import LAYOUT, current
 from serve.drift.features.embedding import DIMENSIONS
 from serve.drift.features.features import FOLLOW_UP, LOGPROB, OUTPUT, PROMPT, SIGNALS, Scale, columns, names
 from serve.drift.features.token_surprise import NAMES, SKETCH, TokenSurprise
@@ -342,16 +343,19 @@ class Signal:
         alarmed_at = -1 if self.alarmed_at is None else self.alarmed_at
         return arrays | {
             "counts": np.array([self.needed, self.samples, self.alarms, alarmed_at, self._seed, self._began_at]),
+            LAYOUT: np.array(1),
         }
 
     def restore(self, state: Mapping[str, NDArray]) -> None:
-        """Become the signal whose `state()` this was; this one's tolerance stays."""
-        needed, samples, alarms, alarmed_at, seed, began_at = (int(count) for count in state["counts"])
+        """Become the signal whose `state()` this was, in whatever release; this one's tolerance stays."""
+        state = current(self.kind, state, self._dimensions)
+        # Earlier releases kept neither the sixth count nor the rows.
+        needed, samples, alarms, alarmed_at, seed, *began_at = (int(count) for count in state["counts"])
         self.needed = needed
         self.samples = samples
         self.alarms = alarms
         self._seed = seed
-        self._began_at = began_at
+        self._began_at = began_at[0] if began_at else 0
         self.alarmed_at = None if alarmed_at < 0 else alarmed_at
         for lane, fixed in self.fixed.items():
             fixed.restore(below(state, f"fixed.{lane}."))
@@ -375,9 +379,9 @@ class Signal:
         self._detector = detector
         self._gathered = []
         self.threshold = detector.threshold
-        self._rows = deque(np.array(state["rows"], np.float32), maxlen=self.needed)
+        self._rows = deque(np.array(state.get("rows", ()), np.float32), maxlen=self.needed)
         self._structure = ReferenceStructure.from_state(below(state, "structure."), len(self.names))
-        self._usual = np.array(state["usual"])
+        self._usual = np.array(state.get("usual", np.zeros(2)))
 
     def _fixed(self) -> FixedReference:
         facts = answer_facts if self.kind == OUTPUT else prompt_facts

@@ -247,11 +247,13 @@ class Thinning(Generic[Item]):
             window.restore(state[name], state[f"{name}.raw"])
         seen = zip(state["askers.raw"].tolist(), state["askers.seconds"].tolist(), strict=True)
         self._askers.update(zip(state["askers"].tolist(), seen, strict=True))
-        raw, steady, returned = state["raw"].tolist()
+        # Earlier releases did not count who came back.
+        raw, steady, *returned = state["raw"].tolist()
         self._raw = raw
         self._steady = bool(steady)
-        self._returned = returned
-        self.shared.know(_pairs(state["shared.openings"]), _pairs(state["shared.endings"]))
+        self._returned = sum(returned)
+        if "shared.openings" in state:  # earlier releases wrote neither
+            self.shared.know(_pairs(state["shared.openings"]), _pairs(state["shared.endings"]))
         self.acceptance.restore(below(state, "acceptance."))
         self.opening.restore(below(state, "opening."))
         if "counts" in state:

@@ -30,12 +30,14 @@ from serve.drift.change_description import describe, describe_probe, movement
 from serve.drift.conversation_blocks import ConversationBlocks
 from serve.drift.features.embedding import Embedding
 from serve.drift.features.features import (
+    ALL_TOKENS,
     FOLLOW_UP,
     LOGPROB,
     OUTPUT,
     PROMPT,
     PROMPTS,
     SIGNALS,
+    WHOLE_PROMPTS,
     Floats,
     answer_rows,
     beginning,
@@ -238,9 +240,16 @@ class WatchedVersion:
         turn = last_turn(exchange.question, prompt, self.text)
         for block in self.follow_ups.offer(self._message(exchange, turn, asker), turn, asker):
             self._gathered.append(self._follow_up(block, embedding))
-        if not turn.follows:
+        if self.whole_prompts:
+            self._offer(self._sample(exchange, prompt, embedding), prompt, None, embedding)
+        elif not turn.follows:
             self._offer(self._sample(exchange, turn.tokens, embedding), turn.tokens, turn.system, embedding)
         return list(self._sampling_alarms())
+
+    @property
+    def whole_prompts(self) -> bool:
+        """Its reference is one of whole rendered prompts, and not of last messages: an earlier release made it."""
+        return self.baseline.provenance.features <= WHOLE_PROMPTS
 
     def _sampling(self) -> dict[str, NDArray]:
         """What the choice of requests remembers."""
@@ -249,8 +258,9 @@ class WatchedVersion:
     def chosen(self) -> dict[str, int]:
         """How many requests are compared, and how many are not, by reason."""
         counts = dict(self.thinning.counts)
-        for reason, count in self.follow_ups.counts.items():
-            counts[reason] = counts.get(reason, 0) + count
+        if not self.whole_prompts:
+            for reason, count in self.follow_ups.counts.items():
+                counts[reason] = counts.get(reason, 0) + count
         return counts
 
     def seen_share(self) -> float | None:
@@ -430,7 +440,8 @@ class WatchedVersion:
 
     def _accepted(self, taken: Taken[_Sample], embedding: Embedding) -> _Sample:
         """The sample of an accepted request, with all that is made of its prompt."""
-        sample, tokens = taken.item, taken.own
+        sample, all_tokens = taken.item, self.baseline.provenance.features == ALL_TOKENS
+        tokens = taken.tokens if all_tokens else taken.own
         whole_row = prompt_row(embedding, tokens, sample.skipped)
         sample.rows[PROMPT], row = whole_row, whole_row[: 1 + embedding.dimensions]
         for rows in (sample.rows, sample.lower_rows):

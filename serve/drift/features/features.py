@@ -37,6 +37,10 @@ Floats: TypeAlias = NDArray[np.floating]
 
 # Counts up when a row of the same request would come out otherwise: a baseline of another version does not fit.
 FEATURES = 5
+# With 1 a prompt's row is of all its tokens; with 2 frequent wording was cut out of it as if it were an opening; up to
+# 3 it is of the whole rendered prompt, and not of the last message. Such a baseline goes on as it began; the next
+# version gets one of its own. Up to 4 vectors and frequent tokens were scores too (`earlier_baselines`).
+EARLIER_FEATURES = (ALL_TOKENS := 1, 2, WHOLE_PROMPTS := 3, VECTORS := 4)
 PROMPT, OUTPUT, LOGPROB, FOLLOW_UP = SIGNALS = ("prompt", "output", "logprob", "follow_up")
 # What is said of requests, not of answers.
 PROMPTS = frozenset({PROMPT, FOLLOW_UP})

@@ -226,7 +226,7 @@ def test_what_a_reference_gathers_is_written_without_its_tokens():
     for _ in range(60):
         signal.update(sketched(rng))
     state = {name: value for name, value in signal.state().items() if not name.startswith("fixed.")}
-    assert state.keys() == {"gathered", "counts"} and state["gathered"].shape == (60, 33)
+    assert state.keys() == {"gathered", "counts", "layout"} and state["gathered"].shape == (60, 33)
 
 
 def test_after_a_restart_half_of_the_reference_comes_anew_with_its_tokens():

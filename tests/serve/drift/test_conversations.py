@@ -10,7 +10,7 @@ import pytest
 
 from serve.asgi.exchange import Exchange, Generation
 from serve.drift.features.embedding import Embedding
-from serve.drift.features.features import FOLLOW_UP, PROMPT
+from serve.drift.features.features import FOLLOW_UP, PROMPT, WHOLE_PROMPTS
 from serve.drift.monitor import DriftMonitor
 from serve.drift.watched_version import OPENING, DriftSettings
 
@@ -157,3 +157,16 @@ def test_follow_ups_go_on_where_they_were_after_a_restart(monitor, tmp_path):
     assert after["thinning"]["accepted"] >= before["thinning"]["accepted"]
     chats.then = FOREIGN
     assert chats.requests(400, lambda: FOLLOW_UP in report(again)["alarms"])
+
+
+def test_a_reference_of_whole_prompts_goes_on_beside_the_follow_ups(monitor):
+    """An earlier release made it."""
+    chats = Chats(monitor)
+    chats.requests(1)
+    (watched,) = monitor._versions.values()
+    object.__setattr__(watched.baseline.provenance, "features", WHOLE_PROMPTS)
+    chats.requests(900)
+    signals = report(monitor)["signals"]
+    assert signals[PROMPT]["phase"] == signals[FOLLOW_UP]["phase"] == "watching"
+    chats.then = FOREIGN
+    assert chats.requests(400, lambda: FOLLOW_UP in report(monitor)["alarms"])

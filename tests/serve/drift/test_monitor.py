@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from serve.asgi.exchange import Exchange, Generation
 from serve.cli.baseline import prompts
 from serve.drift.features.embedding import Embedding
-from serve.drift.features.features import OUTPUT, PROMPT
+from serve.drift.features.features import ALL_TOKENS, EARLIER_FEATURES, FEATURES, OUTPUT, PROMPT, WHOLE_PROMPTS
 from serve.drift.monitor import DriftMonitor
 from serve.drift.watched_version import DriftSettings, WatchedVersion
 from serve.errors import ConfigError
@@ -415,3 +415,33 @@ def test_of_what_was_asked_numbers_are_kept_and_neither_tokens_nor_text(tmp_path
     (version,) = monitor._versions.values()
     assert version.thinning.counts["accepted"] > 60
     assert {len(digest) for digest in (*version.thinning._prompts._last, *version.thinning._bands._last)} == {16}
+
+
+@pytest.mark.parametrize("features", [number for number in EARLIER_FEATURES if number <= WHOLE_PROMPTS])
+def test_a_baseline_of_an_earlier_release_goes_on_and_the_next_version_has_its_own(tmp_path, features):
+    monitor = monitored(tmp_path, alarms := [])
+    system = WORDS.integers(0, 5000, 200).tolist()
+    sent(monitor, 1, system=system)
+    _, watched = version_of(monitor)
+    watched.baseline.provenance = replace(watched.baseline.provenance, features=features)
+    watched.replace_baseline(watched.baseline)
+    sent(monitor, 600, system=system)
+    of_all_tokens = np.exp(watched.baseline.signals["prompt"]._scale.centre[0]) > 200
+    assert of_all_tokens == (features == ALL_TOKENS)
+    before, _ = version_of(monitor)
+    monitor.stop()
+    again = monitored(tmp_path, alarms)
+    sent(again, 8, system=system)
+    report, watched = version_of(again)
+    for each in (report, before):
+        each["signals"]["prompt"]["structure"].pop("mean_rows", None)
+    assert (
+        report["signals"]["prompt"] == before["signals"]["prompt"] and watched.baseline.provenance.features == features
+    )
+    sent(again, 500, system=system)
+    assert alarms == []
+    generation = Generation([1, 2, 3], [1, 2], "stop")
+    again.observe(Exchange("tone", "v2", 200, 0.1, 0.2, id="tone@2", generations=(generation,)))
+    again.looked()
+    assert again._versions["tone@2"].baseline.provenance.features == FEATURES
+    assert again._versions["tone@2"].baseline.signals["prompt"].gathered == 0
