@@ -5,7 +5,7 @@ uvicorn waits for ever for the rest of a request. Here every phase has an end:
     head      `client_timeout` from its first byte (for the first request: from the connection) to its last
     body      at least `BODY_RATE` bytes a second in the mean over each `client_timeout`
     answer    what the client does not read for longer than `client_timeout` is given up
-    between   uvicorn's keep-alive timeout
+    between   `KEEP_ALIVE`
 
 A head above `HEAD_BYTES` is a 431, a URL above `URL_BYTES` a 414. When connections that showed no key yet fill their
 share, the oldest of them is closed for the newcomer, so that nobody without a key can keep others out.
@@ -37,6 +37,9 @@ from serve.server.front_ends import Cut, FrontEnds, HandedConnection
 
 log = logging.getLogger(__name__)
 
+# Longer than any client's or load balancer's own (httpx 5 s, nginx and ALB 60, Go's and Traefik's 90): who closes an
+# idle connection first must be the side that sends, or a request meets its end.
+KEEP_ALIVE = 120
 HEAD_BYTES = 64 << 10
 URL_BYTES = 16 << 10
 BODY_RATE = 256

@@ -27,7 +27,7 @@ from serve.errors import ConfigError, LoradockError
 from serve.models import engine_memory, gpus, hardware
 from serve.models.checkpoint import EMBEDDED, find
 from serve.server import gpu_defaults
-from serve.server.connection import guarded, raise_descriptor_limit
+from serve.server.connection import KEEP_ALIVE, guarded, raise_descriptor_limit
 from serve.server.front_ends import FrontEnds, how_many
 from serve.server.garbage import collect_in_quiet
 from serve.server.logs import Log, log_to_stderr
@@ -186,7 +186,7 @@ def _run(config: Config, sock: socket, output: Log) -> int:
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=max(1, round(config.grace_period)),
-            timeout_keep_alive=30,
+            timeout_keep_alive=KEEP_ALIVE,
             http=guarded(config.client_timeout, front_ends=front_ends),
             ssl_certfile=config.ssl_certfile or None,
             ssl_keyfile=config.ssl_keyfile or None,

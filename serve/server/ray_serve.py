@@ -37,6 +37,7 @@ from serve.engine.engine import Phase
 from serve.errors import ConfigError, EngineUnavailable, LoradockError
 from serve.models import hardware
 from serve.server import gpu_defaults
+from serve.server.connection import KEEP_ALIVE
 from serve.server.launch import Server, own, resolved
 from serve.server.logs import log_to_stderr
 from serve.server.ray_proxy import CALLBACK, IMPORT_PATH
@@ -252,7 +253,7 @@ def _place(config: Config) -> dict[str, Any]:
 
 
 def _http(config: Config) -> dict[str, Any]:
-    options: dict[str, Any] = {"host": config.host, "port": config.port, "keep_alive_timeout_s": 30}
+    options: dict[str, Any] = {"host": config.host, "port": config.port, "keep_alive_timeout_s": KEEP_ALIVE}
     if config.ssl_certfile:
         options |= {"ssl_certfile": config.ssl_certfile, "ssl_keyfile": config.ssl_keyfile}
     return options

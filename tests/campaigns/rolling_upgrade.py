@@ -41,7 +41,8 @@ port, data, registry, blobs, model = sys.argv[1:]
 flags = [model, "--name", "base", "--data-dir", data, "--registry", registry, "--blobs", blobs]
 config = replace(load(flags, {}), admin_keys=keys_hashed(["run"]))
 app = build_app(config, FakeBackend(model))
-uvicorn.run(app, host="127.0.0.1", port=int(port), log_level="warning", access_log=False, timeout_graceful_shutdown=5)
+options = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 5, "timeout_keep_alive": 120}
+uvicorn.run(app, host="127.0.0.1", port=int(port), **options)
 """
 HEADERS = {"authorization": "Bearer run"}
 

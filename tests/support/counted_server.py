@@ -171,11 +171,10 @@ def _send(family: list[int], number: int) -> None:
 
 
 def main() -> None:
-    import uvicorn
-
     from serve.config import keys_hashed, load
     from serve.server.assembly import build_app
     from tests.support.backend import FakeBackend
+    from tests.support.listening import uvicorn_server
 
     model, *flags = sys.argv[1:]
     config = replace(load([model, "--name", "base", *flags], {}), admin_keys=keys_hashed(["run"]))
@@ -183,8 +182,8 @@ def main() -> None:
     if any(policy.train_on_traffic for policy in config.policies):  # there is something to keep of an answer
         backend.generation = replace(backend.generation, text="Hello to you.")
     app = _Counting(build_app(config, backend))  # type: ignore[arg-type]
-    options: dict[str, Any] = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 5}
-    uvicorn.run(app, host="127.0.0.1", port=config.port, **options)
+    options: dict[str, Any] = {"access_log": False, "timeout_graceful_shutdown": 5}
+    uvicorn_server(app, port=config.port, **options).run()
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
-import uvicorn
 
 from serve.config import keys_hashed, load
 from serve.server.assembly import build_app
 from tests.support import tiny
 from tests.support.app import upload
 from tests.support.backend import FakeBackend
+from tests.support.listening import uvicorn_server
 
 KEY = "an-admin-key-of-the-tests"
 
@@ -30,7 +30,7 @@ async def main(port: int) -> None:
         model = tiny.model(folder / "model")
         config = load([str(model), "--name", "base", "--data-dir", str(folder / "data"), "--port", str(port)], {})
         app = build_app(replace(config, admin_keys=keys_hashed([KEY])), FakeBackend(str(model)))  # type: ignore[arg-type]
-        server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+        server = uvicorn_server(app, port=port)
         serving = asyncio.create_task(server.serve())
         headers = {"authorization": f"Bearer {KEY}"}
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers) as client:

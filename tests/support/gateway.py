@@ -7,11 +7,12 @@ import socket
 import threading
 
 import httpx
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+
+from tests.support.listening import uvicorn_server
 
 METHODS = ["GET", "POST", "DELETE"]
 _OWN = {"host", "authorization", "content-length", "connection", "transfer-encoding", "content-encoding"}
@@ -26,7 +27,7 @@ class Gateway:
         self.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         self._upstream, self._key = upstream, key
         app = Starlette(routes=[Route("/{path:path}", self._forward, methods=METHODS)])
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        self._server = uvicorn_server(app)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(sock)))
 
     def __enter__(self) -> Gateway:

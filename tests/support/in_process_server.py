@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-import uvicorn
 import uvloop
 
 from serve.config import Config
 from serve.server.connection import guarded
 from serve.server.garbage import collect_in_quiet
+from tests.support.listening import uvicorn_server
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ async def in_process(config: Config, port: int) -> AsyncIterator[Any]:
         config, [VLLMBackend(base.model, base.name, base.engine, config.coalesce_ms) for base in config.bases]
     )
     http = guarded(config.client_timeout)
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", access_log=False, http=http))
+    server = uvicorn_server(app, port=port, access_log=False, http=http)
     serving = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.1)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import sys
 
-import uvicorn
-
 from serve.config import load
 from serve.server.assembly import build_app
 from serve.server.connection import guarded
 from tests.support.backend import FakeBackend
+from tests.support.listening import uvicorn_server
 
 CLIENT_TIMEOUT = 2.0
 
@@ -21,7 +20,7 @@ def main(model: str, data: str, port: str, *flags: str) -> None:
     config = load([model, *words], os.environ if flags else {})
     backend = FakeBackend(model)
     app = build_app(config, backend)  # type: ignore[arg-type]
-    uvicorn.run(app, port=config.port, log_level="error", http=guarded(CLIENT_TIMEOUT))
+    uvicorn_server(app, port=config.port, log_level="error", http=guarded(CLIENT_TIMEOUT)).run()
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ import socket
 import threading
 
 import httpx
-import uvicorn
 
 from serve.config import Config
 from serve.server.assembly import build_app
 from tests.support.backend import FakeBackend
+from tests.support.listening import uvicorn_server
 
 
 class Served:
@@ -23,7 +23,7 @@ class Served:
         self.port: int = sock.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.app = build_app(config, backend)
-        self._server = uvicorn.Server(uvicorn.Config(self.app, log_level="warning"))
+        self._server = uvicorn_server(self.app)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([sock])))
         self.http = self.client(key)
 

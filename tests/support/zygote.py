@@ -18,12 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
-import uvicorn
 
 from serve.config import load
 from serve.models.lora_modules import lora_modules
 from serve.server.assembly import build_app
 from tests.support.backend import FakeBackend
+from tests.support.listening import uvicorn_server
 from tests.support.server import ROOT, free_port
 from tests.support.trainer import COMMAND
 
@@ -80,7 +80,7 @@ def main(data: Path, model: str, port: str, *options: str) -> None:
             app = build_app(config, backend)  # type: ignore[arg-type]
             process = app.state.parts.fine_tuning.runner.process
             process.command, process.nice = COMMAND, 0
-            uvicorn.run(app, port=config.port, log_level="error")
+            uvicorn_server(app, port=config.port, log_level="error").run()
             os._exit(0)
         print(child, flush=True)
         os.waitpid(child, 0)

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import httpx
 import pytest
-import uvicorn
 from sqlalchemy import insert, update
 
 from serve.adapters.registry.tables import replicas
@@ -23,6 +22,7 @@ from serve.rollout.policy import parse
 from serve.server.assembly import build_app
 from tests.support.app import CHAT, ask, upload
 from tests.support.backend import FakeBackend
+from tests.support.listening import uvicorn_server
 from tests.support.postgres import database
 from tests.support.waiting import settled
 
@@ -52,8 +52,8 @@ class Serving:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self.app = build_app(replace(config, fleet_address=self.url), backend, replica=replica)
-        options = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 1}
-        self._server = uvicorn.Server(uvicorn.Config(self.app, **options))
+        options = {"access_log": False, "timeout_graceful_shutdown": 1}
+        self._server = uvicorn_server(self.app, **options)
         self._server.capture_signals = suppress
         self.membership = self.app.state.parts.membership
         self.heartbeat = self.app.state.parts.heartbeat
