@@ -55,6 +55,8 @@ class Collector:
     def behave(self, seconds: float = 0.0, status: int = 200, keep: bool = True) -> None:
         """From now on it takes so long for an answer, with this status; what it refuses it does not keep.
 
+        What waits for its answer is answered with the next call.
+
         Without `keep` it decodes nothing, so that it takes next to no time from a server that is measured beside it.
         """
         behaviour = {"seconds": seconds, "status": status, "keep": keep}

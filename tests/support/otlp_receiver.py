@@ -11,7 +11,6 @@ import gzip
 import json
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,8 @@ class _Handler(BaseHTTPRequestHandler):
     seconds = 0.0
     status = 200
     keep = True
+    # Set once it is to behave in another way.
+    changed = threading.Event()
 
     def do_GET(self) -> None:
         self._reply(200)
@@ -37,9 +38,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/behave":
             asked = json.loads(body)
             type(self).seconds, type(self).status, type(self).keep = asked["seconds"], asked["status"], asked["keep"]
+            before, type(self).changed = self.changed, threading.Event()
+            before.set()
             self._reply(200)
             return
-        time.sleep(self.seconds)
+        self.changed.wait(self.seconds)
         if self.status == 200 and self.keep:
             if self.headers.get("content-encoding") == "gzip":
                 body = gzip.decompress(body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -33,6 +34,9 @@ SMALL = ("--max-model-len", "4096", "--kv-cache-memory-bytes", "1G")
 # A reference that some seconds of traffic fill, and an alarm as soon.
 WATCHED = ("--drift-reference", "60", "--drift-threshold", "1e4")
 START_SECONDS = 900  # 40 on a quiet machine
+# Nobody is given one of these without asking for it by its number.
+PORTS = range(20_000, 32_000)
+_claimed: list[socket.socket] = []
 # Servers run as on a GPU, but for the device: without what is changed in vLLM for a CPU's speed. Their engines are
 # spawned then, and not forked.
 AS_ON_A_GPU = "LORADOCK_TEST_AS_ON_A_GPU" in os.environ
@@ -260,10 +264,23 @@ def bearer(key: str | None) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
+    """A port that stays free until the server of it has started, and between two of its starts.
+
+    It is below those that the kernel gives to whoever asks for any, each client's connection too, and no other
+    process of tests gets it while this one lives.
+    """
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0loradock-test-port-{port}")
+            with socket.socket() as sock:
+                sock.bind(("127.0.0.1", port))
+        except OSError:
+            claim.close()
+            continue
+        _claimed.append(claim)
         return port
+    raise RuntimeError("no port is free")
 
 
 def descendants(pid: int) -> set[int]:

@@ -175,14 +175,14 @@ Ask = Callable[[int, float, Connection | None], Awaitable[Connection | None]]
 async def _closed_loop(ask: Ask, streams: int, settings: Settings, begin: float) -> None:
     """`streams` users, each of whom asks again as soon as he has his answer."""
     pending = iter(range(settings.requests)) if settings.requests is not None else itertools.count()
-    until = begin + settings.duration if settings.duration is not None else None
 
     async def user() -> None:
         connection: Connection | None = None
         for index in pending:
-            if until is not None and perf_counter() >= until:
+            due = perf_counter() - begin
+            if settings.duration is not None and due >= settings.duration:
                 break
-            connection = await ask(index, perf_counter() - begin, connection)
+            connection = await ask(index, due, connection)
         if connection is not None:
             connection.close()
 

@@ -56,8 +56,8 @@ async def test_a_crowd_that_asks_for_an_adapter_on_its_way_is_one_download_and_h
     asking = [asyncio.create_task(ask(client, "tone")) for _ in range(40)]
     assert await settled(lambda: calls)
     for path in ("/metrics", "/v1/adapters/tone", "/ready"):
-        assert (await asyncio.wait_for(client.get(path), 10)).status_code == 200
-    assert (await asyncio.wait_for(ask(client, "base"), 10)).status_code == 200
+        assert (await asyncio.wait_for(client.get(path), 30)).status_code == 200
+    assert (await asyncio.wait_for(ask(client, "base"), 30)).status_code == 200
     assert not any(task.done() for task in asking)
     go.set()
     assert {(await task).json()["model"] for task in asking} == {adapter_id}
@@ -68,7 +68,7 @@ async def test_bytes_that_do_not_come_in_time_are_a_503_and_come_all_the_same(la
     client, _ = lacking
     monkeypatch.setattr("serve.adapters.store.DOWNLOAD_SECONDS", 0.1)
     go, calls = slow(client, "get")
-    told = await asyncio.wait_for(ask(client, "tone"), 10)
+    told = await asyncio.wait_for(ask(client, "tone"), 30)
     assert told.status_code == 503 and int(told.headers["retry-after"]) >= 1
     go.set()
     assert await settled(lambda: parts_of(client).store.has(*parts_of(client).registry.digests()))
@@ -89,7 +89,7 @@ async def test_a_push_that_the_shared_folder_does_not_take_is_a_503_and_leaves_n
     monkeypatch.setattr("serve.adapters.store.UPLOAD_SECONDS", 0.1)
     async with connect(both) as client:
         go, _ = slow(client, "put")
-        told = await asyncio.wait_for(client.post("/v1/adapters", **upload(make_adapter())), 10)
+        told = await asyncio.wait_for(client.post("/v1/adapters", **upload(make_adapter())), 30)
         assert told.status_code == 503
         assert (await client.get("/v1/adapters")).json()["data"] == []
         monkeypatch.setattr("serve.adapters.store.UPLOAD_SECONDS", 60.0)

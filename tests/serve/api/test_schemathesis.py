@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.described import KEY
+from tests.support.server import free_port
 
 PROGRAM = shutil.which("schemathesis", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 pytestmark = [
@@ -25,9 +25,7 @@ NOT_OURS = "positive_data_acceptance"
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     process = [sys.executable, "-m", "tests.support.described", str(port)]
     with subprocess.Popen(process, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import pytest
 
 from serve.adapters.sources import client_process
 from tests.support.backend import FakeBackend
+from tests.support.server import free_port
 
 PYTHON = os.environ.get("LORADOCK_TEST_MLFLOW", "")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="LORADOCK_TEST_MLFLOW names no Python that has MLflow")
@@ -43,9 +43,7 @@ print(json.dumps({"run": run.info.run_id}))
 def tracking(tmp_path_factory) -> Iterator[str]:
     """A tracking server that keeps artifacts itself; its URL."""
     folder = tmp_path_factory.mktemp("mlflow")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     words = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts"]
     words += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     # Its schedulers of jobs are processes of their own: half a minute more until it answers, and until it ends.

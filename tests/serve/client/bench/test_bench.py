@@ -284,12 +284,13 @@ def test_a_closed_loop_keeps_as_many_streams_as_asked_for(peer: Peer) -> None:
 
 
 def test_a_round_with_a_duration_finishes_what_it_began(peer: Peer) -> None:
-    settings = replace(SETTINGS, requests=None, duration=0.3)
+    peer.seconds_per_token = 0.01
+    settings = replace(SETTINGS, requests=None, duration=2.0)
     load = asyncio.run(press(server_at(peer), Level(streams=2), settings, Prompts(0), Scale(), "r"))
     assert all(answer.error is None for answer in load.answers)
-    assert load.wall_s >= 0.29
+    assert load.wall_s >= 1.0
     assert len(load.answers) > 2
-    assert max(answer.sent for answer in load.answers) < 0.5
+    assert max(answer.due for answer in load.answers) < 2.0
 
 
 def test_an_open_loop_does_not_wait_for_slow_answers(peer: Peer) -> None:
