@@ -204,6 +204,6 @@ def test_a_route_takes_the_parts_that_it_uses_and_not_the_server(path):
 
 
 def test_the_servers_of_tests_are_made_in_one_place():
-    """With uvicorn's own keep-alive, which is httpx's to the second, one request in some thousands met a closing end."""
+    """With uvicorn's own keep-alive, which is httpx's to the second, one request of thousands met a closing end."""
     makers = {named(path) for path in (ROOT / "tests").rglob("*.py") if "uvicorn." + "Config(" in path.read_text()}
     assert makers == {"tests/support/listening.py"}
