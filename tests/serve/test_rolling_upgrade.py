@@ -86,7 +86,7 @@ async def test_a_rolling_upgrade_under_traffic_loses_nothing(server, url, make_a
         assert (await ask(second, "tone")).json() == {"model": live}
     assert before.promotions > 2
     with Registry(url) as registry, registry.reading() as connection:
-        counted = connection.scalar(select(usage.c.requests).where(usage.c.day == "2026-11-27"))
+        counted = connection.scalar(select(usage.c.requests).where(usage.c.day == before.day))
         told = connection.execute(select(history.c.id).where(history.c.who == "before")).all()
     assert before.promotions <= counted <= before.promotions + 1
     assert len(told) >= before.promotions - 1

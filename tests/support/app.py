@@ -12,6 +12,7 @@ import httpx
 from serve.config import Config
 from serve.server.assembly import build_app
 from tests.support.backend import FakeBackend
+from tests.support.waiting import settled
 
 CHAT = "/v1/chat/completions"
 
@@ -27,7 +28,11 @@ class Started:
     async def __aenter__(self) -> httpx.AsyncClient:
         self._lifespan = self.app.router.lifespan_context(self.app)
         await self._lifespan.__aenter__()
-        await asyncio.wait_for(self.app.state.parts.health.ready.wait(), 30)
+        try:
+            await ready(self.app)
+        except BaseException:
+            await self._lifespan.__aexit__(None, None, None)
+            raise
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=True)
         self._client = httpx.AsyncClient(transport=transport, base_url="http://localhost")
         return self._client
@@ -35,6 +40,11 @@ class Started:
     async def __aexit__(self, *_: object) -> None:
         await self._client.aclose()
         await self._lifespan.__aexit__(None, None, None)
+
+
+async def ready(app: Any) -> None:
+    """Its engines serve."""
+    assert await settled(app.state.parts.health.ready.is_set), list(map(str, asyncio.all_tasks()))
 
 
 def upload(folder: Path, name: str = "tone", **fields: str) -> dict[str, Any]:

@@ -22,8 +22,7 @@ class Gateway:
     """`with Gateway(url, key) as gateway`: what comes to `gateway.url` goes on to the server with the key, whole."""
 
     def __init__(self, upstream: str, key: str) -> None:
-        sock = socket.socket()
-        sock.bind(("127.0.0.1", 0))
+        sock = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         self._upstream, self._key = upstream, key
         app = Starlette(routes=[Route("/{path:path}", self._forward, methods=METHODS)])

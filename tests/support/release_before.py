@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from sqlalchemy import MetaData, create_engine, func, insert, select, text, update
@@ -47,6 +48,7 @@ class ServerBefore:
     def __init__(self, url: str, name: str) -> None:
         self.acknowledged = self.begun = 0
         self.promotions = 0
+        self.day = str(datetime.now(UTC).date() - timedelta(days=3))
         self._engine = database.opened(url)
         self._tables = tables_before().tables
         self._name = name
@@ -84,7 +86,7 @@ class ServerBefore:
 
     def _use(self) -> None:
         usage = self._tables["usage"]
-        key = {"day": "2026-11-27", "tenant": "default", "adapter": self._name}
+        key = {"day": self.day, "tenant": "default", "adapter": self._name}
         numbers = [column.name for column in usage.columns if not column.primary_key]
         with self._engine.begin() as connection:
             here = [usage.c[column] == value for column, value in key.items()]

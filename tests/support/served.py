@@ -12,14 +12,14 @@ from serve.config import Config
 from serve.server.assembly import build_app
 from tests.support.backend import FakeBackend
 from tests.support.listening import uvicorn_server
+from tests.support.waiting import eventually
 
 
 class Served:
     """`with Served(config, backend, key) as served`: a server that is ready; `http` is a client of it with the key."""
 
     def __init__(self, config: Config, backend: FakeBackend, key: str) -> None:
-        sock = socket.socket()
-        sock.bind(("127.0.0.1", 0))
+        sock = socket.create_server(("127.0.0.1", 0))
         self.port: int = sock.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.app = build_app(config, backend)
@@ -42,16 +42,16 @@ class Served:
 
     def __enter__(self) -> Served:
         self._thread.start()
-        for _ in range(400):
-            try:
-                if self.http.get("/ready").status_code == 200:
-                    return self
-            except httpx.TransportError:
-                pass
-            threading.Event().wait(0.05)
-        raise RuntimeError("the server is not ready")
+        assert eventually(self._is_ready), "the server is not ready"
+        return self
 
     def __exit__(self, *_: object) -> None:
         self.http.close()
         self._server.should_exit = True
-        self._thread.join(20)
+        self._thread.join()
+
+    def _is_ready(self) -> bool:
+        try:
+            return self.http.get("/ready").status_code == 200
+        except httpx.TransportError:
+            return False

@@ -16,6 +16,7 @@ from serve.config import Config
 from serve.server.assembly import build_app
 from serve.server.connection import guarded
 from serve.server.front_ends import FrontEnds
+from tests.support.app import ready
 from tests.support.backend import FakeBackend
 from tests.support.listening import listening
 from tests.support.waiting import settled
@@ -96,5 +97,5 @@ async def served(config: Config, backend: FakeBackend, beside: int) -> AsyncIter
     app = build_app(config, backend)  # type: ignore[arg-type]
     async with with_front_ends(app, beside, lifespan="on") as (url, front_ends):
         parts = app.state.parts
-        await asyncio.wait_for(parts.health.ready.wait(), 30)
+        await ready(app)
         yield url, front_ends, parts

@@ -12,8 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from tests.support.backend import FakeBackend
 from tests.support.listening import uvicorn_server
 from tests.support.server import ROOT, free_port
 from tests.support.trainer import COMMAND
+from tests.support.waiting import eventually
 
 
 class Zygote:
@@ -45,18 +44,20 @@ class Zygote:
         self.process.stdin.write("start\n")
         self.process.stdin.flush()
         server = self._server = int(self.process.stdout.readline())
-        for _ in range(3000):
-            with suppress(httpx.TransportError):
-                if self.client.get("/ready").status_code == 200:
-                    return server
-            time.sleep(0.01)
-        raise AssertionError("the server did not come back")
+        assert eventually(self._is_ready), "the server did not come back"
+        return server
 
     def kill(self, server: int) -> None:
         assert self.process.stdout
         os.kill(server, signal.SIGKILL)
         self._server = 0
         assert self.process.stdout.readline() == "ended\n"
+
+    def _is_ready(self) -> bool:
+        try:
+            return self.client.get("/ready").status_code == 200
+        except httpx.TransportError:
+            return False
 
     def close(self) -> None:
         assert self.process.stdin

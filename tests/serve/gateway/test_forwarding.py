@@ -20,7 +20,7 @@ from serve.fleet.homes import Replica, Replicas, order
 from serve.gateway.forwarding import MARK
 from serve.rollout.policy import parse
 from serve.server.assembly import build_app
-from tests.support.app import CHAT, ask, upload
+from tests.support.app import CHAT, ask, ready, upload
 from tests.support.backend import FakeBackend
 from tests.support.listening import uvicorn_server
 from tests.support.postgres import database
@@ -52,7 +52,7 @@ class Serving:
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self.app = build_app(replace(config, fleet_address=self.url), backend, replica=replica)
-        options = {"access_log": False, "timeout_graceful_shutdown": 1}
+        options = {"access_log": False, "timeout_graceful_shutdown": 30}
         self._server = uvicorn_server(self.app, **options)
         self._server.capture_signals = suppress
         self.membership = self.app.state.parts.membership
@@ -60,8 +60,8 @@ class Serving:
 
     async def __aenter__(self):
         self._running = asyncio.create_task(self._server.serve(sockets=[self._socket]))
-        self.client = httpx.AsyncClient(base_url=self.url, headers={"authorization": "Bearer run"}, timeout=20)
-        await asyncio.wait_for(self.app.state.parts.health.ready.wait(), 30)
+        self.client = httpx.AsyncClient(base_url=self.url, headers={"authorization": "Bearer run"}, timeout=60)
+        await ready(self.app)
         assert await settled(lambda: self._server.started)
         return self
 
