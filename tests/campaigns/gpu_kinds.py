@@ -1,7 +1,7 @@
 """The part `kinds` of `make gpu`: adapters of each kind beside one another in one engine, against PEFT on the host.
 
-DoRA follows layers one by one, so the engine runs them eagerly. LoHa and the others that become LoRA at a push are
-LoRA to an engine, and so is a mixture.
+DoRA follows layers one by one, so the engine runs them eagerly, in a rehearsal without our kernels (`_loradock`). LoHa
+and the others that become LoRA at a push are LoRA to an engine, and so is a mixture.
 """
 
 from __future__ import annotations

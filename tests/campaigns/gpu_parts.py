@@ -241,6 +241,8 @@ PARTS: Mapping[str, Callable[[Machine], Mapping[str, str]]] = {
 def _loradock(machine: Machine, model: Path, *options: str) -> Server:
     folder = Path(tempfile.mkdtemp(dir=machine.work))
     words = ["--max-model-len", "2048", "--probe-min-effect", "0", *options]
+    # A rehearsal computes in vLLM's layers and with their products, as a GPU does.
+    words += ["--lora-kernels", "off"] * machine.rehearsal
     return Server(folder / "data", folder / "log", *words, model=str(model))
 
 

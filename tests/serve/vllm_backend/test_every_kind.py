@@ -64,7 +64,7 @@ KINDS: dict[str, Kind] = {
 MIXTURE, WEIGHTS = "mixture", (("LoRA", 0.7), ("rsLoRA", -0.3))
 ALL = [*KINDS, MIXTURE]
 # How far logits may be off, of the largest: in bfloat16 each product is rounded.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.06, "8 bits": 1e-3, "4 bits": 1e-3}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.06, "8 bits": 1e-4, "4 bits": 1e-4}
 BITS = {"8 bits": 8, "4 bits": 4}
 
 
@@ -231,10 +231,8 @@ def difference(kind: str, logits: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((logits - wanted).abs().max() / wanted.abs().max())
 
 
-@pytest.mark.parametrize(
-    ("weights", "kernels"),
-    [("float32", "off"), ("bfloat16", "on"), *((bits, kernels) for bits in BITS for kernels in ("off", "on"))],
-)
+@pytest.mark.parametrize("kernels", ["off", "on"])
+@pytest.mark.parametrize("weights", list(TOLERANCE))
 def test_each_kind_alone_and_in_a_batch_with_all_others_gives_pefts_logits(weights, kernels, made, monkeypatch):
     if kernels == "on" and build.library() is None:
         pytest.skip("no kernels for this processor, or no compiler")
@@ -262,6 +260,7 @@ def test_each_kind_alone_and_in_a_batch_with_all_others_gives_pefts_logits(weigh
                 assert (wanted - plain[number]).abs().max() > 0.05 * wanted.abs().max(), kind
         engine.step([0] * LENGTH)
         base_alone = forward(engine, these.base, these.prompts[:1])[0]
+    print(weights, kernels, {kind: float(f"{off:.1g}") for kind, off in worst.items()})
     assert max(worst.values()) < TOLERANCE[weights], worst
     assert float((base_alone - plain[0]).abs().max() / plain[0].abs().max()) < TOLERANCE[weights]
 
