@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -23,10 +22,11 @@ def resident() -> Iterator[Resident]:
     started.close()
 
 
-def begun(resident: Resident, job: Any, folder: Path, group: ProcessGroup) -> tuple[Forked, int]:
-    """The process of a step, and where it reports."""
+def begun(resident: Resident, folder: Path, group: ProcessGroup) -> tuple[Forked, int]:
+    """The process of a step, which waits for what comes by its file, and where it reports."""
     file = folder / "job.json"
-    file.write_bytes(msgspec.json.encode(job))
+    if not file.exists():
+        os.mkfifo(file)
     read, write = os.pipe()
     with (folder / "log").open("w") as log:
         process = resident.start(file, write, log.fileno(), group.number, os.environ)
@@ -39,37 +39,34 @@ def parent(pid: int) -> str:
 
 
 def test_steps_are_forks_of_one_process_and_one_that_is_killed_leaves_it_alive(resident, job, tmp_path):
-    made = job("quantize", model=tmp_path / "missing")
     with ProcessGroup() as group:
-        process, read = begun(resident, made, tmp_path, group)
-        process.send_signal(signal.SIGSTOP)
+        process, read = begun(resident, tmp_path, group)
         first = parent(process.pid)
         process.kill()
         assert process.wait() == -signal.SIGKILL
         os.close(read)
     with ProcessGroup() as group:
-        process, read = begun(resident, made, tmp_path, group)
+        process, read = begun(resident, tmp_path, group)
         assert parent(process.pid) == first
+        (tmp_path / "job.json").write_bytes(msgspec.json.encode(job("quantize", model=tmp_path / "missing")))
         with os.fdopen(read) as pipe:
             said = [json.loads(line) for line in pipe]
         assert "missing" in said[-1]["error"] and process.wait() == 1
 
 
-def test_a_step_ends_with_its_group(resident, job, tmp_path):
+def test_a_step_ends_with_its_group(resident, tmp_path):
     with ProcessGroup() as group:
-        process, read = begun(resident, job("quantize"), tmp_path, group)
-        process.send_signal(signal.SIGSTOP)
+        process, read = begun(resident, tmp_path, group)
         assert os.getpgid(process.pid) == group.number
     assert process.wait() == -signal.SIGKILL
     os.close(read)
 
 
-def test_a_resident_that_was_killed_is_started_again(resident, job, tmp_path):
+def test_a_resident_that_was_killed_is_started_again(resident, tmp_path):
     found = []
     for _ in range(2):
         with ProcessGroup() as group:
-            process, read = begun(resident, job("quantize"), tmp_path, group)
-            process.send_signal(signal.SIGSTOP)
+            process, read = begun(resident, tmp_path, group)
             found.append(int(parent(process.pid).split()[1]))
             os.kill(found[-1], signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL
