@@ -38,7 +38,7 @@ def test_it_starts_both_and_takes_both_with_it(tmp_path):
         assert eventually(lambda: (ready(prometheus) and ready(alertmanager)) or script.poll() is not None)
         assert script.poll() is None, script.communicate()[0]
         family = descendants(script.pid)
-        loaded = httpx.get(f"http://{prometheus}/api/v1/status/config").json()["data"]["yaml"]
+        loaded = httpx.get(f"http://{prometheus}/api/v1/status/config", timeout=60).json()["data"]["yaml"]
         assert server in loaded and alertmanager in loaded
         for key in ("prometheus/scrape-key", "alertmanager/alert-key"):
             assert (tmp_path / key).read_text() == "a-key"

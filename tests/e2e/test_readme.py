@@ -79,7 +79,7 @@ def typed(page: str, newcomer: tuple[Path, int]) -> str:
 
 def versions(port: int) -> tuple[int, list[int]]:
     """The live version of `tone`, and all of them."""
-    answer = httpx.get(f"http://127.0.0.1:{port}/v1/adapters/tone").json()
+    answer = httpx.get(f"http://127.0.0.1:{port}/v1/adapters/tone", timeout=60).json()
     return answer["live"], [version["version"] for version in answer["versions"]]
 
 

@@ -25,6 +25,7 @@ from tests.support import postgres as postgresql
 from tests.support.app import Started, issued
 from tests.support.backend import FakeBackend
 from tests.support.hub import Hub, running
+from tests.support.watched_traffic import askers
 from tests.support.zygote import Zygote
 
 loop_guard.install()
@@ -44,6 +45,11 @@ def loop_never_waits() -> Iterator[None]:
     if time.monotonic() - _collected > COLLECT_SECONDS:
         gc.collect()
         _collected = time.monotonic()
+
+
+@pytest.fixture(autouse=True)
+def same_askers() -> None:
+    askers.begin()
 
 
 @pytest.fixture
@@ -145,6 +151,8 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
+    # What earlier tests of this process left there.
+    httpx.post(f"{address}/moto-api/reset", timeout=60).raise_for_status()
     client = boto3.client("s3", endpoint_url=address)
     client.create_bucket(Bucket="models")
     yield client

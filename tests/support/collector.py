@@ -60,7 +60,7 @@ class Collector:
         Without `keep` it decodes nothing, so that it takes next to no time from a server that is measured beside it.
         """
         behaviour = {"seconds": seconds, "status": status, "keep": keep}
-        httpx.post(f"{self.url}/behave", json=behaviour).raise_for_status()
+        httpx.post(f"{self.url}/behave", json=behaviour, timeout=60).raise_for_status()
 
     def forget(self) -> None:
         """Begin anew."""

@@ -33,13 +33,13 @@ async def main(port: int) -> None:
         server = uvicorn_server(app, port=port)
         serving = asyncio.create_task(server.serve())
         headers = {"authorization": f"Bearer {KEY}"}
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers) as client:
-            while not app.state.parts.health.ready.is_set():
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=120) as client:
+            while not (server.started and app.state.parts.health.ready.is_set()):
                 await asyncio.sleep(0.1)
             for seed in (0, 1):
                 adapter = tiny.adapter(folder / f"adapter-{seed}", seed)
                 (await client.post("/v1/adapters", **upload(adapter))).raise_for_status()
-            (await client.get("/openapi.json", timeout=120)).raise_for_status()
+            (await client.get("/openapi.json")).raise_for_status()
         print("ready", flush=True)
         await serving
 

@@ -40,7 +40,20 @@ class Engine:
         )
 
 
-askers = itertools.count()
+class Askers:
+    """Numbers of users, one after the other. Every test begins with the same, whichever were before it."""
+
+    def __init__(self):
+        self.begin()
+
+    def begin(self):
+        self._numbers = itertools.count()
+
+    def __next__(self):
+        return next(self._numbers)
+
+
+askers = Askers()
 
 
 async def ask(client, count, model="tone"):

@@ -9,6 +9,7 @@ import tarfile
 import pytest
 
 from tests.support.app import issued, upload
+from tests.support.disk import nbytes
 from tests.support.waiting import settled
 
 MIB = 1 << 20
@@ -35,7 +36,7 @@ async def test_unfinished_uploads_hold_no_more_than_the_keys_quota(operator, par
         asyncio.create_task(acme.post("/v1/adapters", content=form(number), headers=headers)) for number in range(16)
     ]
     assert await settled(lambda: sum(push.done() for push in pushes) >= 15 or max(sent) == 17 * MIB)
-    held = sum(file.stat().st_size for file in (config.data_dir / "quarantine").rglob("*") if file.is_file())
+    held = nbytes(config.data_dir / "quarantine")
     assert held <= 20 * MIB, f"{held >> 20} MiB"
     go_on.set()
     answers = [answer.status_code for answer in await asyncio.gather(*pushes)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from dataclasses import replace
 
 import pytest
@@ -79,7 +78,7 @@ def test_observers_hear_when_all_that_waited_has_been_looked_at(notes):
 
 
 def test_exchanges_wait_for_others_unless_somebody_asks_or_the_queue_is_half_full(notes):
-    worker = ExchangeWorker([notes], queue_size=10, linger=30.0)
+    worker = ExchangeWorker([notes], queue_size=10, linger=3600.0)
     worker.start()
     for _ in range(3):
         worker.offer(EXCHANGE)
@@ -89,10 +88,9 @@ def test_exchanges_wait_for_others_unless_somebody_asks_or_the_queue_is_half_ful
     for _ in range(5):
         worker.offer(EXCHANGE)
     assert eventually(lambda: worker.handled == 8)
-    began = time.monotonic()
     worker.offer(EXCHANGE)
     worker.stop()
-    assert worker.handled == 9 and time.monotonic() - began < 10
+    assert worker.handled == 9
 
 
 def test_an_exchange_that_fills_half_of_the_queue_waits_for_no_others(notes):

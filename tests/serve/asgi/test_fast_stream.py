@@ -121,7 +121,7 @@ async def test_uvicorn_says_whether_the_client_reads_and_sends_without_waiting(p
 
     async with (
         listening(app, http=guarded(60), lifespan="off") as url,
-        httpx.AsyncClient() as client,
+        httpx.AsyncClient(timeout=60) as client,
         client.stream("POST", url + CHAT) as answer,
     ):
         got = await answer.aread()

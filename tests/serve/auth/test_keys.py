@@ -18,6 +18,7 @@ from serve.errors import BadRequest
 from serve.server.assembly import build_app
 from tests.support.app import ask, issued
 from tests.support.backend import FakeBackend
+from tests.support.disk import contents
 from tests.support.listening import listening_beside
 
 
@@ -29,7 +30,7 @@ async def test_a_secret_is_shown_once_and_only_its_hash_is_kept(operator, config
     listed = await operator.get("/v1/keys")
     assert listed.json()["data"] == [told]
     assert (await operator.get("/v1/keys?tenant=globex")).json()["data"] == []
-    kept = b"".join(file.read_bytes() for file in config.data_dir.rglob("*") if file.is_file())
+    kept = b"".join(contents(config.data_dir))
     assert secret.encode() not in kept and keys_hashed([secret])[0].encode() in kept
 
 
@@ -136,7 +137,7 @@ def test_the_command_creates_lists_and_revokes(served):
     made = run(served, "create", "ci", "--tenant", "acme", "--scope", "inference", "--concurrent", "3", "--json")
     told = json.loads(made.stdout)
     assert made.exit_code == 0 and told["limits"]["concurrent"] == 3
-    models = httpx.get(f"{served}/v1/models", headers={"authorization": f"Bearer {told['secret']}"})
+    models = httpx.get(f"{served}/v1/models", headers={"authorization": f"Bearer {told['secret']}"}, timeout=60)
     assert models.status_code == 200
     listed = run(served, "list")
     assert told["id"] in listed.stdout and "concurrent=3" in listed.stdout and told["secret"] not in listed.stdout

@@ -50,6 +50,10 @@ async def serving(limits=ROOM, timeout=TIMEOUT):
         yield httpx.URL(url).port, kind.peers
 
 
+def client_of(port):
+    return httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60)
+
+
 async def exchanged(port, *pieces, gap=0.0, sent=None):
     """What comes back for these pieces until the server closes, which it must; those that went go into `sent`."""
     client = socket.create_connection(("127.0.0.1", port))
@@ -121,7 +125,7 @@ async def test_a_slow_but_steady_body_arrives():
 
 
 async def test_an_answer_that_takes_longer_than_a_silent_client_may_comes():
-    async with serving() as (port, _), httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+    async with serving() as (port, _), client_of(port) as client:
         for _ in range(2):
             assert (await client.get("/slow")).text == "0"
 
@@ -158,7 +162,7 @@ async def test_heads_and_urls_are_bounded():
 async def test_a_crowd_without_keys_does_not_keep_others_out_nor_close_those_who_are_known():
     limits = ConnectionLimits(total=30, anonymous=10, per_address=10)
     async with serving(limits, PATIENT) as (port, peers):
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as known:
+        async with client_of(port) as known:
             assert (await known.get("/known")).text == "0"
             crowd = [await asyncio.open_connection("127.0.0.1", port) for _ in range(40)]
             assert len(peers) <= 11
@@ -171,7 +175,7 @@ async def test_a_crowd_without_keys_does_not_keep_others_out_nor_close_those_who
 
 async def test_a_full_server_says_so():
     limits = ConnectionLimits(total=-31, anonymous=10, per_address=10)  # 32 more from this machine
-    async with serving(limits, PATIENT) as (port, _), httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+    async with serving(limits, PATIENT) as (port, _), client_of(port) as client:
         assert (await client.get("/known")).status_code == 200
         assert (await exchanged(port)).startswith(b"HTTP/1.1 503")
 

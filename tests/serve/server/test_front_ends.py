@@ -100,7 +100,7 @@ async def connected(url):
 
 
 async def answer(reader):
-    return re.sub(rb"date: [^\r]*", b"date: ", await asyncio.wait_for(reader.readuntil(b"\r\n0\r\n\r\n"), 30))
+    return re.sub(rb"date: [^\r]*", b"date: ", await asyncio.wait_for(reader.readuntil(b"\r\n0\r\n\r\n"), 60))
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
@@ -200,7 +200,7 @@ async def test_a_process_that_dies_or_hangs_ends_its_streams_with_an_error_and_h
         monkeypatch.setattr(module, "HANG_SECONDS", 0.2)
         os.kill(pid, end)
         story.go.set()
-        last = await asyncio.wait_for(reader.readuntil(b"\r\n0\r\n\r\n"), 30)
+        last = await asyncio.wait_for(reader.readuntil(b"\r\n0\r\n\r\n"), 60)
         monkeypatch.undo()
         assert b'data: {"error"' in last and b"[DONE]" not in last
         assert "has died" in story.errors[0].message and story.errors[0].status == 503
@@ -301,7 +301,7 @@ async def test_bodies_counts_and_what_a_tenant_pays_are_the_same(config, tiny_mo
         backend.generation = Generation(range(300), range(50), "length")
         async with (
             served(where, backend, beside) as (url, front_ends, parts),
-            httpx.AsyncClient(base_url=url) as client,
+            httpx.AsyncClient(base_url=url, timeout=60) as client,
         ):
             client.headers["authorization"] = "Bearer run"
             limits = {"tokens_per_minute": limit}
@@ -325,7 +325,10 @@ async def test_bodies_counts_and_what_a_tenant_pays_are_the_same(config, tiny_mo
 
 async def test_streams_of_a_process_that_is_killed_are_failures_and_others_are_none(config, speaking):
     speaking.flow.clear()
-    async with served(config, speaking, 1) as (url, front_ends, parts), httpx.AsyncClient(base_url=url) as client:
+    async with (
+        served(config, speaking, 1) as (url, front_ends, parts),
+        httpx.AsyncClient(base_url=url, timeout=60) as client,
+    ):
         asked = [asyncio.create_task(streamed(client)) for _ in range(3)]
         assert await settled(lambda: front_ends.handed == 3)
         os.kill(front_ends.pids[0], signal.SIGKILL)

@@ -339,9 +339,9 @@ def test_history_is_read_while_a_change_is_under_way(registry):
     push(registry, "pirate", 1)
     push(registry, "pirate", 2)
     with ThreadPoolExecutor(1) as pool, registry.transaction():
-        assert pool.submit(registry.history, "pirate").result(10)[0]["what"] == "add"
-        assert pool.submit(registry.before, "pirate").result(10) == 1
-        assert pool.submit(registry.stamp).result(10)
+        assert pool.submit(registry.history, "pirate").result(60)[0]["what"] == "add"
+        assert pool.submit(registry.before, "pirate").result(60) == 1
+        assert pool.submit(registry.stamp).result(60)
 
 
 @on_sqlite
@@ -540,7 +540,7 @@ def test_servers_that_start_at_once_over_an_empty_database_all_find_their_tables
         url, start = database(postgres), threading.Barrier(4)
 
         def opened(url=url, start=start):
-            start.wait(10)
+            start.wait(60)
             with Registry(url) as registry:
                 return registry.generation
 

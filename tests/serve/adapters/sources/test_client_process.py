@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,11 +104,10 @@ async def test_a_client_that_fills_the_disk_or_never_ends_is_ended(connect, conf
     with pytest.raises(ProcessLookupError):
         os.kill(int(mark.read_text()), 0)
     monkeypatch.setattr(transfer, "SECONDS", 0.5)
-    program(after="time.sleep(60)")
-    began = time.monotonic()
+    program(after="time.sleep(3600)")
     async with connect(config) as client:
         late = await push(client)
-    assert late.status_code == 400 and "longer than" in late.text and time.monotonic() - began < 20
+    assert late.status_code == 400 and "longer than" in late.text
     assert not list((config.data_dir / "quarantine").iterdir())
 
 

@@ -25,6 +25,7 @@ from serve.models import hardware
 from tests.serve.jobs.batches.conftest import lines_of, request
 from tests.support.app import CHAT, http, issued, upload
 from tests.support.backend import FakeBackend
+from tests.support.disk import nbytes
 from tests.support.waiting import settled
 
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -308,7 +309,7 @@ async def test_results_are_on_their_tenants_account_while_they_are_written_and_a
         keep, ledger = parts.files.contents.keep, parts.store.ledger
 
         def kept(id, path):
-            written = sum(file.stat().st_size for file in (config.data_dir / "files").rglob("*") if file.is_file())
+            written = nbytes(config.data_dir / "files")
             seen.append(sum(ledger.totals()["default"].values()) - written)
             keep(id, path)
 
@@ -521,7 +522,7 @@ async def test_an_engine_that_dies_loses_no_line_and_none_comes_twice(connect, c
         id = await begun(ai, *(request(f"q{number}", user=f"q{number}") for number in range(20)))
         assert await settled(lambda: held.asked.total() == 9)
         held.dead = True
-        batch = await ended(ai, id, 30)
+        batch = await ended(ai, id)
         assert (batch.request_counts.completed, batch.request_counts.failed) == (20, 0)
         assert len(await read(ai, batch.output_file_id)) == 20
         assert held.heirs, "another engine took over"
@@ -557,7 +558,7 @@ async def test_two_servers_over_one_registry_answer_each_line_once(connect, conf
         ]
         parts_of(there).batches.schedule.wake()
         for id in ids:
-            batch = await ended(sdk(there), id, 30)
+            batch = await ended(sdk(there), id)
             assert batch.request_counts.completed == 12
             assert len(await read(sdk(there), batch.output_file_id)) == 12
             assert len(await read(sdk(here), batch.output_file_id)) == 12
@@ -657,7 +658,7 @@ async def test_unfinished_uploads_take_no_more_than_the_tenant_may_keep(connect,
         sending = [asyncio.create_task(unfinished(number)) for number in range(16)]
         place = config.data_dir / "files/incoming"
         assert await settled(lambda: sum(task.done() for task in sending) >= 15 or max(sent_bytes) == 17 << 20)
-        assert sum(path.stat().st_size for path in place.iterdir()) <= 20 << 20
+        assert nbytes(place) <= 20 << 20
         assert parts_of(client).store.ledger.nbytes("default") <= 20 << 20
         go_on.set()
         statuses = [answer.status_code for answer in await asyncio.gather(*sending)]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -162,10 +160,7 @@ async def test_a_stranger_who_may_ask_a_shared_adapter_ends_no_canary_of_it(
             assert report["requests_left_out"] == 130, "nor does its traffic, beyond a few requests"
 
 
-async def test_one_key_of_its_own_tenant_has_a_bounded_weight_in_a_verdict(
-    connect, watched, backend, make_adapter, monkeypatch
-):
-    monkeypatch.setattr(sys.modules[__name__], "askers", itertools.count())  # whoever asked before: the same users
+async def test_one_key_of_its_own_tenant_has_a_bounded_weight_in_a_verdict(connect, watched, backend, make_adapter):
     Engine(backend)
     config = replace(watched, admin_keys=keys_hashed(["run"]), policies=parse({"*": {"worse": "hold"}}))
     async with connect(config) as client:
