@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import random
 import resource
+import sys
 from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
@@ -10,8 +13,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# An example takes as long as whoever else has the cores lets it.
-hypothesis.settings.register_profile("loradock", deadline=None)
+# An example takes as long as whoever else has the cores lets it. Who asks for more of them looks for new ones.
+hypothesis.settings.register_profile("loradock", deadline=None, derandomize="HYPOTHESIS_EXAMPLES" not in os.environ)
 hypothesis.settings.load_profile("loradock")
 
 TESTS = Path(__file__).parent
@@ -61,6 +64,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: item.path == LAST)
 
 
+def seed() -> None:
+    """What a test draws does not depend on which were before it in this process."""
+    random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
+
+
 def cpu_seconds() -> float:
     """Of this process and of its children that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -70,6 +82,7 @@ def cpu_seconds() -> float:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     item.stash[BEGUN] = cpu_seconds()
+    seed()
 
 
 @pytest.hookimpl(wrapper=True)
