@@ -63,10 +63,16 @@ def other_language(answer: str, question: str) -> dict[str, float | None]:
     return {LANGUAGE: float(answer != question) if told else None}
 
 
+def first_hits(block: Sequence[Facts]) -> dict[str, float | None]:
+    """Of the last of some answers that belong together, but for what an answer before it has had: so each counts as it
+    comes, and answers of one conversation that are refused alike count once."""
+    return {name: None if any(facts.get(name) for facts in block[:-1]) else block[-1].get(name) for name in SHARES}
+
+
 def block_facts(block: Sequence[Facts]) -> dict[str, float | None]:
-    """Of answers that belong together: the mean of each that can be told."""
-    known = {name: [value for facts in block if (value := facts[name]) is not None] for name in KINDS}
-    return {name: sum(values) / len(values) if values else None for name, values in known.items()}
+    """Of all answers that belong together: the mean length."""
+    lengths = [length for facts in block if (length := facts[LONGER]) is not None]
+    return dict.fromkeys((LONGER, SHORTER), sum(lengths) / len(lengths) if lengths else None)
 
 
 def asks_json(question: Mapping[str, Any] | None) -> bool:

@@ -2,6 +2,7 @@
 
     blocks = ConversationBlocks()
     for turns in blocks.offer(item, turn, asker):      # those blocks that are complete now
+    blocks.joined                                      # its conversation's first message, and its block so far
 
 The turns of a conversation tell of one another, and the detector takes what it gets for independent. So the follow-ups
 of a conversation that come within SPAN requests, of any conversation, are one unit, TURNS of them at most; a
@@ -28,8 +29,6 @@ Item = TypeVar("Item")
 
 # Requests within which turns of one conversation are one block, and how many of them are.
 SPAN, TURNS = 64, 4
-# Askers and messages by which conversations are known again.
-NAMES = 8192
 # An agent sends what was asked once again with each result of a tool.
 ALREADY = "asked_already"
 COUNTS = (ACCEPTED, REPEATED, CROWDED, ALREADY)
@@ -56,19 +55,29 @@ class ConversationBlocks(Generic[Item]):
         # The follow-ups of the last `span` requests, and when they came.
         self._said: OrderedDict[bytes, int] = OrderedDict()
         self.counts = dict.fromkeys(COUNTS, 0)
+        # What the block has so far that the last request is in, itself the last, behind the first message of its
+        # conversation if that is not long ago; nothing where it is in none.
+        self.joined: list[Item] = []
+        # First messages of the conversations that began last.
+        self._begun: OrderedDict[bytes, Item] = OrderedDict()
 
     def offer(self, item: Item, turn: Turn, asker: int | None) -> list[list[Item]]:
         """Take in a request; the blocks that are complete with it, each with its turns in order."""
         self._requests += 1
-        complete = self._over()
+        complete, self.joined = self._over(), []
         conversation = self._conversation(turn, asker)
         if not turn.follows:
+            self._begun[conversation] = item
+            if len(self._begun) > self._span:
+                self._begun.popitem(last=False)
             return complete
         reason = self._reason(turn, conversation)
         self.counts[reason] += 1
         if reason == ACCEPTED:
             block = self._blocks.setdefault(conversation, _Block(self._requests))
             block.items.append(item)
+            begun = self._begun.get(conversation)
+            self.joined = block.items if begun is None else [begun, *block.items]
             if len(block.items) == self._turns:
                 block.over = True
                 complete.append(block.items)
@@ -107,7 +116,8 @@ class ConversationBlocks(Generic[Item]):
         for name in filter(None, (named, turn.said)):
             self._conversations[name] = conversation
             self._conversations.move_to_end(name)
-        while len(self._conversations) > NAMES:
+        # Of some span of requests, two of each: if it were longer, ever more would seem to go on with one long over.
+        while len(self._conversations) > 2 * self._span:
             self._conversations.popitem(last=False)
         return conversation
 

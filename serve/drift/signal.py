@@ -37,9 +37,10 @@ from serve.drift.tolerance import Tolerance
 NEEDED = {PROMPT: 1000, OUTPUT: 1000, LOGPROB: 300, FOLLOW_UP: 400}
 # Requests at the beginning of a change that may be older than it.
 UNCERTAIN = 50
-# First messages and later ones of a conversation, and the answers to them: each conversation counts once in either.
-FIRST, LATER = "first", "later"
-LANES = {PROMPT: (FIRST,), FOLLOW_UP: (LATER,), OUTPUT: (FIRST, LATER), LOGPROB: ()}
+# First messages and later ones of a conversation, and the answers to them: each conversation counts once in either. And
+# all answers, of which shares are taken.
+FIRST, LATER, ALL = "first", "later", "all"
+LANES = {PROMPT: (FIRST,), FOLLOW_UP: (LATER,), OUTPUT: (FIRST, LATER, ALL), LOGPROB: ()}
 # What a score of tokens weighs in the evidence; every other score weighs 1.
 SURPRISE_WEIGHT = 8.0
 # Requests whose mean log-probability is the present one.
@@ -95,7 +96,7 @@ class Signal:
         # Between these the mean log-probability moved over a reference with a structure in time.
         self._usual = np.zeros(2)
         # What is plain about prompts or answers: shares and means against those of the first ones.
-        self.fixed = {lane: self._fixed() for lane in LANES[kind]}
+        self.fixed = {lane: self._fixed(lane) for lane in LANES[kind]}
 
     def configure(self, threshold: float, tolerance: Tolerance, needed: int | None = None) -> None:
         """Settings, which are in no `state()`. The evidence so far stays: it does not depend on the threshold. `needed`
@@ -187,14 +188,14 @@ class Signal:
             yield alarms
 
     def moved(self) -> list[Moved]:
-        """What of the plain facts has left its reference for sure, the strongest first."""
+        """What of the plain facts has left its reference for sure, each where it did most; the strongest first."""
         moved = [each for fixed in self.fixed.values() for each in fixed.moved(self._log_fixed_threshold)]
-        return sorted(moved, key=lambda each: -each.log_evidence)
+        by_name = {each.name: each for each in sorted(moved, key=lambda each: each.log_evidence)}
+        return sorted(by_name.values(), key=lambda each: -each.log_evidence)
 
     @property
     def _log_fixed_threshold(self) -> float:
-        """As much as an alarm of bags takes. A unit belongs to one lane, so that those of all lanes have no more false
-        alarms together than of one."""
+        """As much as an alarm of bags takes, so that a first answer may be a unit of two lanes and count as a row."""
         return self.log_threshold + math.log(SURE)
 
     @property
@@ -301,7 +302,7 @@ class Signal:
         self._detector = None
         self._scale = None
         self._ordered = True
-        self.fixed = {lane: self._fixed() for lane in self.fixed}
+        self.fixed = {lane: self._fixed(lane) for lane in self.fixed}
         self._rows.clear()
         # What was gathered so far stays, where there is no reference yet.
         self._gathered += list(rows)
@@ -383,9 +384,10 @@ class Signal:
         self._structure = ReferenceStructure.from_state(below(state, "structure."), len(self.names))
         self._usual = np.array(state.get("usual", np.zeros(2)))
 
-    def _fixed(self) -> FixedReference:
+    def _fixed(self, lane: str) -> FixedReference:
         facts = answer_facts if self.kind == OUTPUT else prompt_facts
-        return FixedReference(facts.KINDS, self.needed, facts.WEIGHTS)
+        kinds = {name: kind for name, kind in facts.KINDS.items() if lane != ALL or name in answer_facts.SHARES}
+        return FixedReference(kinds, self.needed, facts.WEIGHTS)
 
     def _parts(self, rows: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """Rows (n, columns) as the scale takes them, and the sketches of their tokens where those are still needed."""

@@ -22,6 +22,7 @@ from serve.drift.answer_facts import (
     answer_facts,
     asks_json,
     block_facts,
+    first_hits,
     other_language,
     spoken,
 )
@@ -53,7 +54,7 @@ from serve.drift.parameter_strata import LEGACY, Stratum
 from serve.drift.probe_comparison import ProbeAnswers, has_reference, noise_ratio, probe_arrays
 from serve.drift.prompt_facts import prompt_facts
 from serve.drift.share_watch import ShareWatch
-from serve.drift.signal import FIRST, LATER, Signal
+from serve.drift.signal import ALL, FIRST, LATER, Signal
 from serve.drift.state_arrays import below, prefixed
 from serve.drift.thinning import (
     ACCEPTED,
@@ -158,6 +159,8 @@ class _Sample:
     # What is plain about its answer, and the answer's language.
     facts: dict[str, float | None] = field(default_factory=dict)
     spoken: str = ""
+    # It goes on with a conversation: a block of messages, or the answer to one.
+    later: bool = False
 
 
 class _Lane(NamedTuple):
@@ -168,8 +171,8 @@ class _Lane(NamedTuple):
     name: str
 
 
-class _FollowUp(NamedTuple):
-    """What is kept of a message that goes on with a conversation."""
+class _Message(NamedTuple):
+    """What is kept of a message of a conversation and of its answer; `tokens` of one that goes on with it."""
 
     began: float
     tenant: str
@@ -178,7 +181,12 @@ class _FollowUp(NamedTuple):
     routed: bool
     tokens: NDArray[np.int64]
     stratum: Stratum
-    facts: Facts
+    facts: dict[str, float | None]
+
+    def sample(self, facts: dict[str, float | None], **rows: Floats) -> _Sample:
+        """Of it, or of the block that it ends."""
+        names = self.tenant, self.asker, self.words, self.routed
+        return _Sample(self.began, rows, None, 0, *names, stratum=self.stratum, facts=facts, later=True)
 
 
 @dataclass(slots=True, eq=False)
@@ -211,8 +219,8 @@ class WatchedVersion:
     probe_alarms: int = 0
     # When the last samples of each signal came.
     _times: dict[Signal, deque[float]] = field(init=False, default_factory=dict)
-    # Messages that go on with a conversation, as `_FollowUp`s.
-    follow_ups: ConversationBlocks[_FollowUp | None] = field(init=False, default_factory=ConversationBlocks)
+    # Messages that go on with a conversation.
+    follow_ups: ConversationBlocks[_Message] = field(init=False, default_factory=ConversationBlocks)
     # Accepted, but not counted yet.
     _gathered: list[_Sample] = field(init=False, default_factory=list)
     # The prompt's row, and what is quoted.
@@ -238,12 +246,15 @@ class WatchedVersion:
         self.unsaved = True
         prompt, asker = exchange.generations[0].prompt, _asker(exchange)
         turn = last_turn(exchange.question, prompt, self.text)
-        for block in self.follow_ups.offer(self._message(exchange, turn, asker), turn, asker):
+        message = self._message(exchange, turn, asker)
+        for block in self.follow_ups.offer(message, turn, asker):
             self._gathered.append(self._follow_up(block, embedding))
+        if block := self.follow_ups.joined:
+            self._gathered.append(block[-1].sample(first_hits([each.facts for each in block])))
         if self.whole_prompts:
-            self._offer(self._sample(exchange, prompt, embedding), prompt, None, embedding)
+            self._offer(self._sample(exchange, prompt, message, embedding), prompt, None, embedding)
         elif not turn.follows:
-            self._offer(self._sample(exchange, turn.tokens, embedding), turn.tokens, turn.system, embedding)
+            self._offer(self._sample(exchange, turn.tokens, message, embedding), turn.tokens, turn.system, embedding)
         return list(self._sampling_alarms())
 
     @property
@@ -423,7 +434,7 @@ class WatchedVersion:
                 self.moved[kind] = {"text": f"at {since}, {text}", "since": since, **effects}
                 yield DriftAlarm(self.adapter, self.version, kind, effects, share.log_evidence, self.moved[kind])
 
-    def _sample(self, exchange: Exchange, prompt: Sized, embedding: Embedding) -> _Sample:
+    def _sample(self, exchange: Exchange, prompt: Sized, message: _Message, embedding: Embedding) -> _Sample:
         generation, owned = exchange.generations[0], self._may_quote(exchange)
         quote = _Quote.of(exchange, generation) if self.settings.capture and owned else None
         stratum, *below = self.baseline.strata[OUTPUT].levels(Stratum.of(generation.parameters))
@@ -434,7 +445,7 @@ class WatchedVersion:
         sample = _Sample(exchange.began, rows, quote, beyond, exchange.tenant, asker, owned, exchange.routed)
         sample.stratum, sample.lower = stratum, lower
         sample.lower_rows = lower_rows
-        sample.facts = answer_facts(generation, stratum.tokens, asks_json=asks_json(exchange.question))
+        sample.facts = message.facts
         sample.spoken = spoken(generation.text)
         return sample
 
@@ -460,28 +471,25 @@ class WatchedVersion:
         counted = hashed(words, STOP_WORDS) if words and sample.words else {}
         return Prompt(length, language, sample.tenant, counted, sample.asker or 0, vector, marks_of(text, rest=rest))
 
-    def _message(self, exchange: Exchange, turn: Turn, asker: int | None) -> _FollowUp | None:
-        """None of one that begins a conversation, or repeats what was asked."""
-        if not turn.follows or turn.repeats:
-            return None
-        generation = exchange.generations[0]
+    def _message(self, exchange: Exchange, turn: Turn, asker: int | None) -> _Message:
+        generation, tokens = exchange.generations[0], np.zeros(0, np.int64)
         stratum = Stratum.of(generation.parameters)
         facts = answer_facts(generation, stratum.tokens, asks_json=asks_json(exchange.question))
-        facts |= other_language(spoken(generation.text), self._language(turn.tokens))
+        if turn.follows and not turn.repeats:
+            tokens = turn.tokens
+            facts |= other_language(spoken(generation.text), self._language(tokens))
         names = exchange.tenant, asker, self._may_quote(exchange), exchange.routed
-        return _FollowUp(exchange.began, *names, turn.tokens, stratum, facts)
+        return _Message(exchange.began, *names, tokens, stratum, facts)
 
     def _language(self, tokens: NDArray[np.integer]) -> str:
         return language_of(self.text.last(tokens[-TAIL:].tolist())) if self.text is not None else ""
 
-    def _follow_up(self, messages: Sequence[_FollowUp | None], embedding: Embedding) -> _Sample:
+    def _follow_up(self, block: Sequence[_Message], embedding: Embedding) -> _Sample:
         """The sample of a block of messages that go on with one conversation."""
-        block = [message for message in messages if message is not None]
         last = block[-1]
         row = follow_up_row(embedding, [message.tokens for message in block])
-        sample = _Sample(last.began, {FOLLOW_UP: row}, None, 0, last.tenant, last.asker, last.words, last.routed)
-        sample.stratum = last.stratum
-        sample.facts = block_facts([message.facts for message in block if message.stratum == last.stratum])
+        same = [message.facts for message in block if message.stratum == last.stratum]
+        sample = last.sample(block_facts(same), **{FOLLOW_UP: row})
         mean = sum(len(message.tokens) for message in block) // len(block)
         sample.prompt = self._described(sample, last.tokens, mean, row[1 : 1 + embedding.dimensions])
         return sample
@@ -522,18 +530,21 @@ class WatchedVersion:
 
     def _lanes(self, sample: _Sample) -> Iterator[tuple[_Lane, Facts]]:
         """What compares the plain facts of a prompt and of its answer, each with those of the first ones; of an answer
-        with those to the same parameters."""
-        later = FOLLOW_UP in sample.rows
-        kind, lane = (FOLLOW_UP, LATER) if later else (PROMPT, FIRST)
+        with those to the same parameters, and its shares with those of all."""
+        kind, lane = (FOLLOW_UP, LATER) if sample.later else (PROMPT, FIRST)
         if sample.prompt is not None:
             yield _Lane(kind, self.baseline.signals[kind], lane), prompt_facts(sample.prompt)
         strata = self.baseline.strata[OUTPUT]
-        if later:
+        if FOLLOW_UP in sample.rows:
             strata.count(sample.stratum)
         signal = strata.signal(sample.stratum) if sample.facts else None
         if signal is not None:
-            self.rows_watched += later and signal.fixed[lane].watching
-            yield _Lane(OUTPUT, signal, lane), sample.facts
+            lanes = (LATER,) if FOLLOW_UP in sample.rows else (ALL,) if sample.later else (FIRST, ALL)
+            # Of whole prompts every request is a first one, and those that go on with a conversation are among all.
+            lanes = lanes[:1] if self.whole_prompts else lanes
+            for name in lanes:
+                self.rows_watched += sample.later and signal.fixed[name].watching
+                yield _Lane(OUTPUT, signal, name), sample.facts
 
     def _times_of(self, signal: Signal) -> deque[float]:
         times = self._times.get(signal)

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from serve.asgi.exchange import Generation
-from serve.drift.answer_facts import KINDS, answer_facts, asks_json, block_facts, other_language, spoken
+from serve.drift.answer_facts import KINDS, answer_facts, asks_json, block_facts, first_hits, other_language, spoken
 
 
 def facts(output=range(100), text="The station is behind the market, and the train leaves at nine.", reason="stop",
@@ -47,9 +47,17 @@ def test_what_cannot_be_told_is_left_open():
     assert facts(output=[7] * 20)["repetition"] == 0.0, "too short for a loop"
 
 
-def test_of_answers_that_belong_together_it_is_the_mean():
-    block = block_facts([facts(), facts(text="I'm sorry, no."), facts(text="")])
-    assert block["refusal"] == 0.5 and block["no_json"] is None
+def test_of_answers_that_belong_together_the_mean_length_counts():
+    block = [facts(), facts(text="I'm sorry, no."), facts(text="")]
+    assert block_facts(block) == {name: pytest.approx(facts()["longer"]) for name in ("longer", "shorter")}
+    assert block_facts([{"longer": None}]) == {"longer": None, "shorter": None}
+
+
+def test_of_answers_that_belong_together_each_counts_until_one_is_refused():
+    refused = facts(text="I'm sorry, no.")
+    assert first_hits([refused])["refusal"] == first_hits([facts(), refused])["refusal"] == 1
+    again = first_hits([refused, facts(), refused])
+    assert again["refusal"] is None and again["repetition"] == 0
 
 
 @pytest.mark.parametrize(

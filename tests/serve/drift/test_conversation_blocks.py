@@ -38,6 +38,18 @@ def test_a_conversation_has_one_block_in_a_span():
     assert offered(blocks, [(20, turn(20, b"20", b"19"), 1), *other(SPAN)]) == [[20]]
 
 
+def test_each_message_is_known_at_once_with_what_was_said_before_it():
+    blocks: ConversationBlocks = ConversationBlocks()
+    joined = []
+    for item, before in (("a", b""), ("b", b"a"), ("c", b"b"), ("d", b"c"), ("e", b"d"), ("f", b"e")):
+        blocks.offer(item, turn(ord(item) - ord("a"), item.encode(), before), 1)
+        joined.append("".join(blocks.joined))
+    assert joined == ["", "ab", "abc", "abcd", "abcde", ""], "a block of four follow-ups is full"
+    offered(blocks, other(SPAN + 1))
+    blocks.offer("g", turn(6, b"g", b"f"), 1)
+    assert blocks.joined == ["g"], "what was said long ago is forgotten"
+
+
 def test_conversations_at_the_same_time_have_blocks_of_their_own():
     blocks: ConversationBlocks = ConversationBlocks()
     turns = [((asker, i), turn(i, b"%d %d" % (asker, i)), asker) for i in range(3) for asker in range(5)]
@@ -48,6 +60,15 @@ def test_a_client_that_cuts_the_history_off_is_known_by_what_was_said_before():
     """Its first message is another one each time, and so is its asker."""
     blocks: ConversationBlocks = ConversationBlocks()
     windowed = [(i, turn(1, b"%d" % i, b"%d" % (i - 1)), 500 + i) for i in range(1, 4)]
+    assert offered(blocks, [*windowed, *other(SPAN)]) == [[1, 2, 3]]
+
+
+def test_what_was_said_long_ago_in_another_conversation_does_not_tear_this_one_apart():
+    """Whoever cuts the history off is known by what others may have said too."""
+    blocks: ConversationBlocks = ConversationBlocks()
+    long_over = [(None, turn(1, b"%d" % i, b"long ago"), i) for i in range(4)]
+    assert len(offered(blocks, [*long_over, *other(2 * SPAN)])) == 4
+    windowed = [(i, turn(1, b"%d" % i, b"%d" % (i - 1)), i - 1) for i in range(1, 4)]
     assert offered(blocks, [*windowed, *other(SPAN)]) == [[1, 2, 3]]
 
 

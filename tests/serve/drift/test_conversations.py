@@ -41,7 +41,8 @@ class Chats:
         self.monitor, self.end, self.window = monitor, 1 / turns, window
         self.then, self.system = THEN, "you help the customers of a small shop, today is day 17"
         self.begun = 0
-        self.refused = 0.01
+        # Shares of the answers that are refused: of the first ones, and of later ones.
+        self.refused, self.refused_later = 0.01, 0.01
         self.clock = count()
         self.talks = [self.talk() for _ in range(open)]
 
@@ -52,18 +53,20 @@ class Chats:
     def words(self, topic):
         return " ".join(map(str, self.draw.choices(topic, k=self.draw.randint(6, 20))))
 
-    def answer(self):
-        return "I'm sorry, but no." if self.draw.random() < self.refused else "an answer"
+    def answer(self, *, later):
+        refused = self.draw.random() < (self.refused_later if later else self.refused)
+        return "I'm sorry, but no." if refused else "an answer"
 
     def request(self):
         """One request of a conversation that goes on or begins."""
         number = self.draw.randrange(len(self.talks))
         said = self.talks[number]
+        answer = self.answer(later=bool(said))
         said.append({"role": "user", "content": self.words(self.then if said else FIRST)})
         messages = said if self.window is None else said[-self.window :]
         system = {"role": "system", "content": self.system}
         asker = next(each["content"] for each in messages if each["role"] == "user").encode()
-        generation = Generation([1, 2, *Text().tokens(messages[-1]["content"])], [9, 10, 11], "stop", self.answer())
+        generation = Generation([1, 2, *Text().tokens(messages[-1]["content"])], [9, 10, 11], "stop", answer)
         self.monitor.observe(
             Exchange(
                 "tone", "v1", 200, 0.1, 0.2, id="tone@1", asker=asker, began=20.0 * next(self.clock),
@@ -127,13 +130,22 @@ def test_refusals_that_stay_are_an_alarm_that_names_them(monitor):
     chats = Chats(monitor)
     chats.requests(900)
     assert not report(monitor)["alarms"]
-    chats.refused = 0.25
+    chats.refused = chats.refused_later = 0.25
     assert chats.requests(300, lambda: "output" in report(monitor)["alarms"])
     alarm = report(monitor)["alarms"]["output"]
     assert "more refusals" in alarm["text"] and alarm["refusal"]["now"] > alarm["refusal"]["before"] + 0.1
     monitor.acknowledge("tone", "v1", "tone@1")
     assert not report(monitor)["alarms"]
     assert chats.requests(300, lambda: "output" in report(monitor)["alarms"]), "they are still more than at first"
+
+
+def test_refusals_of_what_is_said_later_are_seen_as_they_come(monitor):
+    """And not when the block of their conversation is complete, some 60 requests later."""
+    chats = Chats(monitor)
+    chats.requests(400)
+    assert report(monitor)["signals"]["output"]["answers"]["all"]["reference_requests"] == 150
+    chats.refused_later = 0.3
+    assert chats.requests(130, lambda: "output" in report(monitor)["alarms"])
 
 
 def test_another_system_prompt_is_said_and_is_no_drift_of_what_is_asked(monitor):
