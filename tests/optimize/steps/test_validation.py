@@ -91,7 +91,7 @@ def trained(chat: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     ) -> tuple[Path, Path, dict[str, Any]]:
         folder = tmp_path_factory.mktemp("trained")
         train = written(folder / "train.jsonl", examples)
-        held_out = written(folder / "valid.jsonl", rows(99, 24))
+        held_out = written(folder / "valid.jsonl", rows(99, 96))
         step = Tune(train=str(train), validation=str(held_out) if best else "", rank=8, batch=4, patience=0, **options)
         job = Job(
             kind="tune", options=plain(step), model=str(chat), base=str(chat), reference=str(chat), adapters={},
