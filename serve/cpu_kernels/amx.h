@@ -142,23 +142,18 @@ class Tiles {
 };
 
 // Of sixteen outputs the numbers of four inputs, bytes without a sign, as the weights that they stand for: two pairs of bfloat16,
-// 128 bytes apart.
+// 128 bytes apart. A byte between an exponent and zeros is a float32: 256 and the number.
 ALWAYS void widen4(uint8_t* to, Ints v, Floats scale, Floats offset) {
 #ifdef __AVX512BW__
-  const __m512i byte = _mm512_set1_epi32(255);
-  const __m512 a = fma(to_floats(_mm512_and_si512(v, byte)), scale, offset);
-  const __m512 b = fma(to_floats(_mm512_and_si512(_mm512_srli_epi32(v, 8), byte)), scale, offset);
-  const __m512 c = fma(to_floats(_mm512_and_si512(_mm512_srli_epi32(v, 16), byte)), scale, offset);
-  const __m512 d = fma(to_floats(_mm512_srli_epi32(v, 24)), scale, offset);
-#ifdef __AVX512BF16__
-  alignas(64) static constexpr uint16_t PAIRS_OF[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
-                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i by_turns = load64(PAIRS_OF);
-  store64(to, _mm512_permutexvar_epi16(by_turns, (__m512i)_mm512_cvtne2ps_pbh(b, a)));
-  store64(to + 128, _mm512_permutexvar_epi16(by_turns, (__m512i)_mm512_cvtne2ps_pbh(d, c)));
-#else
-  store64(to, zip(narrow(a), narrow(b))), store64(to + 128, zip(narrow(c), narrow(d)));
-#endif
+  const __m512i bits = _mm512_set1_epi32(255 << 15), exponent = _mm512_set1_epi32(0x43800000), half = _mm512_set1_epi32(0x8000);
+  const Floats from = fma(spread(-256.f), scale, offset);
+  auto weight = [&](__m512i shifted) {  // and half of what its lower 16 bits are at most, so that it is rounded without them
+    const __m512i number = _mm512_ternarylogic_epi32(shifted, bits, exponent, 0xEA);
+    return _mm512_add_epi32((__m512i)fma((__m512)number, scale, from), half);
+  };
+  auto pair = [](__m512i a, __m512i b) { return _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(a, 16), b); };
+  store64(to, pair(weight(_mm512_slli_epi32(v, 15)), weight(_mm512_slli_epi32(v, 7))));
+  store64(to + 128, pair(weight(_mm512_srli_epi32(v, 1)), weight(_mm512_srli_epi32(v, 9))));
 #endif
 }
 

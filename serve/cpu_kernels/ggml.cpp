@@ -486,31 +486,39 @@ const Tile* ggml_tiles(const Format& format, bool unpacked) {
 
 namespace {
 
-// put(fours before them, side, numbers of four inputs as bytes) for a block's 32 inputs at w.
-template <class Put>
-ALWAYS void each_four(const Format& f, const uint8_t* w, Ints table, Put&& put) {
-  for (int side = 0; side < 128; side += 64) {
-    const uint8_t* from = w + side;
-    if (f.bits == 8) {
-      for (int four = 0; four < 8; four++) put(four, side, load64(from + four * 128));
-      continue;
-    }
-    Ints high = f.bits == 5 ? load64(from) : spread(0);
-    if (f.bits == 5) from += 128;
-    auto eight = [&](auto four) {
-      constexpr int FOUR = decltype(four)::value;
-      if (f.bits == 6 && FOUR % 4 == 0) high = load64(from), from += 128;
-      const Ints v = load64(from);
-      Ints low = lower4(v), upper = upper4(v);
-      from += 128;
-      if (f.bits == 5) low = with_high<5, FOUR>(low, high), upper = with_high<5, FOUR + 1>(upper, high);
-      if (f.bits == 6) low = with_high<6, FOUR>(low, high), upper = with_high<6, FOUR + 1>(upper, high);
-      if (f.table) low = looked_up(table, low), upper = looked_up(table, upper);
-      put(FOUR, side, low), put(FOUR + 1, side, upper);
-    };
-    eight(std::integral_constant<int, 0>()), eight(std::integral_constant<int, 2>());
-    eight(std::integral_constant<int, 4>()), eight(std::integral_constant<int, 6>());
+// put(fours before them, numbers of four inputs as bytes) for one side of a block's 32 inputs, which is at w.
+template <int BITS, bool TABLE, class Put>
+ALWAYS void each_four(const uint8_t* w, Ints table, Put&& put) {
+  if constexpr (BITS == 8) {
+#pragma GCC unroll 8
+    for (int four = 0; four < 8; four++) put(four, load64(w + four * 128));
+    return;
   }
+  Ints high = BITS == 5 ? load64(w) : spread(0);
+  if (BITS == 5) w += 128;
+  auto eight = [&](auto four) {
+    constexpr int FOUR = decltype(four)::value;
+    if (BITS == 6 && FOUR % 4 == 0) high = load64(w), w += 128;
+    const Ints v = load64(w);
+    Ints low = lower4(v), upper = upper4(v);
+    w += 128;
+    if constexpr (BITS == 5 || BITS == 6) low = with_high<BITS, FOUR>(low, high), upper = with_high<BITS, FOUR + 1>(upper, high);
+    if (TABLE) low = looked_up(table, low), upper = looked_up(table, upper);
+    put(FOUR, low), put(FOUR + 1, upper);
+  };
+  eight(std::integral_constant<int, 0>()), eight(std::integral_constant<int, 2>());
+  eight(std::integral_constant<int, 4>()), eight(std::integral_constant<int, 6>());
+}
+
+// use(its bits, whether they are looked up), as constants.
+template <class Use>
+ALWAYS void of_format(const Format& f, Use&& use) {
+  const auto bits = [&](auto four) { use(four, std::false_type()); };
+  if (f.table) return use(std::integral_constant<int, 4>(), std::true_type());
+  if (f.bits == 4) return bits(std::integral_constant<int, 4>());
+  if (f.bits == 5) return bits(std::integral_constant<int, 5>());
+  if (f.bits == 6) return bits(std::integral_constant<int, 6>());
+  bits(std::integral_constant<int, 8>());
 }
 
 }  // namespace
@@ -524,13 +532,16 @@ void unpack_ggml(const Matrix& m, int block, Matrix& to, uint8_t* bytes) {
   to.block_bytes = f.bits == 8 ? f.header() : 0;
   to.data.data = f.bits == 8 ? const_cast<uint8_t*>(w) + f.header() : bytes;
   const Ints table = Group<1, 4, true, 1, false, false>::table();
-  for (int done = 0; done < m.k; done += f.inputs()) {
-    read_scales<2>(f, w, 0, scales);
-    w += f.header(), scales += size_t(f.groups) * scales_of(f.minima);
-    if (f.bits == 8) w += f.inputs() / 32 * f.numbers();
-    for (int i = 0; i < f.inputs() && f.bits < 8; i += 32, w += f.numbers(), bytes += 1024)
-      each_four(f, w, table, [&](int four, int side, Ints v) { store64(bytes + four * 128 + side, v); });
-  }
+  of_format(f, [&](auto bits, auto looked_up) {
+    for (int done = 0; done < m.k; done += f.inputs()) {
+      read_scales<2>(f, w, 0, scales);
+      w += f.header(), scales += size_t(f.groups) * scales_of(f.minima);
+      if (bits == 8) w += f.inputs() / 32 * f.numbers();
+      for (int i = 0; i < f.inputs() && bits < 8; i += 32, w += f.numbers(), bytes += 1024)
+        for (int side = 0; side < 128; side += 64)
+          each_four<bits, looked_up>(w + side, table, [&](int four, Ints v) { store64(bytes + four * 128 + side, v); });
+    }
+  });
 }
 
 void widen_ggml(const Matrix& m, int block, int from, int to, uint8_t* pairs) {
@@ -538,16 +549,23 @@ void widen_ggml(const Matrix& m, int block, int from, int to, uint8_t* pairs) {
   const uint8_t* w = m.block(block) + from / f.inputs() * (f.header() + f.inputs() / 32 * f.numbers());
   const Ints table = Group<1, 4, true, 1, false, false>::table();
   alignas(64) SpanScales own;
-  for (int done = from; done < to; done += f.inputs()) {
-    read_scales<2>(f, w, 0, own);
-    w += f.header();
-    for (int i = 0; i < f.inputs(); i += 32, w += f.numbers(), pairs += 2048)
-      each_four(f, w, table, [&](int four, int side, Ints v) {
-        const float* scales = own + (i + 4 * four) / f.each * scales_of(f.minima) + side / 4;
-        const Floats scale = load(scales), offset = f.minima ? load(scales + WIDTH) : spread(-float(f.zero)) * scale;
-        widen4(pairs + four * 256 + side, v, scale, offset);
-      });
-  }
+  of_format(f, [&](auto bits, auto looked_up) {
+    for (int done = from; done < to; done += f.inputs()) {
+      read_scales<2>(f, w, 0, own);
+      w += f.header();
+      for (int i = 0; i < f.inputs(); i += 32, w += f.numbers(), pairs += 2048)
+        for (int side = 0; side < 128; side += 64) {
+          Floats scale[2], offset[2];  // of each 16 inputs
+          for (int half = 0; half < 2; half++) {
+            const float* scales = own + (i + 16 * half) / f.each * scales_of(f.minima) + side / 4;
+            scale[half] = load(scales), offset[half] = f.minima ? load(scales + WIDTH) : spread(-float(f.zero)) * scale[half];
+          }
+          each_four<bits, looked_up>(w + side, table, [&](int four, Ints v) {
+            widen4(pairs + four * 256 + side, v, scale[four / 4], offset[four / 4]);
+          });
+        }
+    }
+  });
 }
 
 void ggml_row(const Matrix& m, int64_t o, float* out) {

@@ -3,9 +3,11 @@
 vLLM fills a step with up to `max_num_batched_tokens` tokens of prompts. On a GPU that takes milliseconds. On two cores
 2,048 tokens take more than a second, and as long no running answer gets its next token. So while answers are running,
 a step takes no more of prompts than it has time for: with prompts it takes `SLOWER` times what its answers take alone
-(and `UNNOTICED` at least), or `target_inter_token` seconds for prompts where that is a number. `step_costs` knows what
-takes how long; for that a step is computed without prompts now and then. While nothing but prompts is computed, a step
-is as large as vLLM makes it.
+(and `UNNOTICED` at least), or `target_inter_token` seconds for prompts where that is a number. Where more prompts wait
+than answers are running, so many times as long, up to `NOTICED`: else the first of sixteen who come together keeps the
+others waiting for longer than they all take. And it takes no less than what is worth a step with tiles. `step_costs`
+knows what takes how long; for that a step is computed without prompts now and then. While nothing but prompts is
+computed, a step is as large as vLLM makes it.
 
 A short prompt does not wait for long ones before it. Prompts have their turn in the order of their arrival plus the
 time that they take, those too that are being computed: a short one passes a long one that came a little earlier, and
@@ -24,6 +26,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from serve.cpu_kernels.step_costs import Piece, StepCosts
 
 VARIABLE = "LORADOCK_TARGET_INTER_TOKEN"
@@ -33,6 +37,8 @@ ROWS = 256
 SLOWER = 2.8
 # Seconds of a step that nobody who reads notices: less would cost the first tokens of others for nothing.
 UNNOTICED = 0.04
+# Seconds of a step that others' first tokens are worth, however many they are.
+NOTICED = 1.0
 # A prompt is short up to this part of a step's tokens of prompts.
 SHORT = 0.25
 # What prompts that are being computed leave of a step to those that wait and have their turn before them.
@@ -52,14 +58,16 @@ class PromptBudget:
     _left_to: str | None = None
     _steps: int = 0
 
-    def tokens(self, answers: int, prompts: list[Piece]) -> int:
-        """How many tokens a step beside so many answers takes of these prompts, and of others after them."""
+    def tokens(self, answers: int, prompts: list[Piece], count: int) -> int:
+        """How many tokens of these prompts, and of others after them (`count` in all), a step takes beside answers."""
         if self.target is not None:
             return self.costs.tokens(self.target, prompts)
         self._measuring = not self._measuring and self.costs.unknown(answers)
         if self._measuring:
             return 0
-        return self.costs.tokens_beside(answers, max(UNNOTICED, SLOWER * self.costs.alone(answers)), prompts)
+        seconds = max(UNNOTICED, SLOWER * self.costs.alone(answers))
+        seconds = max(seconds, min(NOTICED, seconds * count / answers))
+        return max(self.costs.worthwhile, self.costs.tokens_beside(answers, seconds, prompts))
 
     def leaves(self, waiting: Any, tokens: int, first: Any) -> int:
         """How many of a step's tokens are left to who waits, by those of whom `first` is the first."""
@@ -125,9 +133,11 @@ def _prompt_tokens(scheduler: Any, budget: PromptBudget) -> int | None:
     answers = sum(not _in_prompt(request) for request in scheduler.running)
     if answers and budget.target != 0:
         prompts = [_rest(request) for request in sorted(filter(_in_prompt, scheduler.running), key=_turn)]
+        room = scheduler.max_num_active_reqs - len(scheduler.running)
+        count = len(prompts) + max(0, min(room, len(scheduler.waiting)))
         if scheduler.waiting:
             prompts.append(_rest(scheduler.waiting.peek_request()))
-        tokens = budget.tokens(answers, prompts)
+        tokens = budget.tokens(answers, prompts, count)
     if _prompt_logprobs_wanted(scheduler):
         return ROWS if tokens is None else min(tokens, ROWS)
     return tokens
@@ -165,9 +175,13 @@ def _budget(scheduler: Any) -> PromptBudget:
     budget: PromptBudget | None = getattr(scheduler, "loradock_prompt_budget", None)
     if budget is None:
         target = os.environ.get(VARIABLE) or "0"
-        budget = PromptBudget(None if target == "auto" else float(target))
+        budget = PromptBudget(None if target == "auto" else float(target), StepCosts(tiles=_tiles()))
         scheduler.loradock_prompt_budget = budget
     return budget
+
+
+def _tiles() -> bool:
+    return torch.cpu._is_amx_tile_supported()
 
 
 def _in_prompt(request: Any) -> bool:

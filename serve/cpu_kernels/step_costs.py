@@ -1,7 +1,8 @@
 """How long a step takes, learned from those before it: what its answers take, and what tokens of prompts add to that.
 
 A token of a prompt takes some time for the weights, and more for each token before it. Beside prompts the answers take
-a part of what they take alone, since the weights are read anyway. These three numbers are a Kalman filter's, whose
+a part of what they take alone, since the weights are read anyway. With tiles (AMX) the first token of a prompt takes
+more than those after it: weights are widened for all of them. These four numbers are a Kalman filter's, whose
 measurements are the steps: what only some kinds of steps tell apart is remembered while others come.
 """
 
@@ -30,13 +31,14 @@ _AS_ANSWERS = 4
 # How far a step is from what the true numbers would say, as a part of it, and how many times what was expected it is
 # taken for at most.
 _NOISE, _DISTURBED = 0.1, 1.5
-# How far the three numbers may be from the first guess, and how far they go from step to step: the first as it is, the
-# others as parts of what a token takes.
-_AT_FIRST, _DRIFT = np.array([0.3, 0.5, 1.0]), np.array([0.01, 0.03, 0.03])
+# How far the four numbers may be from the first guess, and how far they go from step to step: the first as it is, the
+# others as parts of what `LEAST` tokens take, and of what a token takes.
+_AT_FIRST, _DRIFT = np.array([0.3, 1.0, 0.5, 1.0]), np.array([0.01, 0.03, 0.03, 0.03])
 # Tokens before a token that are counted as one, so that both parts of its cost are of a size.
 _BEFORE = 1000
 # Seconds that a token of a prompt takes at least: a step may take less than those of many answers before it.
 QUICKEST = 1e-6
+_LEAST, _MOST = np.array([0.0, 0.0, QUICKEST, 0.0]), np.array([1.0, np.inf, np.inf, np.inf])
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +59,18 @@ class _Alone:
 
 @dataclass(slots=True)
 class StepCosts:
-    """In seconds: a token of a prompt, and the `_BEFORE` tokens before it.
+    """In seconds: that there are tokens of prompts at all, one of them, and the `_BEFORE` tokens before it.
 
-    `kept` is the part of their time alone that answers take beside prompts.
+    `kept` is the part of their time alone that answers take beside prompts. Without `tiles` nothing is fixed.
     """
 
     clock: Callable[[], float] = time.monotonic
+    tiles: bool = False
     token: float | None = None
+    fixed: float = 0.0
     before: float = 0.0
     kept: float = 0.5
-    # How far these may be wrong: the covariance of `kept`, `token` and `before`.
+    # How far these may be wrong: the covariance of `kept`, `fixed`, `token` and `before`.
     _doubt: Any = None
     # By the number of answers, in powers of two.
     _alone: dict[int, _Alone] = field(default_factory=dict)
@@ -87,13 +91,18 @@ class StepCosts:
     def prompts(self, pieces: Iterable[Piece]) -> float:
         """What these add to a step."""
         here, there = _weights(pieces)
-        return (self.token or 0.0) * here + self.before * there
+        return (self.fixed if here else 0.0) + (self.token or 0.0) * here + self.before * there
+
+    @property
+    def worthwhile(self) -> int:
+        """So many tokens take as long as it takes that there are any, and `LEAST` at least."""
+        return max(LEAST, int(self.fixed / self.token)) if self.token else LEAST
 
     def tokens(self, seconds: float, prompts: Iterable[Piece]) -> int:
         """How many tokens of these prompts, one after another, and then of others, take so many seconds."""
         if self.token is None:
             return FIRST
-        total = 0.0
+        total, seconds = 0.0, seconds - self.fixed
         for piece in prompts:
             deeper = self.before / _BEFORE
             each = self.token + deeper * piece.before
@@ -101,7 +110,7 @@ class StepCosts:
             if fit < piece.tokens:
                 return max(LEAST, int(total + fit))
             total += piece.tokens
-            seconds -= self.prompts([piece])
+            seconds -= self.prompts([piece]) - self.fixed
         return max(LEAST, int(total + seconds / self.token))
 
     def tokens_beside(self, answers: int, seconds: float, prompts: Iterable[Piece]) -> int:
@@ -134,26 +143,27 @@ class StepCosts:
             self.token = max(QUICKEST, (seconds - self.kept * alone) / here)
             self._doubt = np.diag((_AT_FIRST * self._scale()) ** 2)
             return
-        parts, numbers = np.array([alone, here, there]), np.array([self.kept, self.token, self.before])
+        parts = np.array([alone, 1.0, here, there])
+        numbers = np.array([self.kept, self.fixed, self.token, self.before])
         expected = float(parts @ numbers)
         wrong = min(seconds, _DISTURBED * expected) - expected
         # What is not measured becomes less certain with time, but never less than it was at first.
         size, drift = (_AT_FIRST * self._scale()) ** 2, (_DRIFT * self._scale()) ** 2
         doubt = self._doubt + np.diag(np.where(np.diag(self._doubt) < size, drift, 0.0))
         noise = (_NOISE * expected) ** 2
-        held = np.zeros(3, dtype=bool)
+        held = np.zeros(4, dtype=bool)
         for _ in range(2):  # who would leave its bounds stays where it is, and the others take its part
             free = doubt * np.outer(~held, ~held)
             gain = free @ parts / (parts @ free @ parts + noise)
             moved = numbers + gain * wrong
-            held = (moved < (0.0, QUICKEST, 0.0)) | (moved > (1.0, np.inf, np.inf))
+            held = (moved < _LEAST) | (moved > _MOST)
             if not held.any():
                 break
         self._doubt = free - np.outer(gain, parts @ free) + np.diag(np.diag(doubt - free))
-        self.kept, self.token, self.before = map(float, np.clip(moved, (0.0, QUICKEST, 0.0), (1.0, np.inf, np.inf)))
+        self.kept, self.fixed, self.token, self.before = map(float, np.clip(moved, _LEAST, _MOST))
 
     def _scale(self) -> Any:
-        return np.array([1.0, self.token, self.token])
+        return np.array([1.0, LEAST * (self.token or 0.0) * self.tiles, self.token, self.token])
 
 
 def _weights(pieces: Iterable[Piece]) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from serve.cpu_kernels import prompt_budget
-from serve.cpu_kernels.prompt_budget import AGAIN, ROWS, SLOWER, UNNOTICED, VARIABLE, _in_prompt
+from serve.cpu_kernels.prompt_budget import AGAIN, NOTICED, ROWS, SLOWER, UNNOTICED, VARIABLE, _in_prompt
 from serve.cpu_kernels.step_costs import FIRST, LEAST, NEEDED, Piece, StepCosts
 from serve.vllm_backend.patches.applying import apply
 from serve.vllm_backend.patches.table import named
@@ -120,6 +120,26 @@ def test_by_itself_a_step_takes_at_most_three_times_what_its_answers_take_alone(
     settled = [time for time in times[40:] if time > 1.01 * alone]
     wanted = max(UNNOTICED, SLOWER * alone, alone + LEAST / 1000)
     assert max(settled) < 1.1 * wanted and sum(settled) / len(settled) == pytest.approx(wanted, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("answers", "prompts", "seconds"), [(1, 15, 0.6), (4, 12, 0.336), (2, 60, NOTICED), (8, 8, 0.224)]
+)
+def test_a_step_takes_longer_where_more_wait_than_are_answered(monkeypatch, answers, prompts, seconds):
+    running = [*(request(1000) for _ in range(answers)), request(0)]
+    machine = Machine(monkeypatch, running, [request(0) for _ in range(prompts - 1)], target="auto")
+    machine.scheduler.max_num_active_reqs = 64
+    for _ in range(60):
+        machine.step()
+    assert machine.seconds == pytest.approx(seconds, rel=0.05)
+
+
+def test_who_cannot_begin_makes_no_step_longer(monkeypatch):
+    machine = Machine(monkeypatch, [*[request(1000)] * 3, request(0)], [request(0)] * 60, target="auto")
+    machine.scheduler.max_num_active_reqs = 4
+    for _ in range(60):
+        machine.step()
+    assert machine.seconds == pytest.approx(SLOWER * 0.03, rel=0.05)
 
 
 def test_a_prompt_gets_its_tokens_also_while_answers_cannot_be_measured(monkeypatch):

@@ -12,13 +12,16 @@ TARGET = 0.07
 class Machine:
     """0.2 ms a token of a prompt, 0.1 ms more for each 1,000 before it; answers 10 ms and 1 ms each, 0.8 of it kept."""
 
+    fixed = 0.0
+
     def __init__(self) -> None:
         self.now = 0.0
-        self.costs = StepCosts(clock=lambda: self.now)
+        self.costs = StepCosts(clock=lambda: self.now, tiles=self.fixed > 0)
 
-    @staticmethod
-    def seconds(answers: int, pieces: list[Piece]) -> float:
+    @classmethod
+    def seconds(cls, answers: int, pieces: list[Piece]) -> float:
         prompts = sum(it.tokens * (0.2 + 0.1 * (it.before + it.tokens / 2) / 1000) for it in pieces)
+        prompts += cls.fixed if pieces else 0.0
         alone = 10.0 + answers if answers else 0.0
         return (prompts + (0.8 if pieces else 1.0) * alone) / 1000
 
@@ -26,6 +29,12 @@ class Machine:
         self.costs.began(answers, list(pieces))
         self.now += longer * self.seconds(answers, list(pieces))
         self.costs.ended()
+
+
+class Widening(Machine):
+    """Beside its first token of a prompt a step widens all weights, for 18 ms."""
+
+    fixed = 18.0
 
 
 def chosen(costs: StepCosts, before: int = 0, answers: int = 16) -> int:
@@ -45,11 +54,24 @@ def learned(machine: Machine, answers: int = 16) -> StepCosts:
     return machine.costs
 
 
+@pytest.mark.parametrize("machine", [Machine, Widening])
 @pytest.mark.parametrize("before", [0, 500, 4000, 8000])
-def test_as_many_tokens_of_prompts_are_chosen_as_take_that_long(before):
-    costs = learned(Machine())
+def test_as_many_tokens_of_prompts_are_chosen_as_take_that_long(before, machine):
+    costs = learned(machine())
     tokens = chosen(costs, before)
-    assert Machine.seconds(16, [Piece(before, tokens)]) == pytest.approx(TARGET, rel=0.1)
+    assert machine.seconds(16, [Piece(before, tokens)]) == pytest.approx(TARGET, rel=0.1)
+
+
+def test_what_the_first_token_of_a_step_takes_is_told_from_what_each_of_them_does():
+    machine = Widening()
+    costs = learned(machine)
+    for _ in range(20):
+        machine.step(0, Piece(0, 1024))
+        machine.step(4, Piece(0, 2 * LEAST))
+        machine.step(4)
+    assert costs.fixed == pytest.approx(0.018, rel=0.2)
+    assert costs.worthwhile == pytest.approx(18 / 0.2, rel=0.25)
+    assert learned(Machine()).worthwhile == LEAST
 
 
 def test_several_prompts_share_the_time_one_after_another():
