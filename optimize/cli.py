@@ -393,7 +393,9 @@ class Bars:
 
 def check(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Examples to train on, a JSON object a line.")],
-    method: Annotated[Literal["supervised", "dpo", "kto"], typer.Option(help="What they are for.")] = "supervised",
+    method: Annotated[
+        Literal["supervised", "dpo", "kto", "classify"], typer.Option(help="What they are for.")
+    ] = "supervised",
     fewest: Annotated[int, typer.Option(help="Examples that the file has to have.")] = examples.FEWEST,
     model: Annotated[
         Path | None,

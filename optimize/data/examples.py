@@ -4,6 +4,7 @@
     completion   {"prompt": "...", "completion": "..."}
     preference   {"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}
     rating       {"messages": [...], "label": true | false}    whether the last answer is good; not OpenAI's, TRL's
+    labelled     {"text": "...", "label": "..."}                what a text is, for a classification head
 
 A file is read line by line, without torch and without a tokenizer.
 """
@@ -25,13 +26,22 @@ LONGEST = 16 << 20  # bytes of a line
 LISTED = 100  # problems that are kept
 SHOWN = 3  # problems in one message
 REASON = 300  # characters of a problem, which may quote the file
+LABELS = 127  # of a head; what a server takes
+LABEL = 128  # characters of its name
 
-FORMATS = {"chat": "supervised", "completion": "supervised", "preference": "dpo", "rating": "kto"}
+FORMATS = {
+    "chat": "supervised",
+    "completion": "supervised",
+    "preference": "dpo",
+    "rating": "kto",
+    "labelled": "classify",
+}
 KEYS = {
     "chat": ("messages", "tools", "parallel_tool_calls"),
     "completion": ("prompt", "completion"),
     "preference": ("input", "preferred_output", "non_preferred_output"),
     "rating": ("messages", "label", "tools", "parallel_tool_calls"),
+    "labelled": ("text", "label"),
 }
 
 
@@ -66,7 +76,15 @@ class Rating:
     good: bool
 
 
-Example = Chat | Completion | Preference | Rating
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A text, and what it is."""
+
+    text: str
+    label: str
+
+
+Example = Chat | Completion | Preference | Rating | Labelled
 
 
 @dataclass(slots=True)
@@ -79,6 +97,7 @@ class Found:
     problem_count: int = 0
     bytes: int = 0
     longest: int = 0  # bytes of a line
+    labels: set[str] = field(default_factory=set)
 
     @property
     def message(self) -> str:
@@ -118,6 +137,12 @@ def checked(path: Path, method: str, fewest: int = FEWEST) -> Found:
             found.add(line, f"is a {form} example, and those before are {found.format}; a file holds one format")
             continue
         found.examples += 1
+        if isinstance(made, Labelled):
+            found.labels.add(made.label)
+    if len(found.labels) > LABELS:
+        found.add(None, f"The file has {len(found.labels)} labels, and a head has at most {LABELS}")
+    if method == "classify" and fewest > 1 and found.examples >= fewest and len(found.labels) < 2:
+        found.add(None, "The file has one label, so there is nothing to tell apart")
     if found.examples < fewest and not found.problem_count:
         found.add(None, f"The file has {found.examples} examples, but must have at least {fewest}")
     return found
@@ -168,24 +193,27 @@ def _example(line: bytes, method: str) -> Example:
         raise Problem("is a list; the file holds one JSON object a line (JSONL), not one list of them")
     if not isinstance(row, dict):
         raise Problem("is not a JSON object")
-    form = _format(row)
+    form = _format(row, method)
     if FORMATS[form] != method:
         raise Problem(f"is a {form} example, which the method {FORMATS[form]} takes, not {method}")
     if unknown := sorted(set(row) - set(KEYS[form])):
         raise Problem(f"has the key {unknown[0]!r}; a {form} example has {', '.join(KEYS[form])}")
     made: dict[str, Callable[[dict[str, Any]], Example]] = {
-        "chat": _chat, "completion": _completion, "preference": _preference, "rating": _rating,
+        "chat": _chat, "completion": _completion, "preference": _preference, "rating": _rating, "labelled": _labelled,
     }  # fmt: skip
     return made[form](row)
 
 
-def _format(row: dict[str, Any]) -> str:
+def _format(row: dict[str, Any], method: str) -> str:
+    if "text" in row and ("label" in row or method == "classify"):
+        return "labelled"
     if "label" in row:
         return "rating"
-    for form, keys in KEYS.items():
+    others = {form: keys for form, keys in KEYS.items() if form != "labelled"}
+    for form, keys in others.items():
         if keys[0] in row:
             return form
-    for keys in KEYS.values():
+    for keys in others.values():
         if set(keys) & set(row):
             raise Problem(f'is missing the key "{keys[0]}"')
     raise Problem('is missing the key "messages" (or "prompt" and "completion", or "input" of a preference)')
@@ -234,6 +262,17 @@ def _rating(row: dict[str, Any]) -> Rating:
         raise Problem('"label" has to be true or false')
     chat = _chat(row)
     return Rating(Chat(chat.messages, (*(False for _ in chat.messages[1:]), True), chat.tools), row["label"])
+
+
+def _labelled(row: dict[str, Any]) -> Labelled:
+    for key in KEYS["labelled"]:
+        if key not in row:
+            raise Problem(f'is missing the key "{key}"')
+        if not isinstance(row[key], str) or not row[key]:
+            raise Problem(f'"{key}" has to be a text that is not empty')
+    if len(row["label"]) > LABEL or not row["label"].isprintable():
+        raise Problem(f'"label" has to be printable, and of up to {LABEL} characters')
+    return Labelled(row["text"], row["label"])
 
 
 def _answer(row: dict[str, Any], key: str, asked: tuple[dict[str, Any], ...], tools: tuple[Any, ...]) -> Chat:

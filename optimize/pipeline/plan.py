@@ -144,7 +144,10 @@ def _adapter(name: str, folder: Path, base: Checkpoint) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise Refused(f"the adapter {name!r} in {folder} has no readable {ADAPTER_CONFIG}: {error}") from error
     if config.get("peft_type") != "LORA":
-        raise Refused(f"the adapter {name!r} is {config.get('peft_type')}, and LORA is taken")
+        raise Refused(
+            f"the adapter {name!r} is {config.get('peft_type')}, and LORA is taken: a server makes a LoRA of most "
+            "kinds (`loradock adapters push`, then `pull`)"
+        )
     if config.get("bias", "none") != "none":
         raise Refused(
             f"the adapter {name!r} trains biases ({config['bias']}), which cannot be merged faithfully: "

@@ -23,6 +23,7 @@ import pytest
 from tests.support import crowd as faults
 from tests.support.crowd import Crowd, descriptors, row, stock, word
 from tests.support.lora import WORDS, variant
+from tests.support.other_kinds import as_dora, as_loha, with_tokens
 from tests.support.server import SMALL, Server, done, tail
 from tests.support.waiting import eventually
 
@@ -54,7 +55,7 @@ class Acknowledged:
     def __init__(self) -> None:
         self.live: dict[str, int] = {}
 
-    def change(self, server: Server, loras: list[Path], draw: random.Random) -> None:
+    def change(self, server: Server, pushed: list[Path], draw: random.Random) -> None:
         """One push, promote or rollback; remembered if it was acknowledged."""
         name = f"c{draw.randrange(4)}"
         with suppress(httpx.TransportError):
@@ -62,7 +63,7 @@ class Acknowledged:
                 number = draw.randint(1, self.live[name])
                 told = server.http.post(f"/v1/adapters/{name}/promote", json={"version": number})
             else:
-                told = server.upload(name, draw.choice(loras))
+                told = server.upload(name, draw.choice(pushed))
             if told.is_success:
                 self.live[name] = told.json()["version"]
             return
@@ -75,7 +76,10 @@ class Acknowledged:
 
 def test_whatever_is_done_to_it_nothing_acknowledged_is_lost_and_no_answer_is_wrong(adapters, disk, tmp_path):
     draw = random.Random(SECONDS)
-    loras = [variant(adapters[name], tmp_path / f"more-{name}", scale=1.25) for name in WORDS]
+    pushed = [
+        make(variant(adapters[name], tmp_path / name, scale=1.25), tmp_path / f"more-{name}")
+        for name, make in zip(WORDS, (as_dora, with_tokens, as_loha), strict=True)
+    ]
     table: dict[str, list[str]] = {}
     ends: Counter[str] = Counter()
     stated = Acknowledged()
@@ -90,19 +94,19 @@ def test_whatever_is_done_to_it_nothing_acknowledged_is_lost_and_no_answer_is_wr
             "slow readers": faults.slow_readers,
             "half-open clients": faults.half_open,
             "descriptors exhausted": faults.descriptors_exhausted,
-            "registry locked": lambda server: faults.registry_locked(server, loras[0]),
-            "blob store gone": lambda server: faults.blobs_gone(server, loras[1]),
+            "registry locked": lambda server: faults.registry_locked(server, pushed[0]),
+            "blob store gone": lambda server: faults.blobs_gone(server, pushed[1]),
             "server killed": lambda server: "",
         }
         if os.path.ismount(disk):
-            names["disk full"] = lambda server: faults.disk_full(server, loras[2])
+            names["disk full"] = lambda server: faults.disk_full(server, pushed[2])
         start = None
         for name in itertools.cycle(names):
             if time.monotonic() - began > SECONDS and set(names) <= set(table):
                 break
             with Crowd(server) as crowd:
                 crowd.whole(faults.STREAMS, 180)
-                stated.change(server, loras, draw)
+                stated.change(server, pushed, draw)
                 if name == "server killed":
                     killed = time.monotonic()
                     server.process.kill()
@@ -110,7 +114,7 @@ def test_whatever_is_done_to_it_nothing_acknowledged_is_lost_and_no_answer_is_wr
                 else:
                     seen = names[name](server)
                     table.setdefault(name, []).append(seen)
-                    stated.change(server, loras, draw)
+                    stated.change(server, pushed, draw)
                     crowd.whole(4, 180)
             kinds = [_kind(end.said, name) for end in crowd.ends]
             ends.update(kinds)

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 
 from tests.support.lora import WORDS, variant
-from tests.support.other_kinds import as_dora, with_tokens
+from tests.support.other_kinds import as_dora, as_loha, with_tokens
 from tests.support.server import Answer, Server, alive, descendants, done
 from tests.support.waiting import eventually
 
@@ -27,7 +27,7 @@ STREAMS = 16
 ADAPTERS = 16
 # What is not a LoRA, by its number.
 Others = Mapping[int, Callable[[Path, Path], Any]]
-OTHERS: Others = {1: as_dora, 2: with_tokens, 4: as_dora, 5: with_tokens}
+OTHERS: Others = {1: as_dora, 2: with_tokens, 4: as_dora, 5: with_tokens, 6: as_loha}
 # Both are LoRAs that say the same.
 MIXTURE = "a0:0.5+a3:0.5"
 # No request takes longer than this, whatever happens to it.

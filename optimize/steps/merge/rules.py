@@ -70,6 +70,16 @@ def refuse(step: Merge, context: Context) -> None:
     family = architectures.known(base.config)
     for name in step.adapters:
         config = context.adapters.get(name, {})
+        if config.get("task_type") == "SEQ_CLS":
+            raise Refused(
+                f"the adapter {name!r} classifies by a head (SEQ_CLS), for which a model that generates has no place: "
+                "push it as it is, and it answers /v1/classify"
+            )
+        if config.get("trainable_token_indices"):
+            raise Refused(
+                f"the adapter {name!r} has rows of single tokens (trainable_token_indices), which are not merged: "
+                "push it as it is, or train embed_tokens whole (modules_to_save)"
+            )
         one_side = {"embed_tokens", "lm_head"} & {*(config.get("modules_to_save") or []), *_targets(config)}
         if family and family.tied_only and one_side:
             raise Refused(

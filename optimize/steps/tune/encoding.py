@@ -2,7 +2,8 @@
 
 A turn's prompt is the chat template's text up to it with its generation prompt, exactly what a server sends; what the
 template writes behind it, up to the token that ends the turn, is learned. Turns whose prompts continue one another are
-one sequence; where a template rewrites earlier turns, each turn is a sequence of its own.
+one sequence; where a template rewrites earlier turns, each turn is a sequence of its own. Behind a text with a label
+stands the label's number, as the next token would: it is what is learned, and nothing reads it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from optimize.checkpoint.model import tokenizer
 from optimize.data import examples as read
-from optimize.data.examples import Chat, Completion, Example, Preference, Rating
+from optimize.data.examples import Chat, Completion, Example, Labelled, Preference, Rating
 from optimize.errors import Refused
 
 Span = tuple[str, bool]  # a piece of text, and whether it is learned
@@ -55,10 +56,11 @@ class Encoded:
 
 
 class Encoder:
-    """Tokenizes examples for the model in `folder`, at most `longest` tokens each."""
+    """Tokenizes examples for the model in `folder`, at most `longest` tokens each; `labels` are those of its head."""
 
-    def __init__(self, folder: Path, longest: int) -> None:
+    def __init__(self, folder: Path, longest: int, labels: Sequence[str] = ()) -> None:
         self.words = tokenizer(folder)
+        self.labels = tuple(labels)
         self._longest = longest
         self._ends = self._turn_ends(folder)
 
@@ -132,7 +134,17 @@ class Encoder:
             return [tuple(self._chat(side)[-1] for side in (example.preferred, example.other))]
         if isinstance(example, Rating):
             return [(self._chat(example.chat)[-1],)]
+        if isinstance(example, Labelled):
+            return [(self._labelled(example),)]
         return [(tokens,) for tokens in self._chat(example)]
+
+    def _labelled(self, example: Labelled) -> Tokens:
+        if example.label not in self.labels:
+            raise Refused(f"has the label {example.label!r}, which no example of train has")
+        text = self.text(example.text)
+        if not text:
+            raise Refused("has a text without a token")
+        return Tokens(array("i", [*text, self.labels.index(example.label)]), array("b", [*(0 for _ in text), 1]))
 
     def _completion(self, example: Completion) -> Tokens:
         prompt = self.text(example.prompt)
@@ -215,6 +227,9 @@ class Encoder:
         return encoded.input_ids, learned_tokens
 
     def _cut(self, tokens: Tokens) -> Tokens:
+        if self.labels and len(tokens.ids) > self._longest:  # a label stays
+            text = self._longest - 1
+            return Tokens(tokens.ids[:text] + tokens.ids[-1:], tokens.learned[:text] + tokens.learned[-1:])
         return Tokens(tokens.ids[: self._longest], tokens.learned[: self._longest])
 
     def _ids(self, text: str) -> list[int]:

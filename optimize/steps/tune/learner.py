@@ -1,7 +1,8 @@
 """A model whose weights stay as they are, and a LoRA over it that learns.
 
 The base computes in bfloat16 where the processor multiplies it; the LoRA's own weights and its optimizer are float32.
-Logits are computed where a token is learned, and nowhere else.
+Logits are computed where a token is learned, and nowhere else. A head takes the output layer's place, as transformers'
+...ForSequenceClassification have it: a product of the last token's hidden state.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from optimize.checkpoint import artifact
 from optimize.checkpoint.checkpoint import ADAPTER_CONFIG, adapter_config, write_adapter
-from optimize.checkpoint.model import compute_dtype, layers, opened
+from optimize.checkpoint.model import compute_dtype, layers, opened, prefix
 from optimize.errors import OptimizeError, Refused
 from optimize.steps.tune import attention
 from optimize.steps.tune.encoding import Unit
@@ -29,11 +30,13 @@ from optimize.steps.tune.settings import Settings
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PROBED = 32  # tokens of a sequence with which packing is tried out
+HEAD = "base_model.model.score.weight"  # as PEFT saves it
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where a LoRA begins: on a base, from an adapter in `parent` or as PEFT makes a new one with `seed`."""
+    """Where a LoRA begins: on a base, from an adapter in `parent` or as PEFT makes a new one with `seed`; with `labels`
+    it has a head."""
 
     base: Path
     parent: Path | None
@@ -43,6 +46,7 @@ class Start:
     dtype: str
     device: str
     dora: bool = False
+    labels: tuple[str, ...] = ()
 
 
 class Learner:
@@ -61,10 +65,29 @@ class Learner:
         self.model = _adapted(base, start, settings)
         self._half = dtype is torch.bfloat16
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._decoder = base.get_submodule(prefix(base).rpartition(".")[0])
+        self._head: nn.Parameter | None = None
+        if start.labels:
+            drawn = torch.randn(len(start.labels), text.hidden_size) * text.hidden_size**-0.5
+            self._head = nn.Parameter(drawn.to(start.device))
+            self.parameters.append(self._head)
         if settings.gradient_checkpointing:
             _without_dropout(self.model)
             self.model.train()
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def groups(self, ratio: float) -> list[dict[str, Any]]:
+        """The parameters for an optimizer, with how many times the learning rate each group takes: `ratio` for B and
+        magnitudes (LoRA+, Hayou et al. 2024, arXiv:2402.12354; PEFT's groups)."""
+        if ratio == 1:
+            return [{"params": self.parameters}]
+        faster = {
+            id(parameter)
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and ("lora_B" in name or parameter.ndim == 1)
+        }
+        parts = ([each for each in self.parameters if (id(each) in faster) is fast] for fast in (False, True))
+        return [{"params": part, "ratio": of} for part, of in zip(parts, (1.0, ratio), strict=True)]
 
     def logps(self, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities in nats of the learned tokens (answers,) in float32, and whether each is the likeliest."""
@@ -91,12 +114,15 @@ class Learner:
         from peft.utils import get_peft_model_state_dict
 
         state = get_peft_model_state_dict(self.model, save_embedding_layers=False)
-        return {name: tensor.detach().clone().cpu() for name, tensor in state.items()}
+        head = {} if self._head is None else {HEAD: self._head}
+        return {name: tensor.detach().clone().cpu() for name, tensor in (state | head).items()}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         from peft.utils import set_peft_model_state_dict
 
-        set_peft_model_state_dict(self.model, state)
+        set_peft_model_state_dict(self.model, {name: tensor for name, tensor in state.items() if name != HEAD})
+        if self._head is not None:
+            self._head.data.copy_(state[HEAD])
 
     def save(self, state: dict[str, torch.Tensor], folder: Path) -> None:
         """A PEFT folder of these weights, the same bytes for the same weights."""
@@ -108,6 +134,9 @@ class Learner:
         written = adapter_config(aside)
         written |= {"base_model_name_or_path": self._start.base.name, "inference_mode": True}
         written["target_modules"] = sorted(written["target_modules"])
+        if labels := self._start.labels:
+            written |= {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+            written["id2label"] = {str(number): label for number, label in enumerate(labels)}
         (aside / ADAPTER_CONFIG).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
         write_adapter(aside, state)
         artifact.publish(aside, folder)
@@ -115,7 +144,7 @@ class Learner:
     def _logits(
         self, ids: torch.Tensor, positions: torch.Tensor, at: torch.Tensor, borders: torch.Tensor
     ) -> torch.Tensor:
-        """(at, vocabulary) in float32."""
+        """(at, vocabulary) in float32; (at, labels) of a head."""
         from peft.helpers import disable_input_dtype_casting
 
         device = torch.device(self._device)
@@ -123,10 +152,13 @@ class Learner:
             disable_input_dtype_casting(self.model, self._half),
             torch.autocast(device.type, torch.bfloat16, enabled=self._half),
         ):
-            out = self.model(
-                input_ids=ids[None].to(device), position_ids=positions[None].to(device), use_cache=False,
-                logits_to_keep=at.to(device), cu_seq_lens_q=borders,
-            )  # fmt: skip
+            row = {"input_ids": ids[None].to(device), "position_ids": positions[None].to(device), "use_cache": False}
+            if self._head is None:
+                out = self.model(**row, logits_to_keep=at.to(device), cu_seq_lens_q=borders)
+            else:
+                out = self._decoder(**row, cu_seq_lens_q=borders)
+        if self._head is not None:
+            return out.last_hidden_state[0, at.to(device)].float() @ self._head.T
         logits: torch.Tensor = out.logits[0].float()
         return logits
 

@@ -1,6 +1,7 @@
 """What is minimized.
 
     supervised   - log p(answer)                                        the mean over the tokens of a step
+    classify     - log p(label)                                         the mean over the texts of a step
     dpo          - log sigmoid(beta ((w - w0) - (l - l0)))              the mean over the pairs of a step
 
     kto          1 - sigmoid(beta (y - y0) - z) if good, 1 - sigmoid(z - beta (y - y0)) if not       over the ratings

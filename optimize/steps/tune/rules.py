@@ -24,8 +24,9 @@ VALIDATED = 30_000  # tokens that a validation reads, roughly
 
 class Tune(Step, frozen=True, kw_only=True, tag="tune"):
     """A LoRA adapter called `name`, trained on the examples in `train`: by their answers (`supervised`), by which of
-    two answers is better (`dpo`), or by which answers are good (`kto`). `adapter` is one to go on from, with its rank,
-    alpha and targets.
+    two answers is better (`dpo`), or by which answers are good (`kto`); or with a head that tells the labels of texts
+    (`classify`). `adapter` is one to go on from, with its rank,
+    alpha and targets. `loraplus_ratio` is how many times the learning rate the B of a LoRA take, as LoRA+ has it.
 
     With `validation` the adapter of the least held-out loss is kept, and `patience` evaluations without a better one
     end the training. `alpha` 0 is twice the rank; `max_length` 0 is the model's, up to 2,048 tokens; `threads` 0 is
@@ -39,12 +40,13 @@ class Tune(Step, frozen=True, kw_only=True, tag="tune"):
     validation: str = ""
     name: str = "adapter"
     adapter: str = ""
-    method: Literal["supervised", "dpo", "kto"] = "supervised"
+    method: Literal["supervised", "dpo", "kto", "classify"] = "supervised"
     rank: int = 16
     alpha: float = 0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     rslora: bool = False
     dora: bool = False
+    loraplus_ratio: float = 1.0
     learning_rate: float | Literal["auto"] = "auto"
     learning_rate_multiplier: float = 1.0
     epochs: int | Literal["auto"] = "auto"
@@ -75,10 +77,14 @@ class Tune(Step, frozen=True, kw_only=True, tag="tune"):
             raise RecipeError(f"{where}: train names a .jsonl file of examples")
         if self.train == self.validation:
             raise RecipeError(f"{where}: train and validation are the same file; hold out examples of their own")
+        if self.method == "classify" and self.adapter:
+            raise RecipeError(f"{where}: a head is trained with a new adapter: leave `adapter` out")
         for key in ("rank", "batch", "epochs", "learning_rate", "learning_rate_multiplier", "beta"):
             value = getattr(self, key)
             if value != "auto" and not 0 < value < float("inf"):
                 raise RecipeError(f"{where}: {key} is above 0, not {value:g}")
+        if not 1 <= self.loraplus_ratio < float("inf"):
+            raise RecipeError(f"{where}: loraplus_ratio is at least 1, not {self.loraplus_ratio:g}")
         for key in ("alpha", "max_length", "patience", "threads"):
             if not 0 <= getattr(self, key) < float("inf"):
                 raise RecipeError(f"{where}: {key} is at least 0, not {getattr(self, key):g}")
@@ -100,9 +106,11 @@ def estimate(step: Tune, context: Context) -> Estimate:
     row = max(ROW, longest)
     learned = settings.rank * sum(sum(shape) for name, shape in base.shapes.items() if _linear(name, shape))
     kept = activations(config, row) // (context.layers if settings.gradient_checkpointing else 1)
-    logits = row * context.vocabulary * 14
+    logits = row * (len(found.labels) or context.vocabulary) * 14
     memory = PROCESS + weight_bytes() * base.parameters + 24 * learned + kept + logits
-    seconds = STARTING + (6 * tokens + VALIDATED * step.validate) * context.token_seconds
+    seconds = (
+        STARTING + (6 * tokens + VALIDATED * (step.validate and step.method != "classify")) * context.token_seconds
+    )
     return Estimate("tune", what, memory, 20 * learned, seconds)
 
 
@@ -110,7 +118,7 @@ def too_long(file: Path, method: str, found: Found, folder: Path) -> Iterator[tu
     """(line, why) of examples whose answers the model in `folder` would never see; `found` is what the file holds."""
     longest = max_length({"max_length": 0}, json.loads((folder / "config.json").read_text()))
     # A token has a byte at least, and a chat template adds few: shorter files need no tokenizer, nor torch with it.
-    if found.longest > longest - TEMPLATE:
+    if method != "classify" and found.longest > longest - TEMPLATE:
         from optimize.steps.tune.encoding import Encoder
 
         yield from Encoder(folder, longest).too_long(file, method)
@@ -122,12 +130,20 @@ def refuse(step: Tune, context: Context) -> None:
             found = _found(file, step.method, FEWEST if name == "train" else 1)
             if found.problem_count:
                 raise Refused(f"{name} {Path(file).name}: {found.message}")
+    if step.validation and (new := _labels(step.validation, step) - _labels(step.train, step)):
+        raise Refused(
+            f"validation {Path(step.validation).name} has the label {min(new)!r}, which no example of train has"
+        )
     architectures.readable(context.base.config, context.base.shapes, "tune")
     config = context.adapters.get(step.adapter)
     if config is not None and beyond_low_rank(config):
         raise Refused(
             f"the adapter {step.adapter!r} is more than a low-rank update (DoRA or modules_to_save), from which no "
             "training goes on: merge it into the base, and train a new one"
+        )
+    if step.method == "classify" and not context.recipe.trains_alone:
+        raise Refused(
+            "a head classifies beside its base, as an adapter: say `export: {format: adapter}`, and tune alone"
         )
     if step.dora:
         _refuse_after_dora(step, context)
@@ -152,6 +168,10 @@ def _found(file: str, method: str, fewest: int = FEWEST) -> Found:
     except OSError as error:
         raise Refused(f"the examples in {file} cannot be read: {error.strerror or error}") from error
     return _read(file, method, fewest, stamp.st_mtime_ns, stamp.st_size)
+
+
+def _labels(file: str, step: Tune) -> set[str]:
+    return _found(file, step.method, 1).labels
 
 
 @cache

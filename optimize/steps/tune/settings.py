@@ -20,6 +20,7 @@ class Settings:
     batch: int
     max_length: int
     gradient_checkpointing: bool
+    loraplus_ratio: float = 1.0
 
 
 def max_length(options: Mapping[str, Any], config: Mapping[str, Any]) -> int:
@@ -49,6 +50,7 @@ def settled(
         batch=max(1, min(8, count // 16)) if options["batch"] == "auto" else int(options["batch"]),
         max_length=max_length(options, config),
         gradient_checkpointing=bool(again),
+        loraplus_ratio=float(options["loraplus_ratio"]),
     )
 
 

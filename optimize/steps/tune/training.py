@@ -94,7 +94,7 @@ class Training:
         self._patience = patience
         self._tell = tell
         self._publish = publish
-        self._optimizer = torch.optim.AdamW(learner.parameters, lr=settings.learning_rate, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(learner.groups(settings.loraplus_ratio), weight_decay=0.0)
         self._best: State | None = None
         self.epoch_steps = math.ceil(len(train.units) / settings.batch)
         self.steps = self.epoch_steps * settings.epochs
@@ -151,7 +151,7 @@ class Training:
         numbers = self._batch(self.course.step)
         rate = self._settings.learning_rate * _schedule(self.course.step, self.steps)
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("ratio", 1.0)
         weight = self._train.objective.weight(self._train.units, numbers)
         loss, hits = 0.0, 0
         for row in self._train.rows(numbers):

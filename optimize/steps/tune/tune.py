@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from optimize.checkpoint import artifact
 from optimize.checkpoint.checkpoint import Checkpoint, adapter_config
 from optimize.checkpoint.model import settle
+from optimize.data.examples import checked
 from optimize.job import Job, Progress
 from optimize.steps.tune.encoding import Encoded, Encoder
 from optimize.steps.tune.learner import Learner, Start
@@ -39,11 +41,12 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     parent = Path(job.adapters[options["adapter"]]) if options["adapter"] else None
     adapter = adapter_config(parent) if parent else None
     config = Checkpoint(Path(job.model)).config
-    encoder = Encoder(Path(job.model), max_length(options, config))
+    labels = sorted(checked(Path(options["train"]), "classify").labels) if options["method"] == "classify" else []
+    encoder = Encoder(Path(job.model), max_length(options, config), labels)
     files = {name: encoder.file(Path(options[name]), options["method"]) for name in _given(options)}
     settings = settled(options, config, adapter, files["train"].count, files["train"].longest)
     watched = Path(job.watched) if job.watched else None
-    learner = Learner(_start(job, parent), settings, (watched / ALIVE).touch if watched else lambda: None)
+    learner = Learner(_start(job, parent, labels), settings, (watched / ALIVE).touch if watched else lambda: None)
     row_tokens = ROW if learner.packs(files["train"].units) else 0
     partial = job.folder / "partial"
     partial.mkdir(exist_ok=True)
@@ -64,7 +67,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     adapter_folder = job.folder / "adapters" / options["name"]
     learner.save(state, adapter_folder)
     notes = _notes(chosen, training)
-    if options["validate"]:
+    if options["validate"] and not labels:  # a head says nothing
         alive = learner.alive
         del learner, training, parts, state  # the model is opened anew
         progress(0, 1, "validating the adapter")
@@ -79,15 +82,15 @@ def _given(options: dict[str, Any]) -> list[str]:
     return [name for name in ("train", "validation") if options[name]]
 
 
-def _start(job: Job, parent: Path | None) -> Start:
+def _start(job: Job, parent: Path | None, labels: Sequence[str]) -> Start:
     options = job.options
     kind = {name: options[name] for name in ("targets", "rslora", "dora", "dtype")}
-    return Start(base=Path(job.model), parent=parent, seed=job.seed, device=job.device, **kind)
+    return Start(base=Path(job.model), parent=parent, seed=job.seed, device=job.device, labels=tuple(labels), **kind)
 
 
 def _objective(options: dict[str, Any], learner: Learner, encoded: Encoded, file: Path, row_tokens: int) -> Objective:
     """What is minimized; `file` keeps the log-probabilities of the beginning."""
-    if options["method"] == "supervised":
+    if options["method"] in ("supervised", "classify"):
         return Supervised()
     if not file.is_file():
         with torch.no_grad():

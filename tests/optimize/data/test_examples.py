@@ -147,6 +147,24 @@ def test_ratings_are_read_and_a_label_is_true_or_false(tmp_path):
     assert "which the method kto takes, not supervised" in checked(path, "supervised").message
 
 
+def test_labels_of_texts_are_read_and_there_are_two_to_127_of_them(tmp_path):
+    path = tmp_path / "labelled.jsonl"
+
+    def file(*labels: object, text: object = "a") -> Path:
+        path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for label in labels))
+        return path
+
+    found = checked(file(*["good", "bad"] * 5), "classify")
+    assert (found.examples, found.format, found.labels, found.problem_count) == (10, "labelled", {"good", "bad"}, 0)
+    assert "has one label, so there is nothing to tell apart" in checked(file(*["good"] * 10), "classify").message
+    assert "has 128 labels, and a head has at most 127" in checked(file(*map(str, range(128))), "classify").message
+    for wrong in (file(True), file(""), file("x" * 129), file("a\nb"), file("good", text="")):
+        assert checked(wrong, "classify", 1).problem_count == 1
+    path.write_text('{"text": "a"}')
+    assert checked(path, "classify", 1).problems == [(1, 'is missing the key "label"')]
+    assert "which the method classify takes, not supervised" in checked(file("good"), "supervised").message
+
+
 def test_a_file_holds_one_format(tmp_path):
     found = checked(file_of(tmp_path, CHAT, {"prompt": "a", "completion": "b"}), "supervised")
     assert "is a completion example, and those before are chat" in found.message

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from optimize import processor
 from optimize.checkpoint.checkpoint import Checkpoint
-from optimize.errors import Refused
+from optimize.errors import RecipeError, Refused
 from optimize.pipeline import plan
 from optimize.recipe import load
 
@@ -116,6 +116,46 @@ def retyped(base, folder, model_type, more, without=None):
     tensors.pop(without, None)
     save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"task_type": "SEQ_CLS"}, "'one' classifies by a head .* it answers /v1/classify"),
+        ({"trainable_token_indices": [3]}, "'one' has rows of single tokens .* push it as it is"),
+        ({"peft_type": "LOHA"}, "'one' is LOHA, and LORA is taken: a server makes a LoRA of most kinds"),
+    ],
+)
+def test_an_adapter_that_cannot_be_merged_is_refused_with_what_would_do(settings, says, written, adapter, tmp_path):
+    folder = shutil.copytree(adapter(), tmp_path / "one")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    recipe = load(written(f"adapters: {{one: {folder}}}\nsteps: [{{merge: {{adapters: [one]}}}}]"))
+    with pytest.raises(Refused, match=says):
+        plan.made(recipe, plan.Path(recipe.model), {}, tmp_path / "out", 10**12)
+
+
+def test_a_head_is_trained_for_an_adapter_alone_and_its_labels_are_those_of_train(written, tmp_path):
+    files = {}
+    for name, labels in (("train", "ab"), ("valid", "abc")):
+        files[name] = tmp_path / f"{name}.jsonl"
+        lines = [json.dumps({"text": "the river", "label": label}) + "\n" for label in labels * 8]
+        files[name].write_text("".join(lines))
+
+    def made(more: str, form: str = "adapter"):
+        step = f"steps: [{{tune: {{method: classify, train: {files['train']}{more}}}}}]\nexport: {{format: {form}}}"
+        recipe = load(written(step))
+        return plan.made(recipe, plan.Path(recipe.model), {}, tmp_path / "out", 10**12)
+
+    assert made("").steps[0].what.startswith("adapter: classify on 16 examples")
+    with pytest.raises(Refused, match="valid.jsonl has the label 'c', which no example of train has"):
+        made(f", validation: {files['valid']}")
+    with pytest.raises(Refused, match="say `export: {format: adapter}`, and tune alone"):
+        made("", "vllm")
+    with pytest.raises(RecipeError, match="a head is trained with a new adapter: leave `adapter` out"):
+        made(", adapter: one")
+    with pytest.raises(RecipeError, match="loraplus_ratio is at least 1, not 0.5"):
+        made(", loraplus_ratio: 0.5")
 
 
 STEPS = {

@@ -373,6 +373,83 @@ def test_a_dora_is_trained_with_its_magnitudes(tuning):
     assert any("lora_magnitude_vector" in name for name in load_file(folder / "adapter_model.safetensors"))
 
 
+def test_with_lora_plus_b_and_magnitudes_learn_at_the_rates_of_pefts_optimizer(model, tuning, tmp_path):
+    from peft.optimizers import create_loraplus_optimizer
+
+    settle(0)
+    made = Learner(Start(model, None, 0, "all-linear", False, "fp32", "cpu", dora=True), PLAIN)
+    theirs = create_loraplus_optimizer(made.model, torch.optim.AdamW, lr=1.0, loraplus_lr_ratio=16)
+    rates = {id(each): group["lr"] for group in theirs.param_groups for each in group["params"]}
+    ours = {id(each): group["ratio"] for group in made.groups(16.0) for each in group["params"]}
+    assert ours == rates and set(ours.values()) == {1, 16}
+    plain, plus = (tuning(loraplus_ratio=ratio, learning_rate=1e-3, epochs=1, out=str(ratio)) for ratio in (1.0, 4.0))
+    slow, fast = tune.run(plain, silent), tune.run(plus, silent)
+    assert fast["losses"][0] == slow["losses"][0] and fast["losses"][-1] < slow["losses"][-1]
+    assert fast["loraplus_ratio"] == 4 and weights(plain) != weights(plus)
+
+
+def labelled(numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """Whether a text is of the first half of the words, or of the second, or has one of each."""
+    half = len(WORD) // 2
+    texts = []
+    for number in numbers:
+        first, second = WORD[number % half], WORD[half + number * 7 % half]
+        words, label = [([first, first], "near"), ([second, second], "far"), ([first, second], "both")][number % 3]
+        texts.append({"text": " ".join(words), "label": label})
+    return texts
+
+
+def test_a_head_learns_labels_and_pefts_own_model_gives_them(tuning, model):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    made = tuning(labelled(range(48)), labelled(range(48, 72)), method="classify", epochs=12, dtype="fp32")
+    notes = tune.run(made, silent)
+    assert notes["scores"]["valid_loss"] < 0.5 * notes["scores"]["valid_loss_before"] and "validation" not in notes
+    folder = made.folder / "adapters/adapter"
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert (settings["task_type"], settings["id2label"]) == ("SEQ_CLS", {"0": "both", "1": "far", "2": "near"})
+    base = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32, num_labels=3)
+    theirs = PeftModel.from_pretrained(base, folder).eval()
+    encoder = Encoder(model, 64, ["both", "far", "near"])
+    loss, right = 0.0, 0
+    for each in labelled(range(48, 72)):
+        with torch.no_grad():
+            logits = theirs.base_model.model.score(
+                theirs.base_model.model.model(torch.tensor([encoder.text(each["text"])])).last_hidden_state[0, -1]
+            )
+        label = encoder.labels.index(each["label"])
+        loss, right = loss - float(logits.log_softmax(-1)[label]) / 24, right + int(logits.argmax() == label)
+    assert loss == pytest.approx(notes["scores"]["valid_loss"], abs=1e-4) and right >= 20
+
+
+def test_a_head_that_was_killed_ends_in_the_same_bytes(tuning, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0)
+    given = {"method": "classify", "dora": True, "loraplus_ratio": 4.0}
+    whole, broken = (tuning(labelled(range(24)), out=out, **given) for out in ("whole", "broken"))
+    tune.run(whole, silent)
+
+    def at_step_7(done: float, *_: object) -> None:
+        if done == 7:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        tune.run(broken, at_step_7)
+    tune.run(broken, silent)
+    assert weights(broken) == weights(whole)
+
+
+def test_a_long_text_is_cut_before_its_label(model, tmp_path):
+    examples = [{"text": "people " * 40, "label": "far"}, {"text": "people", "label": "near"}]
+    file = Path(written(tmp_path / "labelled.jsonl", examples))
+    encoded = Encoder(model, 16, ["far", "near"]).file(file, "classify")
+    (long,), (short,) = encoded.units
+    assert (len(long.ids), long.ids[-1], encoded.cut) == (16, 0, 1)
+    assert list(short.ids)[-1] == 1 and long.answers == short.answers == 1
+    with pytest.raises(Refused, match="line 1: has the label 'far', which no example of train has"):
+        Encoder(model, 16, ["near"]).file(file, "classify")
+
+
 def test_a_rate_that_is_too_high_is_a_sentence(tuning):
     with pytest.raises(OptimizeError, match="diverged at step .* smaller learning_rate"):
         tune.run(tuning(learning_rate=1e30, epochs=3), silent)
