@@ -30,14 +30,15 @@ class Names:
 
     def _load(self, request: Any) -> Any:
         """vLLM's. ValueError, if it would drop a part of the adapter and nobody would see: a model that pools is not
-        probed.
+        probed, and one that takes pictures not with any.
         """
         adapters = self._worker._adapter_manager
         mapper = getattr(adapters.model, "hf_to_vllm_mapper", None)
         if not isinstance(mapper, AnySpelling):
             adapters.model.hf_to_vllm_mapper = AnySpelling.of(mapper, served(adapters))
         lora = self._read(request)
-        strays = sorted(lora.loras.keys() - served(adapters)) if adapters.is_pooling_model else []
+        unseen = adapters.is_pooling_model or adapters.supports_mm
+        strays = sorted(lora.loras.keys() - served(adapters)) if unseen else []
         if strays and not adapters._is_moe:
             raise ValueError(f"the engine puts no LoRA on {shown(', '.join(strays), 300)}: train it on other modules")
         return lora

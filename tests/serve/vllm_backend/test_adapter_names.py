@@ -1,4 +1,7 @@
-"""vLLM's own models that pool take an adapter by each name that fits, and refuse what they would drop."""
+"""vLLM's own models that pool take an adapter by each name that fits, and refuse what they would drop.
+
+So do models that take pictures: of an adapter over all attention layers, vLLM keeps the language model's part alone.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,13 @@ import torch
 
 pytest.importorskip("vllm")
 
-from transformers import LlamaForSequenceClassification
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPVisionConfig,
+    LlamaForSequenceClassification,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 from vllm.platforms import current_platform
 
 if not current_platform.is_cpu():
@@ -83,3 +92,52 @@ def test_heads_of_adapters_take_the_place_of_the_bases_for_their_own_requests(tm
         scores = engine.model.score(hidden)
     for row, request in enumerate(requests):
         torch.testing.assert_close(scores[row], hidden[row] @ heads[request].T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """A small LLaVA, saved as those of hubs are, and in vLLM's layers with our LoRA operations."""
+    text = copy.deepcopy(peft_kinds.base().config)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
+        projection_dim=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=31, image_seq_length=4)
+    base = LlavaForConditionalGeneration(config).eval()
+    base.save_pretrained(tmp_path / "base")
+    weights = load_file(tmp_path / "base/model.safetensors")
+    tower = {name: name.replace("vision_tower.", "vision_tower.vision_model.") for name in weights}
+    save_file({tower[name]: each for name, each in weights.items()}, tmp_path / "base/model.safetensors")
+    monkeypatch.setattr(type(current_platform), "get_punica_wrapper", classmethod(lambda _: OURS))
+    return base, LayersOnly(tmp_path / "base")
+
+
+def test_a_model_that_takes_pictures_takes_adapters_of_its_language_model(tmp_path, pictures):
+    base, engine = pictures
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=r".*language_model.*(q_proj|down_proj)")
+    trained = peft_kinds.trained(copy.deepcopy(base), config, tmp_path / "lora", 1)
+    assert engine.load(tmp_path / "lora", 1) == LOADED
+    x = torch.randn(4, 64)
+    engine.step([1, 0, 1, 0])
+    with torch.no_grad():
+        served = engine.adapters.modules["language_model.model.layers.1.mlp.down_proj"](x)[0]
+        layer = trained.base_model.model.model.language_model.layers[1].mlp.down_proj
+        wanted = torch.where(torch.tensor([[True], [False], [True], [False]]), layer(x), layer.base_layer(x))
+    assert (served - wanted).abs().max() < 1e-5 and (layer(x) - layer.base_layer(x)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("targets", "stray"),
+    [
+        (["q_proj", "v_proj"], "vision_tower.encoder.layers.0.self_attn.q_proj"),
+        (r".*vision_tower.*fc1", "vision_tower.encoder.layers.0.mlp.fc1"),
+        (r".*multi_modal_projector.linear_.", "multi_modal_projector.linear_1, multi_modal_projector.linear_2: train it"),
+    ],
+)
+def test_an_adapter_of_the_tower_or_the_projector_is_refused(targets, stray, tmp_path, pictures):
+    """Half of it would be served, and no text would tell."""
+    base, engine = pictures
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets)
+    peft_kinds.trained(copy.deepcopy(base), config, tmp_path / "lora", 1)
+    assert f"the engine puts no LoRA on {stray}" in engine.load(tmp_path / "lora", 1)
