@@ -158,8 +158,8 @@ def _refuse_after_dora(step: Tune, context: Context) -> None:
     later = recipe.steps[recipe.steps.index(step) + 1 :]
     if other := next((other for other in later if other.kind != "merge" or step.name not in other.consumed), None):
         raise Refused(f"{other.kind} does not follow a DoRA adapter: tune {step.name!r} after it, or say `dora: false`")
-    if recipe.export.format != "vllm":
-        raise Refused(f"a {recipe.export.format} export takes no DoRA adapter: say `dora: false`, or merge it")
+    if recipe.export.format not in ("vllm", "adapter"):
+        raise Refused(f"the format {recipe.export.format} takes no DoRA adapter: say `dora: false`, or merge it")
 
 
 def _found(file: str, method: str, fewest: int = FEWEST) -> Found:

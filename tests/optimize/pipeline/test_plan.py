@@ -147,7 +147,8 @@ def test_a_head_is_trained_for_an_adapter_alone_and_its_labels_are_those_of_trai
         recipe = load(written(step))
         return plan.made(recipe, plan.Path(recipe.model), {}, tmp_path / "out", 10**12)
 
-    assert made("").steps[0].what.startswith("adapter: classify on 16 examples")
+    for more in ("", ", dora: true, rslora: true, loraplus_ratio: 16"):
+        assert made(more).steps[0].what.startswith("adapter: classify on 16 examples")
     with pytest.raises(Refused, match="valid.jsonl has the label 'c', which no example of train has"):
         made(f", validation: {files['valid']}")
     with pytest.raises(Refused, match="say `export: {format: adapter}`, and tune alone"):

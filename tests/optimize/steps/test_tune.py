@@ -513,7 +513,8 @@ def test_the_loss_of_ratings_is_the_papers(model, tmp_path):
 
 def test_what_auto_becomes_follows_from_model_and_data(model):
     options = {"rank": 16, "alpha": 0, "learning_rate": "auto", "learning_rate_multiplier": 2.0, "method": "supervised",
-               "epochs": "auto", "batch": "auto", "max_length": 0, "gradient_checkpointing": "auto"}  # fmt: skip
+               "epochs": "auto", "batch": "auto", "max_length": 0, "loraplus_ratio": 1.0,
+               "gradient_checkpointing": "auto"}  # fmt: skip
     config = Checkpoint(model).config
     few, many = settled(options, config, None, 10, 100), settled(options, config, None, 200, 100)
     assert (few.epochs, few.batch, many.epochs, many.batch) == (10, 1, 3, 8)

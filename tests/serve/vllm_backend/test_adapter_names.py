@@ -132,7 +132,7 @@ def test_a_model_that_takes_pictures_takes_adapters_of_its_language_model(tmp_pa
     [
         (["q_proj", "v_proj"], "vision_tower.encoder.layers.0.self_attn.q_proj"),
         (r".*vision_tower.*fc1", "vision_tower.encoder.layers.0.mlp.fc1"),
-        (r".*multi_modal_projector.linear_.", "multi_modal_projector.linear_1, multi_modal_projector.linear_2: train it"),
+        (r".*multi_modal_projector.linear_.", "multi_modal_projector.linear_1, multi_modal_projector.linear_2"),
     ],
 )
 def test_an_adapter_of_the_tower_or_the_projector_is_refused(targets, stray, tmp_path, pictures):
