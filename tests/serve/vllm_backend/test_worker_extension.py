@@ -29,7 +29,7 @@ class Module:
 class Adapters:
     """vLLM's book of adapters, in order of use."""
 
-    _is_moe = is_pooling_model = False
+    _is_moe = is_pooling_model = supports_mm = False
     capacity = 2
     packed_modules: ClassVar[dict[str, list[str]]] = {}
 
