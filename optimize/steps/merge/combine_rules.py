@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from optimize.errors import RecipeError, Refused
 from optimize.options import Step, check_name
 from optimize.steps.kind import StepKind
-from optimize.steps.merge.rules import check_weights
+from optimize.steps.merge.rules import check_weights, refuse_unmerged
 from optimize.steps.planning import PROCESS, STARTING, Context, Estimate, beyond_low_rank
 
 SAME_RANK = {"linear"}  # methods that want adapters of one rank
@@ -64,6 +64,7 @@ def refuse(step: Combine, context: Context) -> None:
                 f"the adapter {name!r} is for layers whose weights lie the other way round (fan_in_fan_out), and "
                 "cannot be combined: merge it into the base instead"
             )
+        refuse_unmerged(name, config)
         if beyond_low_rank(config):
             raise Refused(
                 f"the adapter {name!r} is more than a low-rank update (DoRA or modules_to_save) "

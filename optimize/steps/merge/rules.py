@@ -70,22 +70,27 @@ def refuse(step: Merge, context: Context) -> None:
     family = architectures.known(base.config)
     for name in step.adapters:
         config = context.adapters.get(name, {})
-        if config.get("task_type") == "SEQ_CLS":
-            raise Refused(
-                f"the adapter {name!r} classifies by a head (SEQ_CLS), for which a model that generates has no place: "
-                "push it as it is, and it answers /v1/classify"
-            )
-        if config.get("trainable_token_indices"):
-            raise Refused(
-                f"the adapter {name!r} has rows of single tokens (trainable_token_indices), which are not merged: "
-                "push it as it is, or train embed_tokens whole (modules_to_save)"
-            )
+        refuse_unmerged(name, config)
         one_side = {"embed_tokens", "lm_head"} & {*(config.get("modules_to_save") or []), *_targets(config)}
         if family and family.tied_only and one_side:
             raise Refused(
                 f"the adapter {name!r} changes {sorted(one_side)[0]}, and vLLM has one matrix for embedding and output "
                 f"layer of {family.name}: train it on the layers alone"
             )
+
+
+def refuse_unmerged(name: str, config: Mapping[str, Any]) -> None:
+    """What an adapter may have that no base has a place for."""
+    if config.get("task_type") == "SEQ_CLS":
+        raise Refused(
+            f"the adapter {name!r} classifies by a head (SEQ_CLS), for which a model that generates has no place: "
+            "push it as it is, and it answers /v1/classify"
+        )
+    if config.get("trainable_token_indices"):
+        raise Refused(
+            f"the adapter {name!r} has rows of single tokens (trainable_token_indices), which are not merged: "
+            "push it as it is, or train embed_tokens whole (modules_to_save)"
+        )
 
 
 def _changed(name: str, step: Merge, context: Context) -> bool:

@@ -126,11 +126,15 @@ def retyped(base, folder, model_type, more, without=None):
         ({"peft_type": "LOHA"}, "'one' is LOHA, and LORA is taken: a server makes a LoRA of most kinds"),
     ],
 )
-def test_an_adapter_that_cannot_be_merged_is_refused_with_what_would_do(settings, says, written, adapter, tmp_path):
+@pytest.mark.parametrize("step", ["merge: {adapters: [one]}", "combine: {adapters: [one, two], name: both}"])
+def test_an_adapter_that_cannot_be_merged_is_refused_with_what_would_do(
+    step, settings, says, written, adapter, tmp_path
+):
     folder = shutil.copytree(adapter(), tmp_path / "one")
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
-    recipe = load(written(f"adapters: {{one: {folder}}}\nsteps: [{{merge: {{adapters: [one]}}}}]"))
+    adapters = f"one: {folder}" if "merge" in step else f"one: {folder}, two: {adapter(seed=1)}"
+    recipe = load(written(f"adapters: {{{adapters}}}\nsteps: [{{{step}}}]"))
     with pytest.raises(Refused, match=says):
         plan.made(recipe, plan.Path(recipe.model), {}, tmp_path / "out", 10**12)
 
