@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from tests.support.lora import CONFIG, WEIGHTS, variant
-from tests.support.server import done
+from tests.support.server import done, loradock
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -71,3 +72,37 @@ def test_policies_are_loaded_by_path_or_as_tensors_and_answer_tokens_under_their
     assert http.post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code == 200
     assert http.post("/v1/completions", json=asked).status_code == 404
     assert server.ask(f"{name}@v2").word == "alpha"
+
+
+# What is learned, and what is asked afterwards.
+LABELLED = {
+    "praise": (["wonderful", "lovely", "brilliant", "perfect", "helpful", "kind"], ["excellent", "superb"]),
+    "complaint": (["broken", "awful", "useless", "late", "rude", "dirty"], ["terrible", "horrible"]),
+}
+SAID = ("The room was {}.", "I found your service {}.", "What a {} meal!", "They were {} on the phone.")
+
+
+def test_a_head_that_tune_has_trained_tells_its_labels(server, name, tmp_path):
+    learned, unseen = (
+        [
+            {"text": text.format(word), "label": label}
+            for text in SAID
+            for label, words in LABELLED.items()
+            for word in words[part]
+        ]
+        for part in (0, 1)
+    )
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in learned))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: smollm2\nexport: {format: adapter}\nsteps:\n"
+        f"  - tune: {{method: classify, train: {tmp_path / 'train.jsonl'}, rank: 8, dora: true, loraplus_ratio: 4}}\n"
+    )
+    made = loradock("optimize", recipe, "--out", tmp_path / "head", timeout=420)
+    assert made.returncode == 0, made.stderr
+    files = [("files", (file.name, file.read_bytes())) for file in (tmp_path / "head").iterdir() if file.is_file()]
+    done(server.push(files, name=name))
+    told = done(server.http.post("/v1/classify", json={"model": name, "input": [each["text"] for each in unseen]}))
+    right = [row["label"] == each["label"] for row, each in zip(told["data"], unseen, strict=True)]
+    print(f"{sum(right)} of {len(right)} texts with words that it has not seen")
+    assert sum(right) >= 0.85 * len(right)

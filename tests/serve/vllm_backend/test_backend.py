@@ -397,8 +397,8 @@ def test_the_workers_still_have_what_we_call():
     for name in ("add_adapter", "remove_oldest_adapter", "_create_merged_loras_inplace", "__len__"):
         assert callable(getattr(LRUCacheLoRAModelManager, name))
     assert isinstance(LRUCacheLoRAModelManager.capacity, property)
-    for attribute in ("self._is_moe = ", "self.supports_mm: bool = "):
-        assert attribute in inspect.getsource(LRUCacheLoRAModelManager.__init__)
+    assert "self._is_moe = " in inspect.getsource(LRUCacheLoRAModelManager.__init__)
+    assert "self.supports_mm: bool = " in inspect.getsource(LRUCacheLoRAModelManager._init_punica_wrapper)
     assert "self.lora_manager = " in inspect.getsource(LoRAModelRunnerMixin.load_lora_model)
     assert "self.input_batch = " in inspect.getsource(gpu_model_runner.GPUModelRunner.__init__)
     assert "self.req_id_to_index" in inspect.getsource(gpu_input_batch.InputBatch.__init__)
