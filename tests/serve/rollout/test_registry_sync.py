@@ -15,6 +15,7 @@ import pytest
 from serve.config import keys_hashed
 from serve.errors import EngineUnavailable
 from serve.fleet.heartbeat import ThisServer
+from serve.rollout import registry_sync
 from tests.support.app import ask, upload
 from tests.support.backend import FakeBackend
 from tests.support.postgres import database
@@ -215,6 +216,22 @@ async def test_an_outage_of_the_registry_is_seen_and_gets_over_without_a_restart
     assert (await ask(other, "tone")).json() == {"model": second}
     assert "registry" not in parts.health.degraded
     assert await listed(other, 2)
+
+
+async def test_a_server_that_stood_still_itself_takes_the_registry_for_no_slow_one(pair, make_adapter, monkeypatch):
+    one, other, *_ = pair
+    await one.post("/v1/adapters", **upload(make_adapter(0)))
+    monkeypatch.setattr(registry_sync, "LOOK_SECONDS", 1.0)
+    follower = other._transport.app.state.parts.follower
+    fails = []
+    monkeypatch.setattr(follower, "_unseen", fails.append)
+    for before in range(3):  # it stands still before a look, within one, and at its end
+        looking = asyncio.create_task(follower.fresh())
+        for _ in range(before):
+            await asyncio.sleep(0)
+        time.sleep(1.2)
+        await looking
+    assert not fails
 
 
 async def unread(client, least, most):
