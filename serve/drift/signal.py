@@ -39,7 +39,8 @@ NEEDED = {PROMPT: 1000, OUTPUT: 1000, LOGPROB: 300, FOLLOW_UP: 400}
 UNCERTAIN = 50
 # First messages and later ones of a conversation, and the answers to them: each conversation counts once in either. And
 # all answers, of which shares are taken.
-FIRST, LATER, ALL = "first", "later", "all"
+FIRST, LATER = "first", "later"
+ALL = "all"
 LANES = {PROMPT: (FIRST,), FOLLOW_UP: (LATER,), OUTPUT: (FIRST, LATER, ALL), LOGPROB: ()}
 # What a score of tokens weighs in the evidence; every other score weighs 1.
 SURPRISE_WEIGHT = 8.0
@@ -428,8 +429,11 @@ class Signal:
         if 2 * len(self._sketches) >= self.needed:
             rows = self._scored(sorted(self._sketches))
         surprises = len(NAMES) if self.surprise is not None else 0
+        # Hundreds of numbers tell of a slow change that a few scores do not.
+        means = self._of_mean_rows()
+        slow = means is not None and means.wanders
         self._scale, self._structure, reference = fit(
-            self.kind, rows, surprises=surprises, seed=self._seed, ordered=self._ordered
+            self.kind, rows, surprises=surprises, seed=self._seed, ordered=self._ordered, slow=slow
         )
         weights = np.repeat((1.0, SURPRISE_WEIGHT), (len(self.names) - surprises, surprises))
         self._detector = Drift(
@@ -437,7 +441,7 @@ class Signal:
             threshold=self.threshold,
             weights=weights,
             margin=self._structure.margin,
-            means=self._of_mean_rows(),
+            means=means if self._structure.exchangeable else None,
             seed=self._seed,
         )
         self._usual = np.zeros(2)
@@ -451,7 +455,7 @@ class Signal:
 
     def _of_mean_rows(self) -> MeanRows | None:
         """Of those of the reference; where a restart took some, new ones are gathered first."""
-        if not self._mean_rows or not self._structure.exchangeable:
+        if not self._mean_rows:
             return None
         if len(self._mean_rows) < len(self._gathered):
             return MeanRows(self.needed, self._seed)

@@ -1,8 +1,8 @@
 """Directions in which the mean rows of prompts leave the reference: hundreds of numbers, which tell close genres apart.
 
     means = MeanRows(needed=1000, seed=7)
-    means.observe(row)          # the first `needed` rows become the reference; later ones are ranked, then teach
-    means.evidence()            # half of the evidence of `serve.drift.detector.detector`
+    for _ in means.steps(rows, nows): ...   # the first `needed` become the reference; later ones are ranked, then teach
+    means.evidence()                        # half of the evidence of `serve.drift.detector.detector`
 
 A genre differs from another a little in many numbers, so that none of them raises an alarm: their sum does (Hotelling,
 Annals of Mathematical Statistics 2, 1931). The rows are whitened by the reference, which is also the bag that they are
@@ -59,6 +59,8 @@ SAME = 2e-5
 SURPRISE = 10.0
 # Of the spread of a number in the reference: rows are kept in eight bits a number.
 STEPS = 20
+# Probability that an exchangeable reference is said to change slowly.
+ALPHA = 2e-2
 # With fewer rows nothing is said: a covariance of hundreds of numbers needs some.
 FEWEST = 200
 
@@ -88,6 +90,8 @@ class MeanRows:
         self._known = np.zeros((len(HALF_LIVES), 1), np.float32)
         self._sorted: list[array[float]] | None = None
         self.phase = Phase.GATHERING
+        # The reference changes slowly.
+        self.wanders = False
 
     @classmethod
     def of(cls, rows: Sequence[NDArray[np.float32]], seed: int = 0, ordered: bool = True) -> Self:
@@ -97,13 +101,8 @@ class MeanRows:
         self._begin()
         return self
 
-    def observe(self, row: NDArray[np.float32], now: int) -> None:
-        """Take the mean row of one request, the `now`th."""
-        for _ in self.steps(row[None], [now]):
-            pass
-
     def steps(self, rows: NDArray[np.float32], nows: Sequence[int]) -> Iterator[Floats | float]:
-        """`observe` each of the rows (n, width), to be run to its end: faster than one by one, with the same numbers.
+        """Take the mean rows (n, width) of the `nows`th requests, to be run to its end: many at once cost less.
         (directions,) where each lies in the reference, from 0 to 1; a half while there is none.
 
         Until the directions turn, where a row lies along them says nothing about another: those are ranked at once.
@@ -161,7 +160,9 @@ class MeanRows:
         self._gathered = []
         # Equal rows differ by roundings, which are not to be looked at.
         equal = rows.var(axis=0).sum() <= 1e-6 * (rows**2).mean(axis=0).sum()
-        if len(rows) < FEWEST or equal or (self._ordered and not _exchangeable(rows, self._rng)):
+        said = len(rows) >= FEWEST and not equal
+        self.wanders = said and self._ordered and bool(wandering(rows, self._rng, ALPHA).any())
+        if not said or self.wanders or (self._ordered and autocorrelation_time(rows) > 1):
             self.phase = Phase.OFF
             self._runs = Runs(len(self._runs.r))
             return
@@ -285,11 +286,6 @@ class MeanRows:
 def _along(rows: NDArray[np.float32], onto: NDArray[np.float32]) -> NDArray[np.float32]:
     """(n, directions): where rows (n, width) lie along directions, taken one by one as in `_learn`."""
     return np.array([rows @ direction for direction in onto]).T
-
-
-def _exchangeable(rows: NDArray[np.float32], rng: np.random.Generator) -> bool:
-    """Nothing speaks against it: rows near in time are no more alike than others, and nothing changes slowly."""
-    return autocorrelation_time(rows) == 1 and not wandering(rows, rng).any()
 
 
 def _whitening(centred: NDArray[np.float32]) -> NDArray[np.float32]:

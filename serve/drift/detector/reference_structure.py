@@ -17,14 +17,15 @@ learned direction wins from it grows with its square and with the number of unit
 B ~ ((tau^2 - 1) / (4 tau))^(2/3).
 
 Slow: a day's wave, a week, topics that come and go. One cycle may be all that was seen, and its clock is not known. A
-score wanders if its slowest cosines have more power than permutations of the reference give them, for some score or
-for all together. What is usual for it then depends on its level of the moment, an exponentially weighted mean of the
-units before, with the memory that predicts the reference best (Muth, Optimal Properties of Exponentially Weighted
-Forecasts, 1960). The score is replaced by its rank among those units of the reference that came at nearly the same
-level (localized conformal prediction: Guan, Biometrika 110, 2023). That rank is uniform at every level that the
-reference had, whatever changes with it: the mean, or the shares of two topics. A level beyond all of the reference's
-has the last ones as neighbours: what moves further than the reference did is left over and counts, what stays within
-is not seen for longer than the memory. Scores that do not wander stay as sharp as they were.
+score wanders if its slowest cosines have more power than permutations of the reference give them, for some score or for
+all together, and with it those that are correlated with it. What is usual for it then depends on its level of the
+moment, an exponentially weighted mean of the units before, with the memory that predicts the reference best (Muth,
+Optimal Properties of Exponentially Weighted Forecasts, 1960). The score is replaced by its rank among those units of
+the reference that came at nearly the same level (localized conformal prediction: Guan, Biometrika 110, 2023). That rank
+is uniform at every level that the reference had, whatever changes with it: the mean, or the shares of two topics. A
+level beyond all of the reference's has the last ones as neighbours: what moves further than the reference did is left
+over and counts, what stays within is not seen for longer than the memory. Scores that do not wander stay as sharp as
+they were.
 
 Neither is a theorem as exchangeability is. For the waves, sessions and autoregressions of `make drift-time` the false
 alarms were counted.
@@ -64,6 +65,8 @@ BANDS = (2, 4, 8, 16)
 PERMUTATIONS = 100
 # Probability that an exchangeable reference is said to wander; in one that does, that a score is which does not.
 ALPHA, ALPHA_EACH = 1e-3, 0.02
+# Correlation from which on a score goes with one that does.
+TOGETHER = 0.5
 # Memories that are tried, in units.
 MEMORIES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 # Units of the reference that a unit is ranked among, where its score wanders: this share of them, those at its level.
@@ -92,12 +95,14 @@ class ReferenceStructure:
         """Whether nothing speaks against it in the reference."""
         return self.block == 1 and self._wander is None
 
-    def begin(self, scores: Floats, seed: int = 0) -> NDArray[np.float32]:
-        """(units, k) of the reference's scores (n, k) in the order in which they came. Finds out which wander."""
+    def begin(self, scores: Floats, seed: int = 0, *, slow: bool = False) -> NDArray[np.float32]:
+        """(units, k) of the reference's scores (n, k) in the order in which they came. Finds out which wander; slow:
+        all that vary do."""
         units = [unit for row in scores if (unit := self._block_mean(row)) is not None]
         self._sum[:], self.waiting = 0, 0
         reference = np.array(units, np.float32)
-        wanders = wandering(reference, np.random.Generator(np.random.PCG64(seed)))
+        rng = np.random.Generator(np.random.PCG64(seed))
+        wanders = reference.std(axis=0) > 0 if slow else wandering(reference, rng)
         if wanders.any():
             self._wander, reference = Wander.follow(reference, np.flatnonzero(wanders))
             self.margin = np.where(wanders, _slow_amplitude(reference), 0.0)
@@ -256,11 +261,12 @@ class Wander:
 
 
 def fit(
-    kind: str, rows: Sequence[NDArray], *, surprises: int = 0, seed: int = 0, ordered: bool = True
+    kind: str, rows: Sequence[NDArray], *, surprises: int = 0, seed: int = 0, ordered: bool = True, slow: bool = False
 ) -> tuple[Scale, ReferenceStructure, NDArray[np.float32]]:
     """The scale, the structure and the units (m, k) to be ranked among, of the reference's raw rows of a signal.
 
-    surprises: how many columns are scores of tokens. ordered: the rows are in the order in which they came. One half
+    surprises: how many columns are scores of tokens. ordered: the rows are in the order in which they came. slow:
+    something else says that they change slowly. One half
     fits the scale and the other is ranked (`serve.drift.features.features`). Alternating, so that both span all the
     time: requests, or blocks of them.
     """
@@ -276,7 +282,7 @@ def fit(
         scale = Scale.fit(kind, raw[np.arange(len(raw)) // block % 2 == 0], surprises=surprises)
         scores = scale.each(raw)
     structure = ReferenceStructure(scores.shape[1], tau, block, len(raw))
-    return scale, structure, structure.begin(scores, seed)[1::2]
+    return scale, structure, structure.begin(scores, seed, slow=slow)[1::2]
 
 
 def autocorrelation_time(scores: Floats) -> float:
@@ -309,8 +315,9 @@ def block_length(autocorrelation: float, requests: int) -> int:
     return 1 if autocorrelation == 1 else max(1, min(_wanted_block(autocorrelation), requests // UNITS))
 
 
-def wandering(units: Floats, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """(k,): which scores of units (n, k), in order, change more slowly than chance lets them."""
+def wandering(units: Floats, rng: np.random.Generator, alpha: float = ALPHA) -> NDArray[np.bool_]:
+    """(k,): which scores of units (n, k), in order, change more slowly than chance lets them. alpha: the probability
+    that any is said to, where nothing does."""
     n, k = units.shape
     varies = units.std(axis=0) > 0
     wanders = np.zeros(k, np.bool_)
@@ -329,8 +336,9 @@ def wandering(units: Floats, rng: np.random.Generator) -> NDArray[np.bool_]:
     spread = 2 / (9 * bands)
     each = ((np.cbrt(power / bands[:, None]) - (1 - spread)[:, None]) / np.sqrt(spread)[:, None]).max(axis=1)
     strongest = each.max(axis=1)
-    if pooled[0] > _bound(pooled[1:]) or strongest[0] > _bound(strongest[1:]):
-        wanders[varies] = each[0] > np.quantile(each[1:], 1 - ALPHA_EACH)
+    if pooled[0] > _bound(pooled[1:], alpha) or strongest[0] > _bound(strongest[1:], alpha):
+        slow = each[0] > np.quantile(each[1:], 1 - ALPHA_EACH)
+        wanders[varies] = (np.abs(z.T @ z[:, slow]) > TOGETHER * n).any(axis=1)
     return wanders
 
 
@@ -347,10 +355,10 @@ def _slow_amplitude(units: Floats) -> Floats:
     return np.sqrt(2 * power.sum(axis=0) / len(units))
 
 
-def _bound(maxima: Floats) -> float:
-    """Above it a maximum of the kind lies with a probability of ALPHA: Gumbel's law with their mean and spread."""
+def _bound(maxima: Floats, alpha: float) -> float:
+    """Above it a maximum of the kind lies with a probability of `alpha`: Gumbel's law with their mean and spread."""
     scale = float(maxima.std()) * math.sqrt(6) / math.pi
-    return float(maxima.mean()) - np.euler_gamma * scale - scale * math.log(-math.log1p(-ALPHA))
+    return float(maxima.mean()) - np.euler_gamma * scale - scale * math.log(-math.log1p(-alpha))
 
 
 def _wanted_block(tau: float) -> int:

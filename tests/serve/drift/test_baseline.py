@@ -414,3 +414,16 @@ def test_a_change_can_be_accepted_after_a_restart(tmp_path):
     assert np.array_equal(theirs.changed_rows(), ours.changed_rows()) and len(ours.changed_rows()) >= 100
     theirs.accept()
     assert theirs.gathered >= 60
+
+
+@pytest.mark.parametrize("weekend", [0.2, 0.6])
+def test_a_week_that_hundreds_of_numbers_show_alone_is_usual_for_all_scores(weekend):
+    rng = np.random.default_rng(0)
+    share = np.where(np.arange(1000) // 100 % 7 >= 5, weekend, 0.2)
+    means = rng.standard_normal((1000, 200)) + 0.3 * (rng.random(1000) < share)[:, None]
+    leads, tokens = rng.standard_normal((1000, 33)), rng.integers(400, size=(1000, SKETCH))
+    signal = Signal(PROMPT, needed=1000)
+    assert not any(signal.steps(np.concatenate((leads, tokens, means), axis=1)))
+    structure = signal.structure()
+    said = structure["wandering_scores"], structure.get("mean_rows")
+    assert said == ((0, "ranking") if weekend == 0.2 else (3, None))

@@ -113,6 +113,16 @@ def test_a_slow_wave_is_wander_and_not_dependence():
         assert wanders[slow.any(axis=0)].all() and wanders.sum() <= 8
 
 
+def test_a_score_goes_with_one_that_wanders_and_that_it_is_correlated_with():
+    """What moves one of two surprises slowly moves the other, however little of it the reference shows."""
+    rng = np.random.default_rng(0)
+    rows = noise(rng, 1000)
+    rows[:, 1] = 0.8 * rows[:, 0] + 0.6 * rows[:, 1]
+    rows[:, 0] += np.sin(np.linspace(0, 2 * np.pi, 1000))
+    wanders = wandering(rows, rng)
+    assert wanders[:2].all() and wanders.sum() <= 4
+
+
 def test_blocks_are_short_enough_for_the_reference():
     assert block_length(1.0, 1000) == 1
     assert block_length(40.0, 1000) == 50
