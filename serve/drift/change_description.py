@@ -22,7 +22,6 @@ from serve.drift.answer_facts import REFUSAL as REFUSALS
 from serve.drift.answer_facts import REPETITION as REPETITIONS
 from serve.drift.detector.fixed_reference import Moved
 from serve.drift.features.features import FOLLOW_UP, LOGPROB, OUTPUT, PROMPT, PROMPTS
-from serve.drift.features.text_marks import SAID
 from serve.drift.features.traffic_profile import (
     TrafficProfile,
     TrafficProfiles,
@@ -33,6 +32,7 @@ from serve.drift.features.traffic_profile import (
 from serve.drift.prompt_facts import LANGUAGE as LANGUAGE_OF_PROMPTS
 from serve.drift.signal import Signal
 from serve.models.language import NAMES
+from serve.models.text_marks import SAID
 
 # Changes that are named: of a language's or topic's share, of a length by a factor, of shares of answers.
 SHARE = 0.05

@@ -10,9 +10,9 @@ import zlib
 
 from serve.drift.answer_facts import Facts
 from serve.drift.detector.fixed_reference import Kind
-from serve.drift.features.text_marks import JAILBREAK, SAID
 from serve.drift.features.traffic_profile import Prompt
 from serve.models.language import NAMES
+from serve.models.text_marks import JAILBREAK, SAID
 
 LANGUAGE = "language"
 KINDS = dict.fromkeys(SAID, Kind.RARE_SHARE) | {LANGUAGE: Kind.RARE_NAME}

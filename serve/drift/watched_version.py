@@ -47,7 +47,6 @@ from serve.drift.features.features import (
 from serve.drift.features.last_turn import Turn, last_turn
 from serve.drift.features.request_rows import follow_up_row, regress_on
 from serve.drift.features.shared_ends import skipped
-from serve.drift.features.text_marks import marks_of
 from serve.drift.features.traffic_profile import Prompt, TrafficProfiles
 from serve.drift.features.word_counts import hashed
 from serve.drift.parameter_strata import LEGACY, Stratum
@@ -70,6 +69,7 @@ from serve.engine.effect_probe import effect
 from serve.events import DriftAlarm
 from serve.models.language import STOP_WORDS, language_of, read
 from serve.models.request_text import TAIL, RequestText
+from serve.models.text_marks import marks_of
 from serve.names import tenant_of
 
 PROBE = "probe"
@@ -143,24 +143,25 @@ class _Sample:
 
     began: float
     rows: dict[str, Floats]
-    quote: _Quote | None
-    skipped: int
     tenant: str
     asker: int | None
     # Whether words of its prompt may be counted.
     words: bool
     # Whether its prompt was chosen by the reference of prompts, so that it says nothing of that.
     routed: bool
+    stratum: Stratum
+    # What is plain about its answer.
+    facts: dict[str, float | None]
+    # It goes on with a conversation: a block of messages, or the answer to one.
+    later: bool
+    quote: _Quote | None = None
+    skipped: int = 0
     # Once it is accepted.
     prompt: Prompt | None = None
-    stratum: Stratum = LEGACY
     lower: Stratum = LEGACY
     lower_rows: dict[str, Floats] = field(default_factory=dict)
-    # What is plain about its answer, and the answer's language.
-    facts: dict[str, float | None] = field(default_factory=dict)
+    # The answer's language.
     spoken: str = ""
-    # It goes on with a conversation: a block of messages, or the answer to one.
-    later: bool = False
 
 
 class _Lane(NamedTuple):
@@ -183,10 +184,10 @@ class _Message(NamedTuple):
     stratum: Stratum
     facts: dict[str, float | None]
 
-    def sample(self, facts: dict[str, float | None], **rows: Floats) -> _Sample:
+    def sample(self, facts: dict[str, float | None], *, later: bool = True, **rows: Floats) -> _Sample:
         """Of it, or of the block that it ends."""
         names = self.tenant, self.asker, self.words, self.routed
-        return _Sample(self.began, rows, None, 0, *names, stratum=self.stratum, facts=facts, later=True)
+        return _Sample(self.began, rows, *names, self.stratum, facts, later)
 
 
 @dataclass(slots=True, eq=False)
@@ -235,10 +236,6 @@ class WatchedVersion:
         self.alarmed |= {
             kind: share.alarmed_at for kind, share in self.shares().items() if share.alarmed_at is not None
         }
-
-    def observe(self, exchange: Exchange, embedding: Embedding) -> list[DriftAlarm]:
-        """Take in one exchange, and count what may be counted; the alarms that this raised."""
-        return [*self.gather(exchange, embedding), *self.count()]
 
     def gather(self, exchange: Exchange, embedding: Embedding) -> list[DriftAlarm]:
         """Take in one exchange; the alarms about the sampling that it raised. If thinning accepts it, it counts with
@@ -435,18 +432,17 @@ class WatchedVersion:
                 yield DriftAlarm(self.adapter, self.version, kind, effects, share.log_evidence, self.moved[kind])
 
     def _sample(self, exchange: Exchange, prompt: Sized, message: _Message, embedding: Embedding) -> _Sample:
-        generation, owned = exchange.generations[0], self._may_quote(exchange)
-        quote = _Quote.of(exchange, generation) if self.settings.capture and owned else None
-        stratum, *below = self.baseline.strata[OUTPUT].levels(Stratum.of(generation.parameters))
-        rows = answer_rows(embedding, beginning(generation, stratum.tokens))
-        lower = below[0] if below else LEGACY
-        lower_rows = answer_rows(embedding, beginning(generation, lower.tokens)) if below else {}
-        beyond, asker = skipped(prompt), _asker(exchange)
-        sample = _Sample(exchange.began, rows, quote, beyond, exchange.tenant, asker, owned, exchange.routed)
-        sample.stratum, sample.lower = stratum, lower
-        sample.lower_rows = lower_rows
-        sample.facts = message.facts
-        sample.spoken = spoken(generation.text)
+        generation = exchange.generations[0]
+        stratum, *below = self.baseline.strata[OUTPUT].levels(message.stratum)
+        sample = message.sample(
+            message.facts, later=False, **answer_rows(embedding, beginning(generation, stratum.tokens))
+        )
+        if below:
+            sample.lower = below[0]
+            sample.lower_rows = answer_rows(embedding, beginning(generation, below[0].tokens))
+        if self.settings.capture and message.words:
+            sample.quote = _Quote.of(exchange, generation)
+        sample.skipped, sample.spoken = skipped(prompt), spoken(generation.text)
         return sample
 
     def _accepted(self, taken: Taken[_Sample], embedding: Embedding) -> _Sample:
@@ -477,12 +473,12 @@ class WatchedVersion:
         facts = answer_facts(generation, stratum.tokens, asks_json=asks_json(exchange.question))
         if turn.follows and not turn.repeats:
             tokens = turn.tokens
-            facts |= other_language(spoken(generation.text), self._language(tokens))
-        names = exchange.tenant, asker, self._may_quote(exchange), exchange.routed
+            text = self.text.last(tokens[-TAIL:].tolist()) if self.text is not None else ""
+            facts |= other_language(spoken(generation.text), language_of(text))
+        # Reports on an adapter are its tenant's to read, on a base model the operators'.
+        owned = self.version == "base" or exchange.tenant == tenant_of(self.adapter)
+        names = exchange.tenant, asker, owned, exchange.routed
         return _Message(exchange.began, *names, tokens, stratum, facts)
-
-    def _language(self, tokens: NDArray[np.integer]) -> str:
-        return language_of(self.text.last(tokens[-TAIL:].tolist())) if self.text is not None else ""
 
     def _follow_up(self, block: Sequence[_Message], embedding: Embedding) -> _Sample:
         """The sample of a block of messages that go on with one conversation."""
@@ -513,7 +509,7 @@ class WatchedVersion:
             self.requests_watched += any(signal.watching for _, signal, _ in signals)
             for kind, signal, _ in signals:
                 if signal.watching:
-                    self._times_of(signal).append(sample.began)
+                    self._times.setdefault(signal, deque(maxlen=SAMPLE_TIMES)).append(sample.began)
                     self.rows_watched += 1
                 if next(steps[signal]):
                     yield self._alarm(kind, signal, sample.began)
@@ -546,12 +542,6 @@ class WatchedVersion:
                 self.rows_watched += sample.later and signal.fixed[name].watching
                 yield _Lane(OUTPUT, signal, name), sample.facts
 
-    def _times_of(self, signal: Signal) -> deque[float]:
-        times = self._times.get(signal)
-        if times is None:
-            times = self._times[signal] = deque(maxlen=SAMPLE_TIMES)
-        return times
-
     def _taken(self, sample: _Sample) -> Iterator[tuple[str, Signal, Floats]]:
         """The signals that take a sample: of its own parameters, and of the lower stratum that it is compared with."""
         for kind, strata in self.baseline.strata.items():
@@ -568,10 +558,6 @@ class WatchedVersion:
         if len(self._times) > MOST_SIGNALS:
             kept = {signal for kind in SIGNALS for signal in self.baseline.every(kind)}
             self._times = {signal: times for signal, times in self._times.items() if signal in kept}
-
-    def _may_quote(self, exchange: Exchange) -> bool:
-        """Reports on an adapter are its tenant's to read, on a base model the operators'."""
-        return self.version == "base" or exchange.tenant == tenant_of(self.adapter)
 
     def _quoted(self, quote: _Quote) -> dict[str, Any]:
         # Redacted before it is cut: half a number would match no pattern.

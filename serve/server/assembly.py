@@ -39,7 +39,6 @@ from serve.auth.shared_limits import SharedLimits
 from serve.config import Config
 from serve.dataset.feedback import Feedback
 from serve.drift.baseline_build import BaselineBuild
-from serve.drift.features.logprob_sampling import LogprobSampling
 from serve.drift.monitor import DriftMonitor
 from serve.drift.prober import Prober
 from serve.drift.watched_bases import WatchedBases
@@ -73,6 +72,7 @@ from serve.gateway.forwarding import Forwarding
 from serve.gateway.guard import Guards
 from serve.gateway.inference import Forwarder, Inference, Intake
 from serve.gateway.internal_request import InternalRequests
+from serve.gateway.logprob_sampling import LogprobSampling
 from serve.gateway.moderation import Moderator
 from serve.gateway.router import Router
 from serve.gateway.server_load import ServerLoad

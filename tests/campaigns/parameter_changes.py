@@ -42,7 +42,7 @@ def stream(kind: str, seed: int, *, requests: int) -> dict[str, Any]:
     for number in range(requests):
         parameters = [asked for share, asked in PLAN if number >= share * requests][-1]
         exchange = answers.request(parameters, told=kind == "told")
-        alarms.update(alarm.signal for alarm in version.observe(exchange, answers.embedding))
+        alarms.update(alarm.signal for alarm in [*version.gather(exchange, answers.embedding), *version.count()])
     return {"requests": requests, "alarms": dict(alarms)}
 
 

@@ -32,7 +32,7 @@ HALF_LIFE = 64.0
 
 class Prompt(NamedTuple):
     """One request. words: by their hashes, empty where they may not be counted; vector: (dimensions,). marks: how it is
-    written (`features.text_marks`)."""
+    written (`serve.models.text_marks`)."""
 
     tokens: int
     language: str

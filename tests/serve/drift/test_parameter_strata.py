@@ -28,7 +28,10 @@ def ask(version, answers, count, parameters, **more) -> set[str]:
     """The signals that alarm."""
     alarms = set()
     for _ in range(count):
-        alarms |= {alarm.signal for alarm in version.observe(answers.request(parameters, **more), answers.embedding)}
+        alarms |= {
+            alarm.signal
+            for alarm in [*version.gather(answers.request(parameters, **more), answers.embedding), *version.count()]
+        }
     return alarms
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from serve.drift.features import text_marks
-from serve.drift.features.text_marks import DAMAGED, JAILBREAK, LOWER, NO_WORDS, UPPER, marks_of
+from serve.models import text_marks
+from serve.models.text_marks import DAMAGED, JAILBREAK, LOWER, NO_WORDS, UPPER, marks_of
 
 PLAIN = (
     "Where is my order? It was shipped on Monday, and the tracking says nothing.",

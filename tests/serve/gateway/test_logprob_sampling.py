@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from serve.drift.features.logprob_sampling import LogprobSampling
+from serve.gateway.logprob_sampling import LogprobSampling
 from tests.support.watched_traffic import Engine, ask, drift, push
 
 
