@@ -10,6 +10,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,6 +23,7 @@ from optimize.errors import Differs, OptimizeError, RecipeError, Refused
 
 if TYPE_CHECKING:
     from optimize.pipeline.plan import Plan
+    from optimize.pipeline.resident import Resident
     from optimize.recipe import Recipe
 
 Embedded = Callable[[str], Path]
@@ -118,7 +121,10 @@ def _optimize_command(embedded: Embedded, served: Served) -> Callable[..., None]
         where = (out or Path(read.output or f"./{Path(read.model).name}-optimized")).expanduser().resolve()
         read = recipes.changed(read, output=str(where))
         if plan:
-            _planned(read, embedded, memory, show_json if json_ else show, measure_texts=False)
+            from optimize.pipeline.resident import Resident
+
+            with closing(Resident()) as resident:
+                _planned(read, embedded, memory, show_json if json_ else show, resident, measure_texts=False)
             return
         if sign is None:
             _carry_out(read, embedded, served, memory, json_, resume=resume, keep_rejected=keep_rejected)
@@ -219,8 +225,11 @@ def _overrides(model: str, adapters: Sequence[str], settings: Sequence[str]) -> 
     return overrides
 
 
-def _planned(recipe: Recipe, embedded: Embedded, memory_gb: float, show: Show, measure_texts: bool) -> tuple[Plan, int]:
+def _planned(
+    recipe: Recipe, embedded: Embedded, memory_gb: float, show: Show, resident: Resident, measure_texts: bool
+) -> tuple[Plan, int]:
     """The plan, which is shown, and the bytes that a step may use."""
+    from optimize.pipeline import machine
     from optimize.pipeline import plan as plans
     from optimize.pipeline.available_memory import available_memory
     from optimize.pipeline.run import texts
@@ -228,7 +237,8 @@ def _planned(recipe: Recipe, embedded: Embedded, memory_gb: float, show: Show, m
     where = Path(recipe.output)
     model = find(recipe.model, embedded)
     memory = int(memory_gb * 1e9) or available_memory()
-    plan = plans.made(recipe, model, texts(recipe) if measure_texts else {}, where, memory)
+    measured = partial(machine.measured, recipe, model, resident)
+    plan = plans.made(recipe, model, texts(recipe) if measure_texts else {}, where, memory, measured)
     show(plan, where)
     return plan, memory
 
@@ -236,12 +246,16 @@ def _planned(recipe: Recipe, embedded: Embedded, memory_gb: float, show: Show, m
 def _carry_out(recipe: Recipe, embedded: Embedded, served: Served, memory_gb: float, as_json: bool, **how: Any) -> None:
     """Plan, run and say so; `how` is what Run takes beside."""
     from optimize.pipeline import manifest
+    from optimize.pipeline.resident import Resident
     from optimize.pipeline.run import Run
 
-    plan, memory = _planned(recipe, embedded, memory_gb, show_json if as_json else show, measure_texts=True)
-    shown: JsonLines | Bars = JsonLines() if as_json else Bars([each.kind for each in plan.steps[:-1]])
-    with shown as bars:
-        result = Run(recipe, plan, Path(recipe.output), memory, bars, served=served(), **how)()
+    with closing(Resident()) as resident:
+        show_plan = show_json if as_json else show
+        plan, memory = _planned(recipe, embedded, memory_gb, show_plan, resident, measure_texts=True)
+        shown: JsonLines | Bars = JsonLines() if as_json else Bars([each.kind for each in plan.steps[:-1]])
+        with shown as bars:
+            where = Path(recipe.output)
+            result = Run(recipe, plan, where, memory, bars, served=served(), resident=resident, **how)()
     if as_json:
         _say({"done": str(result)})
         return

@@ -43,6 +43,11 @@ def multiplies_bfloat16() -> bool:
     return bool({"avx512_bf16", "amx_bf16"}.intersection(instruction_sets().split()))
 
 
+def has_tiles() -> bool:
+    """Whether bfloat16 matrices are multiplied by AMX."""
+    return "amx_bf16" in instruction_sets().split()
+
+
 def arithmetic() -> dict[str, int | str]:
     """Under which the same inputs give the same bytes."""
     return {"threads": threads(), "instruction_sets": instruction_sets()}

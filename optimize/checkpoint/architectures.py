@@ -51,6 +51,8 @@ class Family:
     experts     the MLP is a mixture of experts
     tied_only   vLLM takes the embedding for the output layer, whatever the checkpoint says
     adaptable   vLLM takes adapters on it
+    unadapted   modules on which vLLM takes none
+    unread      keys of config.json that vLLM leaves out where they are set
     """
 
     name: str
@@ -61,6 +63,8 @@ class Family:
     experts: bool = False
     tied_only: bool = False
     adaptable: bool = True
+    unadapted: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 FAMILIES = (
@@ -81,7 +85,7 @@ FAMILIES = (
     # Attention and MLP side by side behind one LayerNorm, layers without rope, a logit scale.
     Family("Cohere 2", "cohere2", PARALLEL, tied_only=True),
     # LayerNorm with bias, side by side where the config says so.
-    Family("StableLM", "stablelm", adaptable=False),
+    Family("StableLM", "stablelm", adaptable=False, unread=("use_parallel_residual", "qk_layernorm")),
     Family("Gemma", "gemma", offset=True),
     # As Cohere 2, without windows, norms of q and k where the config says so.
     Family("Cohere", "cohere", PARALLEL, tied_only=True),
@@ -91,9 +95,10 @@ FAMILIES = (
     Family("OLMo 3", "olmo3", (DOWN,), normed=True),
     Family("Ministral", "ministral"),  # windows
     Family("Ministral 3", "ministral3"),  # queries that are scaled by their position
-    Family("ERNIE 4.5", "ernie4_5"),  # rope of pairs side by side
+    Family("ERNIE 4.5", "ernie4_5", unread=("use_bias",)),  # rope of pairs side by side
     Family("Hunyuan", "hunyuan_v1_dense"),  # norms of q and k behind the rope
-    Family("GLM-4", "glm4", FUSED_MLP, normed=True),  # norms before and after each block, half of a head with rope
+    # Norms before and after each block, half of a head with rope.
+    Family("GLM-4", "glm4", FUSED_MLP, normed=True, unadapted=("gate_up_proj",)),
     Family("GLM", "glm", FUSED_MLP),  # half of a head with rope
     # Norms after each block alone, windows, full layers without rope.
     Family("EXAONE 4", "exaone4", (DOWN,), normed=True),
@@ -157,6 +162,15 @@ def feeds(config: Mapping[str, Any]) -> tuple[Feed, ...]:
     if family is None:
         return ()
     return PARALLEL if config.get("use_parallel_residual") else family.feeds
+
+
+def as_vllm_reads(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with what vLLM reads by a name of its own: how Ministral 3 scales queries by their position."""
+    rope = config.get("rope_parameters") or {}
+    if config.get("model_type") != "ministral3" or not (beta := rope.get("llama_4_scaling_beta")):
+        return dict(config)
+    longest = "original_max_position_embeddings"
+    return {**config, "llama_4_scaling": {"beta": beta, longest: rope[longest]}}
 
 
 def refuse_multimodal(config: Mapping[str, Any]) -> None:

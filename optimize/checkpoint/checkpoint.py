@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from optimize.checkpoint.architectures import as_vllm_reads
 from optimize.errors import Refused
 
 if TYPE_CHECKING:
@@ -263,7 +264,7 @@ class Writer:
             total = sum(map(_bytes, self._shards))
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (self.folder / "config.json").write_text(json.dumps(as_vllm_reads(config), indent=2) + "\n")
         copy_side_files(self.like, self.folder)
 
 

@@ -19,12 +19,12 @@ from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.checkpoint.model import adapted, answered, greedy, last_states, logits, opened, settle
 from optimize.errors import OptimizeError
 from optimize.evaluation.held_out import HeldOut, held_out, own_text
+from optimize.evaluation.rules import ADAPTED, ANSWER
 from optimize.intervals import of_mean
 from optimize.job import Job, Progress
 from optimize.steps import planning
 
-ANSWER = 32  # tokens
-ADAPTED = 8  # windows that adapters are measured on
+CACHED = 1 << 18  # numbers that are compared at a time: they stay in the processor's cache
 Ask = Callable[[torch.Tensor], torch.Tensor]
 Say = Callable[[Sequence[list[int]], int, int | None], list[list[int]]]
 
@@ -129,19 +129,13 @@ def compared(
 ) -> dict[str, Any]:
     """Scores of `new` logits against `old` over windows of tokens, (1, tokens) each, one window at a time; `intervals`
     are where they lie for all windows like these."""
-    losses_old: list[float] = []
-    losses_new: list[float] = []
-    divergences: list[float] = []
-    same: list[float] = []
+    losses: tuple[list[float], ...] = ([], [], [], [])
     for done, (row, right_logits, logits_now) in enumerate(zip(rows, old, new, strict=True)):
-        right = row[0, 1:, None]
-        before = log_softmax(right_logits[0, :-1], -1)
-        after = log_softmax(logits_now[0, :-1], -1)
-        losses_old.append(-float(before.gather(-1, right).mean()))
-        losses_new.append(-float(after.gather(-1, right).mean()))
-        divergences.append(float((before.exp() * (before - after)).sum(-1).mean()))
-        same.append(float((before.argmax(-1) == after.argmax(-1)).float().mean()))
+        scored = zip(losses, _scores(right_logits[0, :-1], logits_now[0, :-1], row[0, 1:]), strict=True)
+        for of_windows, of_tokens in scored:
+            of_windows.append(float(of_tokens.mean()))
         progress(done + 1)
+    losses_old, losses_new, divergences, same = losses
     count = len(rows)
     loss_old, loss_new = sum(losses_old), sum(losses_new)
     rise = [new - old for new, old in zip(losses_new, losses_old, strict=True)]
@@ -159,6 +153,21 @@ def compared(
             **_interval("perplexity_increase", rise, math.expm1),
         },
     }  # fmt: skip
+
+
+def _scores(old: torch.Tensor, new: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """(4, tokens): both losses, the divergence, and whether the likeliest is the same, of logits (tokens, vocabulary);
+    a few tokens at a time, whose numbers are read once."""
+    few = max(1, CACHED // old.shape[-1])
+    made = []
+    for before, after, tokens in zip(old.split(few), new.split(few), right[:, None].split(few), strict=True):
+        same = before.argmax(-1) == after.argmax(-1)
+        before, after = log_softmax(before, -1), log_softmax(after, -1)
+        divergence = torch.linalg.vecdot(before.exp(), before - after)
+        made.append(
+            torch.stack([-before.gather(-1, tokens)[:, 0], -after.gather(-1, tokens)[:, 0], divergence, same.float()])
+        )
+    return torch.cat(made, 1)
 
 
 def _interval(

@@ -6,8 +6,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from optimize.errors import Refused
-from optimize.steps.planning import PROCESS, STARTING, Context, Estimate, by_layer, weight_bytes
+from optimize.steps.planning import Context, Estimate, by_layer, weight_bytes
 
+IMPORTS = 15.0  # seconds of lm-eval's own
+ENGINE = 700_000_000  # bytes of each of vLLM's processes beside the model
+PASSES = 5  # over the logits of a window, which are compared
+LOADED = 4  # passes over weights that are copied when a model is opened
+ANSWER = 32  # tokens
+ADAPTED = 8  # windows that adapters are measured on
 # Of the model's bytes in 16 bits, what ONNX Runtime holds of it by precision.
 ONNX_SHARE = {"fp32": 2.0, "fp16": 1.0, "int8": 0.6, "int4": 0.35}
 
@@ -18,25 +24,43 @@ def estimates(context: Context) -> list[Estimate]:
     tokens, living = recipe.evaluate.samples * recipe.evaluate.tokens, len(context.living)
     what = f"{tokens} held-out tokens, KL, top-1, {len(recipe.evaluate.prompts)} answers"
     what += f", {living} adapters" if living else ""
-    logits = recipe.evaluate.tokens * context.vocabulary * 32
-    seconds = STARTING + tokens * context.token_seconds * (2 + 2 * living)
-    memory = PROCESS + logits + _weights(context, tokens)
-    estimates = [Estimate("evaluate", what, memory, 100_000, seconds)]
+    logits = recipe.evaluate.tokens * context.vocabulary * (40 if living else 10)
+    memory = context.machine.process + logits + _weights(context, tokens)
+    estimates = [Estimate("evaluate", what, memory, 100_000, _seconds(context))]
     if recipe.evaluate.tasks:
         what = f"lm-eval on both models: {', '.join(Path(name).stem for name in recipe.evaluate.tasks)}"
         answers = (recipe.evaluate.task_limit or 1000) * len(recipe.evaluate.tasks) * 500 * context.token_seconds
-        estimates.append(Estimate("tasks", what, PROCESS + size + 8 * logits, 100_000, 2 * STARTING + 2 * answers))
+        estimates.append(
+            Estimate("tasks", what, context.machine.process + size + 8 * logits, 100_000, IMPORTS + 2 * answers)
+        )
     if recipe.export.format == "vllm" and recipe.evaluate.engine:
         what = "both models in vLLM: load, answers, tokens/s at 1 and 16 streams"
-        estimates.append(Estimate("engine", what, 3 * PROCESS + 3 * size + (2 << 30), 100_000, 100))
+        estimates.append(Estimate("engine", what, 3 * ENGINE + 3 * size + (2 << 30), 100_000, 100))
     return estimates
+
+
+def _seconds(context: Context) -> float:
+    recipe, machine = context.recipe, context.machine
+    tokens, living = recipe.evaluate.samples * recipe.evaluate.tokens, len(context.living)
+    own = living * 4 * min(ADAPTED * recipe.evaluate.tokens, tokens)
+    compared = PASSES * machine.number * context.vocabulary * (tokens + own)
+    step = context.layers * machine.answering + machine.reading * context.vocabulary * context.hidden
+    answers = ANSWER * step * (2 + living) if recipe.evaluate.prompts else 0.0
+    read = LOADED * machine.number * (context.copied / 2 or (context.linears if _quantizes(context) else 0))
+    begun = machine.evaluation_text + 2 * machine.opening + read
+    return begun + context.token_seconds * (2 * tokens + own) + compared + answers
+
+
+def _quantizes(context: Context) -> bool:
+    """Whether the result is held as the numbers that its integers stand for."""
+    return context.recipe.export.format == "vllm" and any(step.quantizes for step in context.recipe.steps)
 
 
 def _weights(context: Context, tokens: int) -> int:
     """Bytes of weights and of what stands beside them; those that are computed with as they are on the disk take
     none."""
     size, layer = weight_bytes() * context.weights, weight_bytes() * context.largest_layer
-    quantizes = context.recipe.export.format == "vllm" and any(step.quantizes for step in context.recipe.steps)
+    quantizes = _quantizes(context)
     export = context.recipe.export
     onnx = ONNX_SHARE[export.precision] * 2 * context.weights if export.format == "onnx" else 0
     if by_layer(size, context.memory):
@@ -45,7 +69,7 @@ def _weights(context: Context, tokens: int) -> int:
         return int(onnx) + (layer if quantizes or context.copied else 0) + outside + 8 * tokens * context.hidden
     if context.copied:  # the original, and the result unless ONNX Runtime holds it
         return int(onnx) + context.copied * (1 if onnx else 2)
-    return int(onnx) + (size if quantizes else 0)
+    return int(onnx) + (weight_bytes() * context.linears if quantizes else 0)
 
 
 def refuse(context: Context) -> None:

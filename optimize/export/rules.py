@@ -8,11 +8,8 @@ from optimize.checkpoint import architectures
 from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.errors import Refused
 from optimize.export import gguf_metadata, layout, optimum
-from optimize.steps.planning import PROCESS, STARTING, Context, Estimate, beyond_low_rank, by_layer
+from optimize.steps.planning import Context, Estimate, beyond_low_rank, by_layer
 from optimize.steps.quantize.rules import Quantize
-
-OUTSIDE_VLLM = ("use_parallel_residual", "qk_layernorm")  # of StableLM; vLLM 0.32 reads neither
-
 
 # A weight that is multiplied with, and its share of a scale; tables and output layers have 8 bits where it has fewer.
 BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.125, "int4": 0.625}
@@ -30,18 +27,25 @@ def estimates(context: Context) -> list[Estimate]:
     export, size = context.recipe.export, context.base.bytes
     if export.format == "genai":
         what = f"onnxruntime-genai's builder, {export.precision}, adapters beside it, checked against PyTorch"
-        return [Estimate("genai", what, PROCESS + 8 * size, 3 * size, STARTING + 90)]
+        return [Estimate("genai", what, context.machine.process + 8 * size, 3 * size, 95.0)]
     if export.format == "gguf":
         made = int(GGUF_BYTES.get(export.precision, 4.0) * context.weights)
         what = f"a GGUF file, {export.precision}, adapters beside it"
-        seconds = STARTING + context.weights / 2e7  # several scales are tried for each group
+        seconds = (
+            context.machine.opening + 2 * context.machine.scale * context.weights
+        )  # several scales are tried for each group
         table = 12 * context.vocabulary * context.hidden
-        return [Estimate("gguf", what, PROCESS + table, 2 * made + 2 * context.weights, seconds)]
+        return [Estimate("gguf", what, context.machine.process + table, 2 * made + 2 * context.weights, seconds)]
     if export.format == "onnx":
         by = " by optimum" if export.exporter == "optimum" else ""
         what = f"ONNX {export.precision}{by} with KV cache inputs, adapters beside it, checked against PyTorch"
-        return [Estimate("onnx", what, *_onnx(context), STARTING + 60 + size / 1.5e8)]
+        return [Estimate("onnx", what, *_onnx(context), _graph(context))]
     return []
+
+
+def _graph(context: Context) -> float:
+    """Seconds of exporting the graph, which goes by its layers, of rounding and of the comparison."""
+    return 15 + 1.5 * context.layers + 20 * context.machine.number * context.weights
 
 
 def _onnx(context: Context) -> tuple[int, int]:
@@ -52,11 +56,14 @@ def _onnx(context: Context) -> tuple[int, int]:
     rounded = BYTES["int8"] if export.precision in ("int8", "int4") else 4.0
     made = int(rounded * tables + BYTES[export.precision] * (weights - tables))
     if export.exporter == "optimum" or not streams(base):
-        return PROCESS + 24 * weights, 8 * weights + made  # in fp32 for the exporter, in its graph and once more
+        return (
+            context.machine.process + 24 * weights,
+            8 * weights + made,
+        )  # in fp32 for the exporter, in its graph and once more
     whole = 4 * weights
     # PyTorch's logits, of the whole model or of a layer at a time, come when ONNX Runtime's are there.
     check = 8 * context.largest_layer + 4 * context.outside_layers if by_layer(whole, context.memory) else whole
-    memory = PROCESS + max(made, check)
+    memory = context.machine.process + max(made, check)
     return (memory + whole, whole + made) if export.precision == "fp16" else (memory, made)
 
 
@@ -77,7 +84,7 @@ def refuse(context: Context) -> None:
 def _refuse_vllm(context: Context) -> None:
     """What vLLM does not run, or computes otherwise than the model's own code."""
     config, family = context.base.config, architectures.known(context.base.config)
-    parts = [name for name in OUTSIDE_VLLM if config.get(name)] if family and family.model_type == "stablelm" else []
+    parts = [name for name in family.unread if config.get(name)] if family else []
     if family and parts:
         raise Refused(
             f"vLLM leaves out what this {family.name} model has ({', '.join(parts)}), and would answer wrongly: say "
@@ -87,6 +94,14 @@ def _refuse_vllm(context: Context) -> None:
         raise Refused(
             f"vLLM takes no adapters on {family.name}: merge {', '.join(sorted(context.living))} into the base"
         )
+    if family is None:
+        return
+    for name in sorted(context.living & set(context.adapters)):
+        if modules := {*(context.adapters[name].get("target_modules") or ())}.intersection(family.unadapted):
+            raise Refused(
+                f"the adapter {name!r} is on {min(modules)}, where vLLM takes none on {family.name}: merge it into the "
+                "base, or train it on the other modules"
+            )
 
 
 def _refuse_onnx(context: Context) -> None:

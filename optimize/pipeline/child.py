@@ -107,7 +107,7 @@ class Child:
         with selectors.DefaultSelector() as selector:
             selector.register(pipe, selectors.EVENT_READ)
             while True:
-                used = _resident(process.pid)
+                used = resident_bytes(process.pid)
                 peak = max(peak, used)
                 if used > self.memory:
                     raise OutOfMemory(
@@ -129,7 +129,7 @@ class Child:
                         last = message
 
 
-def _resident(pid: int) -> int:
+def resident_bytes(pid: int) -> int:
     """Bytes of a process and its children that no file backs."""
     total = 0
     try:
@@ -139,4 +139,4 @@ def _resident(pid: int) -> int:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except (FileNotFoundError, ProcessLookupError):
         return total
-    return total + sum(_resident(int(child)) for child in children)
+    return total + sum(resident_bytes(int(child)) for child in children)

@@ -1,12 +1,13 @@
 """What a recipe will do, what it needs, and why it is refused, before any work and without torch.
 
-Estimates come from the checkpoint's headers: parameters, bytes, layers. The rules of a step are beside the step
-(`steps/*/rules.py`); those of the whole recipe are here.
+Estimates come from the checkpoint's headers and from what the machine takes for a layer of it. The rules of a step are
+beside the step (`steps/*/rules.py`); those of the whole recipe are here.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from optimize.pipeline.worker import TASKS
 from optimize.recipe import Recipe
 from optimize.steps.kind import kinds
 from optimize.steps.merge.rules import Merge
-from optimize.steps.planning import Context, Estimate
+from optimize.steps.planning import Context, Estimate, Machine
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -53,8 +54,15 @@ class Plan:
         return sum(step.seconds for step in self.steps)
 
 
-def made(recipe: Recipe, model: Path, texts: dict[str, str], out: Path, memory: int) -> Plan:
-    """The plan, or Refused with the first thing that cannot be done."""
+def made(
+    recipe: Recipe,
+    model: Path,
+    texts: dict[str, str],
+    out: Path,
+    memory: int,
+    measured: Callable[[], Machine] = Machine,
+) -> Plan:
+    """The plan, or Refused with the first thing that cannot be done; only then the machine is `measured`."""
     base = Checkpoint(model)
     adapters = {name: Path(folder) for name, folder in recipe.adapters.items()}
     configs = {name: _adapter(name, folder, base) for name, folder in adapters.items()}
@@ -68,7 +76,7 @@ def made(recipe: Recipe, model: Path, texts: dict[str, str], out: Path, memory: 
     settings = {name: value for name, value in plain(recipe).items() if name not in ("model", "adapters", "output")}
     settings["steps"] = [by_content(step) for step in recipe.steps]
     names = [step.kind for step in recipe.steps]
-    estimates = _estimates(context)
+    estimates = _estimates(replace(context, machine=measured()))
     code = [step_code.of(step.kind, plain(step)) for step in recipe.steps]
     code += [step_code.of(estimate.kind) for estimate in estimates if estimate.kind in TASKS]
     gpu = processor.gpu() if recipe.device != device.CPU else None

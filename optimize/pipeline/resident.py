@@ -20,8 +20,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
+
 from optimize import audio_packages
 from optimize.errors import OptimizeError
+from optimize.job import Job
 from optimize.pipeline import worker
 from optimize.processes import ProcessGroup
 
@@ -133,6 +136,8 @@ def main(fd: str) -> int:
             if not message:
                 return 0
             order = json.loads(message)
+            with contextlib.suppress(Exception):  # the step says what is wrong
+                _open_tokenizer(Path(order["job"]))
             pid = os.fork()
             if not pid:
                 asks.close()
@@ -146,6 +151,14 @@ def main(fd: str) -> int:
             asks.send(json.dumps({"pid": pid}).encode())
             _, status = os.waitpid(pid, 0)
             asks.send(json.dumps({"returncode": os.waitstatus_to_exitcode(status)}).encode())
+
+
+def _open_tokenizer(file: Path) -> None:
+    """Every step over a model reads text by it."""
+    from optimize.checkpoint.model import tokenizer
+
+    job = msgspec.json.decode(file.read_bytes(), type=Job)
+    tokenizer(Path(job.reference or job.model))
 
 
 def _step(job: str, pipe: int, log: int) -> None:

@@ -24,8 +24,9 @@ from optimize.errors import OptimizeError
 from optimize.job import Job, Progress
 from optimize.steps.kind import kinds
 
-# What follows a recipe's steps.
+# What a recipe's steps follow, and what follows them.
 TASKS = {
+    "probe": "optimize.pipeline.probe",
     "onnx": "optimize.export.onnx",
     "genai": "optimize.export.genai",
     "gguf": "optimize.export.gguf_file",

@@ -34,8 +34,8 @@ from optimize.checkpoint.model import (
 from optimize.data import text
 from optimize.errors import Refused
 from optimize.job import Job
+from optimize.steps.planning import BATCH
 
-BATCH = 4
 PRODUCTS = 1024  # columns of a Hessian that are added to at a time
 K = TypeVar("K", bound=Hashable)
 
@@ -67,16 +67,28 @@ def windows(job: Job) -> list[list[int]]:
 
 
 class CalibratedModel:
-    """One model, its calibration text, and its linear layers in units, but those that are ignored."""
+    """One model, its calibration text, and its linear layers in units, but those that are ignored.
+
+    With `by_layer`, weights that cannot be computed with as they are on the disk are there while a layer is `held`.
+    """
 
     def __init__(
-        self, folder: Path, ids: list[list[int]], ignore: frozenset[str] = frozenset(), dtype: torch.dtype | None = None
+        self,
+        folder: Path,
+        ids: list[list[int]],
+        ignore: frozenset[str] = frozenset(),
+        dtype: torch.dtype | None = None,
+        by_layer: bool = False,
     ) -> None:
         self.folder = folder
         self.dtype = dtype or compute_dtype()
         self.ids = torch.tensor(ids)
-        self.config = Checkpoint(folder).config
+        checkpoint = Checkpoint(folder)
+        self.config = checkpoint.config
+        kinds = {entry.dtype for entry in checkpoint.entries.values()}
+        self.by_layer = by_layer and self.dtype is torch.float32 and kinds != {"F32"}
         self.family = architectures.dense(self.config, "calibration")
+        self.changed = True
         self.reopen()
         self.prefix = prefix(self.model)
         self.units = tuple(self._find_units(ignore))
@@ -86,11 +98,14 @@ class CalibratedModel:
             )
 
     def reopen(self) -> None:
-        """The model as it is on disk again; it is let go of before."""
+        """The model as it is on disk again; what was changed is let go of before."""
+        if not self.changed:
+            return
         self.__dict__.pop("model", None)
         self.__dict__.pop("layers", None)
-        self.model = opened(self.folder, self.dtype)
+        self.model = opened(self.folder, self.dtype, by_layer=self.by_layer)
         self.layers = layers(self.model)
+        self.changed = False
 
     def _find_units(self, ignore: frozenset[str]) -> Iterator[Unit]:
         for at, layer in enumerate(self.layers):
@@ -131,11 +146,12 @@ class CalibratedModel:
         return self.model.get_submodule(name)
 
     def set_weight(self, name: str, weight: torch.Tensor, part: str = "weight") -> None:
-        setattr(self.linear(name), part, nn.Parameter(weight.to(self.dtype), requires_grad=False))
+        self.set_parameter(f"{name}.{part}", nn.Parameter(weight.to(self.dtype), requires_grad=False))
 
     def set_parameter(self, name: str, parameter: nn.Parameter) -> None:
         module, _, part = name.rpartition(".")
         setattr(self.linear(module), part, parameter)
+        self.changed = True
 
     def entered(self, windows: int = 0) -> Entered:
         """What the first layer is called with: for the last `windows` of the calibration text, or for all of it."""

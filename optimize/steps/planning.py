@@ -1,8 +1,7 @@
 """What a step is judged by before any work: the recipe and the headers of its model and adapters, without torch.
 
 Beside each step its rules have `estimate(step, context)`, what it needs, and `refuse(step, context)`, which raises
-Refused. Times were measured on two cores of a server CPU and scale with parameters and tokens; they are right within a
-factor of two there.
+Refused. `pipeline.probe` measures what this machine takes for a layer and for a matrix, from which times follow.
 """
 
 from __future__ import annotations
@@ -19,12 +18,10 @@ from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.checkpoint.linears import input_widths, linear
 from optimize.recipe import Recipe
 
+MOVED = 128  # tokens whose logits are compared before channels are scaled and after
+BATCH = 4  # windows that go through a layer at a time
 IN_LAYER = re.compile(r"layers\.(\d+)\.")
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
-FLOPS = 2e11  # of a forward pass in bf16, two cores
-FLOPS32 = 1.5e11  # of a product in fp32, two cores
-STARTING = 8.0  # seconds until a child has imported torch and transformers
-PROCESS = 700_000_000  # bytes of a child that has imported them
 
 
 def weight_bytes() -> int:
@@ -50,13 +47,34 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
+class Machine:
+    """Seconds and bytes that things take here, as `pipeline.probe` measures them with the model at hand; the numbers
+    below are of two cores of a server, for where nothing was measured."""
+
+    process: int = 300_000_000  # bytes of a step before it has done anything
+    opening: float = 0.2  # the model's modules
+    calibration_text: float = 1.5  # all of it, in tokens
+    evaluation_text: float = 0.8
+    layer: float = 0.0  # a layer, for each token of a window; 0 goes by the layer's weights
+    answering: float = 0.001  # a layer, for the next token of some answers
+    head: float = 5e-12  # a multiplication of the output layer over a window
+    reading: float = 3e-10  # a weight of the output layer for the next token
+    product: float = 8e-12  # a multiplication of a Hessian
+    product32: float = 1e-11  # one in float32
+    scale: float = 2.5e-8  # a weight whose 4-bit scale is searched
+    round: float = 4.5e-8  # a weight that GPTQ rounds
+    number: float = 8e-10  # a number of a softmax
+
+
+@dataclass(frozen=True, slots=True)
 class Context:
-    """A recipe, its model, the config of each of its adapters, and the memory that there is."""
+    """A recipe, its model, the config of each of its adapters, the memory that there is, and the machine."""
 
     recipe: Recipe
     base: Checkpoint
     adapters: Mapping[str, Mapping[str, Any]]
     memory: int = 0  # that a step may have; 0 without a bound
+    machine: Machine = Machine()
 
     @property
     def living(self) -> set[str]:
@@ -68,9 +86,14 @@ class Context:
         return self.recipe.calibration.samples * self.recipe.calibration.tokens
 
     @property
+    def layers_seconds(self) -> float:
+        """All layers, for each token."""
+        return self.layers * (self.machine.layer or 1e-11 * self.largest_layer)
+
+    @property
     def token_seconds(self) -> float:
         """A forward pass, for each token."""
-        return 2 * self.base.parameters / FLOPS
+        return self.layers_seconds + self.machine.head * self.vocabulary * self.hidden
 
     @property
     def layers(self) -> int:
@@ -99,6 +122,11 @@ class Context:
         return 0 if processor.multiplies_bfloat16() else 4 * self.weights
 
     @property
+    def copied_by_layer(self) -> int:
+        """The same where the layers are there one after another."""
+        return min(self.copied, 4 * (self.outside_layers + self.largest_layer))
+
+    @property
     def weights(self) -> int:
         """Parameters of the model when none of them is rounded."""
         return sum(math.prod(shape) for shape in self.base.shapes.values())
@@ -112,6 +140,11 @@ class Context:
                 leaf = name.removesuffix(".weight").rpartition(".")[2]
                 counts[match[1], FUSED.get(leaf, leaf)] += math.prod(shape)
         return max(counts.values(), default=0)
+
+    @property
+    def linears(self) -> int:
+        """Parameters of every linear layer in the decoder's layers."""
+        return sum(math.prod(shape) for name, shape in self.base.shapes.items() if linear(name, shape))
 
     @property
     def products(self) -> int:
@@ -132,6 +165,27 @@ class Context:
     def widest(self) -> int:
         """The largest input width of a linear layer."""
         return max(input_widths(self.base), default=self.hidden)
+
+
+def calibrating(context: Context) -> tuple[float, int]:
+    """Seconds and bytes of a Hessian for each input of a layer, its factor, and a sum over columns for each column: the
+    text goes through each layer once before it is rounded, beside once after."""
+    machine, widths = context.machine, context.layer_inputs
+    summed = context.layers * context.calibration_tokens * sum(width**2 for width in widths) / 2
+    solved = context.layers * sum(width**3 for width in widths) / 3
+    seconds = context.calibration_tokens * context.layers_seconds + machine.product * summed
+    seconds += machine.product32 * (solved + context.products / 2) + machine.round * context.linears
+    factor = max(0, 8 * context.widest**2 - 8 * context.largest_unit)
+    return seconds, 4 * sum(width**2 for width in widths) + factor
+
+
+def passing(context: Context) -> int:
+    """Bytes of the hidden states before and after a layer, of what a batch is inside one, and of a layer that is
+    changed, of which a matrix is in float32, turned around and its errors."""
+    calibrated = context.calibration_tokens
+    batch = min(calibrated, BATCH * context.recipe.calibration.tokens)
+    states = 4 * calibrated * context.hidden + 12 * batch * context.widest
+    return states + 2 * context.largest_layer + 16 * context.largest_unit
 
 
 def beyond_low_rank(config: Mapping[str, Any]) -> bool:

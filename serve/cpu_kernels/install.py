@@ -44,6 +44,12 @@ def get_lora_device(original: Callable[..., torch.device], base_layer: torch.nn.
     return torch.device("cpu") if getattr(base_layer, "weight", 0) is None else original(base_layer)
 
 
+def multiply_int8_rows(original: Any, kernel: Any, layer: torch.nn.Module, x: torch.Tensor, *bias: Any) -> torch.Tensor:
+    """vLLM's product of any shape, as its kernel without AMX takes them."""
+    made: torch.Tensor = original(kernel, layer, x.reshape(-1, x.shape[-1]), *bias)
+    return made.view(*x.shape[:-1], -1)
+
+
 def get_punica_wrapper(original: Any, platform: Any) -> str:
     return "serve.cpu_kernels.punica.Punica"
 

@@ -15,6 +15,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,27 +69,32 @@ def compared(name: str, folder: Path, scheme: str) -> bool:
     adapter = families.adapter(base, folder / "one", 1)
     text = folder / "text.txt"
     text.write_text("\n\n\n".join(families.sentences(1, 24)))
+    for adapters in ({"one": str(adapter)}, {}):
+        try:
+            _refuse(base, adapters, scheme)
+            break
+        except Refused as refused:
+            print(f"| {name} | {'one' if adapters else 'the base'} | | | | {refused.message} |", flush=True)
+    else:
+        return True
     job = Job(
         kind="quantize", options=msgspec.to_builtins(kinds()["quantize"].options(**SCHEMES[scheme])), model=str(base),
-        base=str(base), reference=str(base), adapters={"one": str(adapter)}, originals={"one": str(adapter)},
+        base=str(base), reference=str(base), adapters=adapters, originals=adapters,
         calibration=Text(text=str(text), samples=8, tokens=48), evaluate=Evaluate(), seed=0, target="cpu",
         out=str(folder),
     )  # fmt: skip
-    try:
-        _refuse(base, adapter, scheme)
-        quantize.run(job, lambda *_: None)
-    except Refused as refused:
-        print(f"| {name} | | | | | {refused.message} |", flush=True)
-        return True
-    out, rewritten = folder / "model", folder / "adapters" / "one"
+    quantize.run(job, lambda *_: None)
+    out = folder / "model"
+    rewritten = {name: folder / "adapters" / name for name in adapters}
     rows = torch.randint(3, 100, (8, 48), generator=torch.Generator().manual_seed(1))
     model: Any = opened(_with(out, folder / "pytorch", IN_PYTORCH.get(name, {})))
     right = {"": logits(model, rows)}
-    with adapted(model, rewritten) as both:
-        right["one"] = logits(both, rows)
+    for adapter_name, place in rewritten.items():
+        with adapted(model, place) as both:
+            right[adapter_name] = logits(both, rows)
     good = True
     try:
-        with Engine("export", str(out), {"one": str(rewritten)}, "cpu", 256) as engine:
+        with Engine("export", str(out), {name: str(place) for name, place in rewritten.items()}, "cpu", 256) as engine:
             for adapter_name, ours in right.items():
                 good &= row(name, adapter_name, ours, rows, engine)
     except OptimizeError as error:
@@ -97,11 +103,11 @@ def compared(name: str, folder: Path, scheme: str) -> bool:
     return good
 
 
-def _refuse(base: Path, adapter: Path, scheme: str) -> None:
+def _refuse(base: Path, adapters: Mapping[str, str], scheme: str) -> None:
     """What the plan of such a recipe says."""
     options = json.dumps(SCHEMES[scheme])
     read = recipes.parse(
-        f"model: {base}\nadapters: {{one: {adapter}}}\nsteps: [{{quantize: {options}}}]\n", base.parent
+        f"model: {base}\nadapters: {json.dumps(adapters)}\nsteps: [{{quantize: {options}}}]\n", base.parent
     )
     plan.made(read, base, {}, base.parent / "out", 10**12)
 

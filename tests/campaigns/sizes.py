@@ -32,10 +32,11 @@ from serve.models import embedded
 ROOT = Path(__file__).parents[2]
 
 # billions of weights -> hidden size, MLP width, layers, heads, heads of keys and values, vocabulary, whether the output
-# layer is the embedding: SmolLM2's shape, Qwen2.5's of 0.5B, and Llama 3's
+# layer is the embedding: SmolLM2's shape, Qwen2.5's of 0.5B and 1.5B, and Llama 3's
 SHAPES = {
     0.1: (576, 1536, 30, 9, 3, 49_152, True),
     0.5: (896, 4864, 24, 14, 2, 151_936, True),
+    1.5: (1536, 8960, 28, 12, 2, 151_936, True),
     1: (2048, 8192, 16, 32, 8, 128_256, True),
     8: (4096, 14336, 32, 32, 8, 128_256, False),
 }
@@ -113,7 +114,7 @@ def measured(name: str, recipe: Path, out: Path, limit: float, kill: bool) -> No
             if step["kind"] in done:
                 found = done[step["kind"]]
                 print(
-                    f"| {name} | {step['kind']} | {step['memory'] / 1e9:.1f} | {found['memory'] / 1e9:.1f} "
+                    f"| {name} | {step['kind']} | {step['memory'] / 1e9:.2f} | {found['memory'] / 1e9:.2f} "
                     f"| {step['seconds']:.0f} | {found['seconds']:.0f} | {found['cpu_seconds']:.0f} |",
                     flush=True,
                 )

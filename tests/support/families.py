@@ -66,7 +66,7 @@ CONFIGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "OLMo 3": ("olmo3", {"sliding_window": WINDOW, "layer_types": ALTERNATING}),
     "Ministral": ("ministral", {"sliding_window": WINDOW, "layer_types": ALTERNATING}),
     "Ministral 3": ("ministral3", {"rope_parameters": ROPE_YARN}),
-    "ERNIE 4.5": ("ernie4_5", {"use_bias": True}),
+    "ERNIE 4.5": ("ernie4_5", {}),
     "Hunyuan": ("hunyuan_v1_dense", {}),
     "GLM-4": ("glm4", {}),
     "GLM": ("glm", {}),

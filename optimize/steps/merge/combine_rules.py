@@ -9,7 +9,7 @@ from optimize.errors import RecipeError, Refused
 from optimize.options import Step, check_name
 from optimize.steps.kind import StepKind
 from optimize.steps.merge.rules import check_weights, refuse_unmerged
-from optimize.steps.planning import PROCESS, STARTING, Context, Estimate, beyond_low_rank
+from optimize.steps.planning import Context, Estimate, beyond_low_rank
 
 SAME_RANK = {"linear"}  # methods that want adapters of one rank
 
@@ -43,7 +43,7 @@ class Combine(Step, frozen=True, kw_only=True, tag="combine"):
 def estimate(step: Combine, context: Context) -> Estimate:
     what = f"{', '.join(step.adapters)} into one adapter, {step.name}, by {step.method}"
     size = context.base.bytes
-    return Estimate("combine", what, PROCESS + size // 2, size // 10, STARTING + 10)
+    return Estimate("combine", what, context.machine.process + size // 2, size // 10, 10.0)
 
 
 def refuse(step: Combine, context: Context) -> None:

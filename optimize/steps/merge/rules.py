@@ -10,9 +10,9 @@ from optimize.checkpoint import architectures
 from optimize.errors import RecipeError, Refused
 from optimize.options import Step
 from optimize.steps.kind import StepKind
-from optimize.steps.planning import PROCESS, STARTING, Context, Estimate
+from optimize.steps.planning import Context, Estimate
 
-SPEED = 5e7  # bytes a second of a base that is merged into and checked, two cores
+PASSES = 45  # over each weight that is merged into and compared
 
 
 class Merge(Step, frozen=True, kw_only=True, tag="merge"):
@@ -61,8 +61,14 @@ def estimate(step: Merge, context: Context) -> Estimate:
         what = f"take {base.folder.name} apart into full weights, then {what}"
     # The sum and its parts in fp32; then the check, a layer in fp32 twice, beside embedding and output layer.
     summed = 12 * max(math.prod(shape) for name, shape in base.shapes.items() if _changed(name, step, context))
-    memory = PROCESS + max(summed, 8 * context.largest_layer + 4 * context.outside_layers)
-    return Estimate("merge", what, memory, base.bytes, STARTING + base.bytes / SPEED)
+    memory = context.machine.process + max(summed, 8 * context.largest_layer + 4 * context.outside_layers)
+    return Estimate(
+        "merge",
+        what,
+        memory,
+        base.bytes,
+        2 * context.machine.opening + PASSES * context.machine.number * context.weights,
+    )
 
 
 def refuse(step: Merge, context: Context) -> None:

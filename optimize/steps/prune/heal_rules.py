@@ -9,7 +9,7 @@ from optimize.checkpoint import architectures
 from optimize.errors import RecipeError, Refused
 from optimize.options import Step
 from optimize.steps.kind import StepKind
-from optimize.steps.planning import PROCESS, STARTING, Context, Estimate
+from optimize.steps.planning import Context, Estimate
 from optimize.steps.prune.rules import Prune
 
 
@@ -51,8 +51,10 @@ def estimate(step: Heal, context: Context) -> Estimate:
     what += f"distil the original, LoRA of rank {step.rank}, {step.steps} x {step.batch} x {step.tokens} tokens"
     activations = step.batch * step.tokens * 160 * context.hidden * context.layers + 2048 * context.vocabulary
     activations += context.calibration_tokens * (16 * context.hidden + 8 * widest) + 12 * widest * widest
-    seconds = STARTING + 20 + 4 * step.steps * step.batch * step.tokens * context.token_seconds
-    return Estimate("heal", what, PROCESS + 2 * max(size, context.copied) + activations, 2 * size, seconds)
+    seconds = 20 + 4 * step.steps * step.batch * step.tokens * context.token_seconds
+    return Estimate(
+        "heal", what, context.machine.process + 2 * max(size, context.copied) + activations, 2 * size, seconds
+    )
 
 
 def refuse(step: Heal, context: Context) -> None:

@@ -23,12 +23,9 @@ from optimize.checkpoint.model import answered, configured, entered, layers, ope
 from optimize.errors import OptimizeError
 from optimize.job import Job, Progress
 from optimize.steps.calibrated import windows
+from optimize.steps.planning import BATCH
 from optimize.steps.prune import sparse, vocabulary
-
-BATCH = 4
-WATCHED = 16  # windows that influence is measured on
-TRIED = 4  # windows that a choice is tried on
-SPARE = 3  # candidates beyond the layers to drop
+from optimize.steps.prune.rules import SPARE, TRIED, WATCHED
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:

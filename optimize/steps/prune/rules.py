@@ -12,8 +12,12 @@ from optimize.errors import RecipeError, Refused
 from optimize.options import Step
 from optimize.steps.kind import StepKind
 from optimize.steps.merge.rules import Merge
-from optimize.steps.planning import FLOPS, PROCESS, STARTING, Context, Estimate
+from optimize.steps.planning import BATCH, Context, Estimate, calibrating, passing, weight_bytes
 
+SORTED = 250  # passes over the weights that the cheapest of each four take
+WATCHED = 16  # windows that influence is measured on
+TRIED = 4  # windows that a choice is tried on
+SPARE = 3  # candidates beyond the layers to drop
 ZEROS = (
     "zeros buy neither size nor speed in today's vLLM: the checkpoint stays dense, and its kernels for 2:4 are gone; "
     "`layers`, `mlp` and `vocabulary` make a model smaller and faster"
@@ -81,20 +85,34 @@ def pattern_of(pattern: str) -> tuple[int, int] | None:
 
 
 def estimate(step: Prune, context: Context) -> Estimate:
-    base = context.base
+    base, machine = context.base, context.machine
     size = base.bytes
-    seconds = STARTING + base.bytes / 5e8
-    memory = PROCESS + max(base.bytes, context.copied) + 50_000_000
-    passes = 3 * context.calibration_tokens * 2 * base.parameters / FLOPS
+    seconds = machine.calibration_text + machine.opening + base.bytes / 1e9
+    memory = machine.process + context.copied
     if step.vocabulary:
         what = f"keep the {step.vocabulary} most used tokens" if step.vocabulary != "used" else "keep the used tokens"
-        return Estimate("prune", what, memory, size, seconds + 10)
+        return Estimate("prune", what, machine.process + 8 * context.outside_layers, size, seconds + 2)
     if not step.zeros:
         what = f"drop {step.layers} layers by greedy choice" if step.layers else f"MLP width to {step.mlp:.1%}"
-        return Estimate("prune", what, memory, size, seconds + passes)
+        # A batch's logits, and what it is inside a layer.
+        batch = min(BATCH, context.recipe.calibration.samples) * context.recipe.calibration.tokens
+        memory += batch * (weight_bytes() * context.vocabulary + 12 * context.widest)
+        return Estimate("prune", what, memory, size, seconds + _chosen(step, context))
     what = f"{step.pattern or f'{step.sparsity:.0%}'} zeros by {step.method}"
-    memory += context.calibration_tokens * context.hidden * 4 + 12 * context.widest**2 + size
-    return Estimate("prune", what, memory, size, seconds + passes + base.parameters / 4e6, ZEROS)
+    solving, hessians = calibrating(context)
+    memory = machine.process + context.copied_by_layer + passing(context) + hessians + 8 * context.widest**2
+    made = solving + context.calibration_tokens * context.layers_seconds
+    return Estimate("prune", what, memory, size, seconds + made + SORTED * machine.number * context.linears, ZEROS)
+
+
+def _chosen(step: Prune, context: Context) -> float:
+    """Seconds until layers or channels are chosen: each of the least layers is tried, until as many are gone."""
+    samples, tokens = context.recipe.calibration.samples, context.recipe.calibration.tokens
+    watched = context.token_seconds * tokens * (min(WATCHED, samples) if step.layers else samples)
+    watched *= 2 if step.layers and step.mlp < 1 else 1
+    tries = sum(step.layers + SPARE - gone for gone in range(step.layers))
+    # What is the same as in the try before is not computed again.
+    return watched + 0.6 * tries * context.token_seconds * tokens * min(TRIED, samples)
 
 
 def refuse(step: Prune, context: Context) -> None:

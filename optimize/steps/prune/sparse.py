@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from optimize.checkpoint.checkpoint import Checkpoint, Writer
-from optimize.checkpoint.model import settle, through
+from optimize.checkpoint.model import held, settle, through
 from optimize.errors import OptimizeError
 from optimize.job import Job, Progress
 from optimize.steps.calibrated import CalibratedModel, first_readers, windows
@@ -30,7 +30,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     pattern, method = pattern_of(options["pattern"]), options["method"]
     ids = windows(job)
     progress(0, 1, "loading")
-    model, checkpoint = CalibratedModel(folder, ids), Checkpoint(folder)
+    model, checkpoint = CalibratedModel(folder, ids, by_layer=True), Checkpoint(folder)
     writer = Writer(job.folder / "model", folder)
     linears = {f"{name}.weight" for unit in model.units for name in unit.names}
     for name in checkpoint.entries:
@@ -40,21 +40,22 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     begun = model.entered()
     for at, layer in enumerate(model.layers):
         progress(at, len(model.layers), f"{method}, layer {at + 1} of {len(model.layers)}")
-        units, full = model.units_of(at), {}
-        sums = {} if method == "magnitude" else model.hessians(at, first_readers(units), begun)
-        for unit in units:
-            for name in unit.names:
-                weight = model.linear(name).weight.float()
-                made = sparse(weight, method, options["sparsity"], pattern, sums.get(unit))
-                if not bool(made.isfinite().all()):
-                    raise OptimizeError(f"pruning {name} gives NaN or infinity: the weights or the text are broken")
-                writer.add(f"{name}.weight", made.to(checkpoint.tensor(f"{name}.weight").dtype))
-                zeros, total = zeros + int((made == 0).sum()), total + made.numel()
-                full[name] = model.linear(name).weight
-                model.set_weight(name, made)
-        begun = through([layer], begun)
-        for name, weight in full.items():  # as it is on disk again, which takes no memory
-            model.set_parameter(f"{name}.weight", weight)
+        with held(layer):
+            units, full = model.units_of(at), {}
+            sums = {} if method == "magnitude" else model.hessians(at, first_readers(units), begun)
+            for unit in units:
+                for name in unit.names:
+                    weight = model.linear(name).weight.float()
+                    made = sparse(weight, method, options["sparsity"], pattern, sums.get(unit))
+                    if not bool(made.isfinite().all()):
+                        raise OptimizeError(f"pruning {name} gives NaN or infinity: the weights or the text are broken")
+                    writer.add(f"{name}.weight", made.to(checkpoint.tensor(f"{name}.weight").dtype))
+                    zeros, total = zeros + int((made == 0).sum()), total + made.numel()
+                    full[name] = model.linear(name).weight
+                    model.set_weight(name, made)
+            begun = through([layer], begun)
+            for name, weight in full.items():  # as it is on disk again, which takes no memory
+                model.set_parameter(f"{name}.weight", weight)
     writer.close(checkpoint.config)
     return {
         "zeros": round(zeros / total, 4),

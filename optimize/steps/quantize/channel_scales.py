@@ -15,18 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from optimize.checkpoint.architectures import Feed
 from optimize.checkpoint.checkpoint import ADAPTER, adapter_tensors, write_adapter
 from optimize.checkpoint.formats import W4, Level
-from optimize.checkpoint.model import answered, entered, forward, through
+from optimize.checkpoint.model import answered, entered, forward, held, through
 from optimize.errors import OptimizeError
 from optimize.job import Progress
 from optimize.steps.calibrated import CalibratedModel, Unit, largest
+from optimize.steps.planning import MOVED
 from optimize.steps.quantize import awq
 
 SMOOTHING = 0.8  # SmoothQuant's alpha
-PROBED = 128  # tokens whose logits are compared before and after
 TOLERANCE = 0.02  # of the logits' size: rounding scaled weights to 16 bits gives a tenth of it
 
 
@@ -51,23 +52,25 @@ NONE = ChannelScales({}, smoothing=False, readers={})
 
 def smoothing(model: CalibratedModel, progress: Progress) -> ChannelScales:
     """What a norm or up_proj makes is scaled there, by powers of two."""
-    feeds = _with_units(model, range(len(model.layers)))
+    factors: dict[str, torch.Tensor] = {}
+    readers: dict[str, tuple[str, ...]] = {}
+    begun = model.entered()
     count = len(model.layers)
-    readers = {feed.producer: feed.consumers[0] for feed in feeds}
-    with model.observed(readers, lambda seen, x: largest(seen, x.abs().flatten(0, -2).amax(0))) as widest:
-        begun = model.entered()
-        for done, layer in enumerate(model.layers):
-            progress(done, count, "smoothing")
-            with torch.inference_mode():
+    for at, layer in enumerate(model.layers):
+        progress(at, count, "smoothing")
+        feeds = {feed.producer: feed for feed in _with_units(model, at)}
+        first = {name: feed.consumers[0] for name, feed in feeds.items()}
+        with held(layer), torch.inference_mode():
+            with model.observed(first, lambda seen, x: largest(seen, x.abs().flatten(0, -2).amax(0))) as widest:
                 begun = through([layer], begun)
-    factors = {}
-    for feed in feeds:
-        heavy = torch.stack([model.linear(name).weight.float().abs().amax(0) for name in _rounded(model, feed)]).amax(0)
-        factor = widest[feed.producer].clamp(min=1e-5) ** SMOOTHING / heavy.clamp(min=1e-5) ** (1 - SMOOTHING)
-        # Powers of two: scaling by them loses no bit of bf16.
-        factor = 2.0 ** factor.clamp(min=1e-5).log2().round()
-        factors[feed.producer] = _held(model, feed, factor)
-    return ChannelScales(factors, True, {feed.producer: feed.consumers for feed in feeds})
+            for name, feed in feeds.items():
+                weights = (model.linear(other).weight.float() for other in _rounded(model, feed))
+                heavy = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
+                factor = widest[name].clamp(min=1e-5) ** SMOOTHING / heavy.clamp(min=1e-5) ** (1 - SMOOTHING)
+                # Powers of two: scaling by them loses no bit of bf16.
+                factors[name] = _holdable(model, feed, 2.0 ** factor.clamp(min=1e-5).log2().round())
+                readers[name] = feed.consumers
+    return ChannelScales(factors, True, readers)
 
 
 def protecting(model: CalibratedModel, group: int, progress: Progress) -> ChannelScales:
@@ -78,20 +81,21 @@ def protecting(model: CalibratedModel, group: int, progress: Progress) -> Channe
     count = len(model.layers)
     for at, layer in enumerate(model.layers):
         progress(at, count, f"AWQ scales, layer {at + 1} of {count}")
-        feeds = _with_units(model, [at])
-        hessians = model.hessians(at, {feed: feed.consumers[0] for feed in feeds}, begun)
-        for feed, hessian in hessians.items():
-            weight = torch.cat([model.linear(name).weight.float() for name in _rounded(model, feed)])
-            factors[feed.producer] = _held(model, feed, awq.factors(weight, hessian, W4.bits, group))
-            readers[feed.producer] = feed.consumers
-        with torch.inference_mode():
-            begun = through([layer], begun)
+        feeds = _with_units(model, at)
+        with held(layer):
+            hessians = model.hessians(at, {feed: feed.consumers[0] for feed in feeds}, begun)
+            for feed, hessian in hessians.items():
+                weight = torch.cat([model.linear(name).weight.float() for name in _rounded(model, feed)])
+                factors[feed.producer] = _holdable(model, feed, awq.factors(weight, hessian, W4.bits, group))
+                readers[feed.producer] = feed.consumers
+            with torch.inference_mode():
+                begun = through([layer], begun)
     return ChannelScales(factors, False, readers)
 
 
-def _with_units(model: CalibratedModel, layers: range | list[int]) -> list[Feed]:
-    """What feeds at least one layer that is rounded."""
-    return [feed for at in layers for feed in model.feeds_of(at) if _rounded(model, feed)]
+def _with_units(model: CalibratedModel, layer: int) -> list[Feed]:
+    """What feeds at least one matrix of a layer that is rounded."""
+    return [feed for feed in model.feeds_of(layer) if _rounded(model, feed)]
 
 
 def _rounded(model: CalibratedModel, feed: Feed) -> list[str]:
@@ -100,7 +104,7 @@ def _rounded(model: CalibratedModel, feed: Feed) -> list[str]:
     return [name for name in feed.consumers if name in names]
 
 
-def _held(model: CalibratedModel, feed: Feed, factor: torch.Tensor) -> torch.Tensor:
+def _holdable(model: CalibratedModel, feed: Feed, factor: torch.Tensor) -> torch.Tensor:
     """The factor that a norm's weights can hold: what they are divided by once they are rounded to 16 bits. A norm of
     1 + weight holds few."""
     weight = model.linear(feed.producer).weight
@@ -136,15 +140,16 @@ def _rows(feed: Feed, factor: torch.Tensor) -> torch.Tensor:
 def moved(model: CalibratedModel, factors: Mapping[str, torch.Tensor]) -> float:
     """How far scaling alone moves the logits, relative to their size; the layers run in float32, one at a time.
 
-    Afterwards the model is scaled; OptimizeError where that is more than rounding.
+    The model is scaled meanwhile; OptimizeError where that is more than rounding.
     """
-    begun = entered(model.model, model.ids[-1:, :PROBED], 1)
+    begun = entered(model.model, model.ids[-1:, :MOVED], 1)
     before = after = begun.states[0].float()
     for at, layer in enumerate(model.layers):
         call = begun.calls[0][id(layer)]
-        before = forward(copy.deepcopy(layer).float(), before, call)
-        apply(model, at, factors)
-        after = forward(copy.deepcopy(layer).float(), after, call)
+        with held(layer):
+            before = forward(_in_float32(layer), before, call)
+            apply(model, at, factors)
+            after = forward(_in_float32(layer), after, call)
     if not bool(before.isfinite().all()):
         raise OptimizeError("the layers give NaN or infinity on the calibration text: the weights are broken")
     right, now = (answered(model.model, states.to(model.dtype)).float() for states in (before, after))
@@ -156,6 +161,14 @@ def moved(model: CalibratedModel, factors: Mapping[str, torch.Tensor]) -> float:
             "rounded, which it must not: take `smooth: false` and another method than awq"
         )
     return off
+
+
+def _in_float32(layer: nn.Module) -> nn.Module:
+    """A copy, whose own hooks read nothing."""
+    made = copy.deepcopy(layer).float()
+    made._forward_pre_hooks.clear()
+    made._forward_hooks.clear()
+    return made
 
 
 def fold(adapter: Path, feeds: Mapping[str, Feed], factors: Mapping[str, torch.Tensor], out: Path) -> None:

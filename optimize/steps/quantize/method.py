@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from optimize import plugins
-from optimize.steps.planning import FLOPS32, Context
+from optimize.steps.planning import Context, calibrating
 
 if TYPE_CHECKING:
     import torch
@@ -22,15 +22,6 @@ if TYPE_CHECKING:
 
     Round = Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor | None, int], torch.Tensor]
     Scales = Callable[[CalibratedModel, int, Progress], ChannelScales]
-
-
-def calibration(step: Any, context: Context) -> tuple[float, int]:
-    """Seconds and bytes of a Hessian for each input of a layer, its factor, and a sum over columns for each column: the
-    text goes through each layer once before it is rounded, and once after."""
-    solved = context.layers * sum(width**3 for width in context.layer_inputs) / 3
-    seconds = 2 * context.calibration_tokens * context.token_seconds + (2 * solved + context.products) / FLOPS32
-    factor = max(0, 8 * context.widest**2 - 8 * context.largest_unit)
-    return seconds, 4 * sum(width**2 for width in context.layer_inputs) + factor
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +39,7 @@ class Method:
     round: Round
     scales: Scales | None = None
     calibrates: bool = True
-    estimate: Callable[[Any, Context], tuple[float, int]] = calibration
+    estimate: Callable[[Any, Context], tuple[float, int]] = lambda step, context: calibrating(context)
     refuse: Callable[[Any, Context], None] = lambda step, context: None
 
 

@@ -19,7 +19,8 @@ import torch
 from optimize.checkpoint import artifact
 from optimize.checkpoint.formats import FULL, W4, W8A8, W8A16, Level
 from optimize.checkpoint.model import Entered, entered, through
-from optimize.steps.calibrated import BATCH, CalibratedModel, Unit
+from optimize.steps.calibrated import CalibratedModel, Unit
+from optimize.steps.planning import BATCH
 from optimize.steps.quantize.channel_scales import ChannelScales
 from optimize.steps.quantize.quantizer import Quantizer
 from optimize.steps.quantize.rules import PROBED, TRIED

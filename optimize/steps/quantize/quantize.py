@@ -15,7 +15,8 @@ from optimize.checkpoint.formats import LEVELS, W4, W8A8, Level
 from optimize.checkpoint.linears import group as group_of
 from optimize.checkpoint.model import settle
 from optimize.job import Job, Progress
-from optimize.steps.calibrated import BATCH, CalibratedModel, Unit, windows
+from optimize.steps.calibrated import CalibratedModel, Unit, windows
+from optimize.steps.planning import BATCH
 from optimize.steps.quantize import channel_scales
 from optimize.steps.quantize.channel_scales import ChannelScales
 from optimize.steps.quantize.kept import Kept
@@ -31,7 +32,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     group = group_of(Checkpoint(Path(job.model)), options["group"]) if level is W4 else 0
     ids = windows(job)
     progress(0, 1, "loading")
-    model = CalibratedModel(Path(job.model), ids, frozenset(options["ignore"]))
+    # A mix of levels looks at any layer at any time.
+    model = CalibratedModel(Path(job.model), ids, frozenset(options["ignore"]), by_layer=not _mixes(options))
     cache: dict[str, torch.Tensor] = {}
     if options["kv_cache"] == "fp8":
         progress(0, 1, "keys and values")

@@ -16,7 +16,7 @@ from torch import nn
 from optimize.checkpoint import formats, kv_cache
 from optimize.checkpoint.checkpoint import Checkpoint, Writer
 from optimize.checkpoint.formats import FULL, Level, Rounded
-from optimize.checkpoint.model import Entered, rounding, through
+from optimize.checkpoint.model import Entered, held, rounding, through
 from optimize.errors import OptimizeError
 from optimize.job import Progress
 from optimize.steps.calibrated import CalibratedModel, Unit, first_readers, largest
@@ -133,22 +133,27 @@ class Quantizer:
         vectors = sum(state[..., 0].numel() for state in begun.states)
         for at, layer in enumerate(model.layers[first:], first):
             self.progress(at, len(model.layers), f"{say}, layer {at + 1} of {len(model.layers)}")
-            units = [unit for unit in chosen if unit.layer == at and chosen[unit] is not FULL]
-            channel_scales.apply(model, at, factors)
-            widest = self._widest(at, [unit for unit in units if chosen[unit].preset == "NVFP4"], begun)
-            hooks = [hook for unit in units for hook in self._round_inputs(unit, chosen[unit], widest.get(unit))]
-            hessians = model.hessians(at, first_readers(units), begun) if method.calibrates else {}
-            for unit in units:
-                rounded = self._round(unit, chosen[unit], method, hessians.pop(unit, None), widest.get(unit), vectors)
-                for name, result in rounded.items():
-                    model.set_weight(name, result.dense)
-                yield unit, rounded
-            begun = through([layer], begun)
-            if not all(bool(state.isfinite().all()) for state in begun.states):
-                raise OptimizeError(f"layer {at} gives NaN or infinity on the calibration text: the weights are broken")
-            for hook in hooks:
-                hook.remove()
-            finished(at, begun)
+            with held(layer):
+                units = [unit for unit in chosen if unit.layer == at and chosen[unit] is not FULL]
+                channel_scales.apply(model, at, factors)
+                widest = self._widest(at, [unit for unit in units if chosen[unit].preset == "NVFP4"], begun)
+                hooks = [hook for unit in units for hook in self._round_inputs(unit, chosen[unit], widest.get(unit))]
+                hessians = model.hessians(at, first_readers(units), begun) if method.calibrates else {}
+                for unit in units:
+                    rounded = self._round(
+                        unit, chosen[unit], method, hessians.pop(unit, None), widest.get(unit), vectors
+                    )
+                    for name, result in rounded.items():
+                        model.set_weight(name, result.dense)
+                    yield unit, rounded
+                begun = through([layer], begun)
+                if not all(bool(state.isfinite().all()) for state in begun.states):
+                    raise OptimizeError(
+                        f"layer {at} gives NaN or infinity on the calibration text: the weights are broken"
+                    )
+                for hook in hooks:
+                    hook.remove()
+                finished(at, begun)
 
     def _widest(self, layer: int, units: Sequence[Unit], begun: Entered) -> dict[Unit, torch.Tensor]:
         """The largest magnitude in each unit's input."""

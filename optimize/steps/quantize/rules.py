@@ -12,7 +12,7 @@ from optimize.checkpoint.linears import group, ignored, linear, undivided
 from optimize.errors import RecipeError, Refused
 from optimize.options import Step
 from optimize.steps.kind import StepKind
-from optimize.steps.planning import PROCESS, STARTING, Context, Estimate, beyond_low_rank
+from optimize.steps.planning import MOVED, Context, Estimate, beyond_low_rank, passing
 from optimize.steps.quantize.method import methods
 
 # What vLLM 0.32 has no kernel for on a CPU; it emulates most of it, too slowly to use.
@@ -31,7 +31,7 @@ WANTS = {
     "nvfp4": "wants Blackwell; older GPUs keep the weights small and do not round activations",
     "mxfp4": "wants Blackwell; older GPUs keep the weights small and do not round activations",
 }
-ROUNDING = 1e-7  # seconds a weight whose 4-bit scale is searched
+PASSES = 20  # over each weight that is rounded, packed and written
 PROBED = 256  # tokens that sensitivity is measured on
 TRIED = 8  # windows that a choice of levels is tried on
 MIXES = 3  # that are tried, as a rule, where the lowest level is not enough
@@ -108,13 +108,16 @@ class Quantize(Step, frozen=True, kw_only=True, tag="quantize"):
 def estimate(step: Quantize, context: Context) -> Estimate:
     base, calibrated = context.base, context.calibration_tokens
     calibrating, memory = methods()[step.method].estimate(step, context)
-    rounding = base.parameters * (ROUNDING if step.scheme == "w4a16" else 2e-9)
-    seconds = STARTING + calibrating + rounding + _scaling(step, context)
-    # Hidden states before and after a layer, what a batch is inside one, and a layer that is rounded.
-    batch = min(calibrated, 4 * context.recipe.calibration.tokens)
-    memory += PROCESS + 4 * calibrated * context.hidden + 12 * batch * context.widest + 2 * context.largest_layer
-    memory += 16 * context.largest_unit  # in fp32, turned around and its errors
-    memory += context.copied
+    machine = context.machine
+    rounding = context.linears * (machine.scale if step.scheme == "w4a16" else 0)
+    rounding += PASSES * machine.number * context.linears
+    rounding += calibrated * context.layers_seconds  # what the rounded layers give
+    scaling = _scaling(step, context)
+    seconds = machine.calibration_text + machine.opening + calibrating + rounding + scaling
+    memory += context.machine.process + passing(context)
+    if scaling:  # logits before and after, with what they are compared by
+        memory = max(memory, machine.process + 8 * context.largest_layer + 20 * MOVED * context.vocabulary)
+    memory += context.copied if step.mixed else context.copied_by_layer
     if step.mixed:
         memory += base.bytes
         seconds += _mixing(step, context, calibrating / context.recipe.calibration.samples, rounding)
@@ -126,8 +129,8 @@ def _scaling(step: Quantize, context: Context) -> float:
     """Seconds that scales of channels take: the text goes through each layer once to smooth, and AWQ searches too."""
     smooths = step.scheme == "w8a8" or (step.mixed and context.recipe.target == "cpu")
     if step.scales_channels:
-        return 2 * context.calibration_tokens * context.token_seconds
-    return context.calibration_tokens * context.token_seconds if smooths and _smooth(step, context) else 0.0
+        return 2 * context.calibration_tokens * context.layers_seconds
+    return context.calibration_tokens * context.layers_seconds if smooths and _smooth(step, context) else 0.0
 
 
 def _smooth(step: Quantize, context: Context) -> bool:

@@ -14,7 +14,7 @@ from optimize.data.examples import FEWEST, Found, checked
 from optimize.errors import RecipeError, Refused
 from optimize.options import Step, check_name, plain
 from optimize.steps.kind import StepKind
-from optimize.steps.planning import PROCESS, STARTING, Context, Estimate, beyond_low_rank, weight_bytes
+from optimize.steps.planning import Context, Estimate, beyond_low_rank, weight_bytes
 from optimize.steps.tune.settings import ROW, activations, max_length, settled
 
 TOKEN_BYTES = 4  # of JSON, roughly
@@ -107,10 +107,9 @@ def estimate(step: Tune, context: Context) -> Estimate:
     learned = settings.rank * sum(sum(shape) for name, shape in base.shapes.items() if _linear(name, shape))
     kept = activations(config, row) // (context.layers if settings.gradient_checkpointing else 1)
     logits = row * (len(found.labels) or context.vocabulary) * 14
-    memory = PROCESS + weight_bytes() * base.parameters + 24 * learned + kept + logits
-    seconds = (
-        STARTING + (6 * tokens + VALIDATED * (step.validate and step.method != "classify")) * context.token_seconds
-    )
+    memory = context.machine.process + weight_bytes() * base.parameters + 24 * learned + kept + logits
+    validated = VALIDATED * (step.validate and step.method != "classify")
+    seconds = 2 * context.machine.opening + (6 * tokens + validated) * context.token_seconds
     return Estimate("tune", what, memory, 20 * learned, seconds)
 
 

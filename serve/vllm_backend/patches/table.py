@@ -122,6 +122,20 @@ CORRECTNESS: tuple[Patch, ...] = (
         on="cpu",
     ),
     Patch(
+        "int8-rows",
+        "correctness",
+        "with AMX the int8 kernel takes rows alone, and models that run by transformers' code (Seed-OSS, Arcee, OLMo, "
+        "OLMo 3, Ministral, Hunyuan, GLM) have sequences of them: W8A8 ends the start",
+        (
+            Function(
+                f"{_LINEAR}.scaled_mm.cpu:CPUInt8ScaledMMLinearKernel._apply_weights_sgl",
+                "cfc2f7865908",
+                f"{_CPU}.install:multiply_int8_rows",
+            ),
+        ),
+        on="cpu",
+    ),
+    Patch(
         "prompt-logprobs",
         "correctness",
         "the rows of a prompt are computed with the adapters of other requests",

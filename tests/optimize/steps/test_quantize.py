@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from optimize import processor
 from optimize.checkpoint import artifact, checkpoint, formats
 from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.checkpoint.model import adapted, logits, opened
@@ -90,6 +91,28 @@ def test_an_adapter_is_rewritten_for_the_smoothed_base(base, job, adapter):
     with adapted(new, folder) as model:
         unchanged = (logits(model, IDS) - right).square().mean()
     assert folded < 0.3 * unchanged
+
+
+@pytest.mark.parametrize("scheme", [{"scheme": "w8a8", "smooth": True}, {"scheme": "w4a16", "method": "awq-gptq"}])
+def test_without_bfloat16_instructions_one_layer_is_copied_at_a_time(scheme, base, job, monkeypatch):
+    """All weights were copied to float32, three times the memory; the bytes are those of a model that is whole."""
+    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: False)
+    real: set[str] = set()
+
+    class Watched(CalibratedModel):
+        def hessians(self, layer, readers, begun):
+            weights = ((name, weight) for name, weight in self.model.named_parameters() if "_proj" in name)
+            real.update(f"{layer} of {name.split('.')[2]}" for name, weight in weights if weight.stride() != (0, 0))
+            return super().hessians(layer, readers, begun)
+
+    monkeypatch.setattr(quantize, "CalibratedModel", Watched)
+    by_layer = job("quantize", **scheme, out="by-layer")
+    quantize.run(by_layer, silent)
+    assert real == {"0 of 0", "1 of 1", "2 of 2"}
+    monkeypatch.setattr(quantize, "CalibratedModel", lambda *given, by_layer: CalibratedModel(*given))
+    whole = job("quantize", **scheme, out="whole")
+    quantize.run(whole, silent)
+    assert artifact.contents(by_layer.folder / "model") == artifact.contents(whole.folder / "model")
 
 
 def test_adapters_that_are_named_keep_smoothing_out(base, job, adapter):

@@ -1,0 +1,33 @@
+"""What this machine takes for a model, measured in a process like a step's."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from optimize import processor
+from optimize.errors import OptimizeError
+from optimize.job import Job
+from optimize.pipeline.child import Child
+from optimize.pipeline.resident import Resident
+from optimize.recipe import Recipe
+from optimize.steps.planning import Machine
+
+
+def measured(recipe: Recipe, model: Path, resident: Resident) -> Machine:
+    """The machine with the model in a folder; a server's where that cannot be measured, whose step says why then."""
+    if processor.gpu() is not None:
+        return Machine()
+    with TemporaryDirectory(prefix="loradock-probe-") as folder:
+        job = Job(
+            kind="probe", options={}, model=str(model), base="", reference="", adapters={}, originals={},
+            calibration=recipe.calibration, evaluate=recipe.evaluate, seed=recipe.seed, target=recipe.target,
+            out=folder,
+        )  # fmt: skip
+        try:
+            notes = Child(Path(folder), sys.maxsize, lambda *_: None, {}, resident).run(job)
+        except OptimizeError:
+            return Machine()
+    return Machine(**{field.name: notes[field.name] for field in fields(Machine)})

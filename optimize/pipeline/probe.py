@@ -1,0 +1,158 @@
+"""How fast this machine is with a model, measured before the plan in a process like a step's: one layer of the model's
+own shape runs on tokens, and one matrix is rounded.
+
+Seconds are of the thread that waits for the others, without what other programs took of the processor meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear, log_softmax
+
+from optimize.checkpoint.checkpoint import Checkpoint
+from optimize.checkpoint.linears import group
+from optimize.checkpoint.model import (
+    compute_dtype,
+    configured,
+    entered,
+    layers,
+    settle,
+    skeleton,
+    skeleton_of,
+    through,
+    tokenizer,
+)
+from optimize.data import text
+from optimize.errors import OptimizeError
+from optimize.job import Job, Progress
+from optimize.options import Evaluate, Text
+from optimize.pipeline.child import resident_bytes
+from optimize.steps.calibrated import products_of
+from optimize.steps.quantize import gptq
+
+AGAIN = 3  # the least of so many counts
+ROWS, COLUMNS = 1024, 512  # of the matrix that is rounded
+FEW = 3  # rows of a step of answers
+READ = 100_000  # characters of a text
+WORDS = 64  # the vocabulary of the layer that is tried
+
+
+def run(job: Job, progress: Progress) -> dict[str, Any]:
+    """The fields of `planning.Machine`."""
+    process = resident_bytes(os.getpid())
+    settle(job.seed)
+    folder = Path(job.model)
+    words = tokenizer(folder)
+    found = {
+        "process": process,
+        "opening": taken(lambda: skeleton(folder, compute_dtype())),
+        "calibration_text": reading(words, job.calibration, False),
+        "evaluation_text": reading(words, job.evaluate, True),
+    }
+    with torch.inference_mode():
+        return found | layer(folder, job.calibration.tokens) | matrices(folder)
+
+
+def reading(words: Any, part: Text | Evaluate, held_out: bool) -> float:
+    """Seconds in which a recipe's text becomes tokens, by its first documents."""
+    start = time.thread_time()
+    try:
+        documents = text.documents(part, held_out)
+        sizes = list(accumulate(len(str(document)) for document in documents))
+        few = next((at for at, size in enumerate(sizes, 1) if size >= READ), len(sizes))
+        begun = time.thread_time()
+        for document in documents[:few]:
+            text.tokens_of(words, document)
+    except OptimizeError:  # the step says what is wrong with it
+        return time.thread_time() - start
+    return begun - start + (time.thread_time() - begun) * sizes[-1] / sizes[few - 1]
+
+
+def layer(folder: Path, tokens: int) -> dict[str, float]:
+    """Seconds that a layer takes for each token of a window, and for each row of an answer's next token."""
+    config = configured(folder)
+    width = int(config.hidden_size)
+    try:
+        model: Any = one_layer(folder)
+        begun = entered(model, torch.zeros(1, tokens, dtype=torch.long), 1)
+        asked = entered(model, torch.zeros(FEW, 1, dtype=torch.long), FEW)
+        first = list(layers(model))
+        return {
+            "layer": taken(lambda: through(first, begun)) / tokens,
+            "answering": taken(lambda: through(first, asked)),
+        }
+    except Exception:  # no layer of this family stands alone, but its matrices do
+        base = Checkpoint(folder)
+        weight = filled(ROWS, width)
+        share = base.parameters / int(base.config.get("num_hidden_layers") or 1) / weight.numel()
+        window, few = filled(tokens, width), filled(FEW, width)
+        return {
+            "layer": taken(lambda: linear(window, weight)) * share / tokens,
+            "answering": taken(lambda: linear(few, weight)) * share,
+        }
+
+
+def one_layer(folder: Path) -> nn.Module:
+    """The model with its first layer alone and hardly any words; its numbers are all the same."""
+    config = configured(folder)
+    config.num_hidden_layers = 1
+    config.vocab_size, config.pad_token_id = WORDS, None
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    model = skeleton_of(config, compute_dtype()).eval()
+    weights = {name: filled(*parameter.shape) for name, parameter in model.named_parameters()}
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    return model
+
+
+def matrices(folder: Path) -> dict[str, float]:
+    """Seconds of products, for each multiplication, and of rounding, for each weight."""
+    checkpoint = Checkpoint(folder)
+    dtype, width = compute_dtype(), int(configured(folder).hidden_size)
+    rows, weight = torch.randn(ROWS, COLUMNS), torch.randn(ROWS, COLUMNS)
+    head = filled(8 * ROWS, width)
+    hessian = rows.T @ rows
+    size = group(checkpoint, 0)
+    columns = COLUMNS // size * size
+    scales = gptq.scales(weight[:, :columns], 4, size)
+    with products_of(dtype):
+        given = rows.to(dtype).float()
+        products = taken(lambda: torch.zeros(COLUMNS, COLUMNS).addmm_(given.T, given))
+    square = torch.randn(ROWS, ROWS)
+    wide = torch.randn(16, 16 * ROWS)
+    return {
+        "head": taken(lambda: linear(filled(256, width), head)) / 256 / head.numel(),
+        "reading": taken(lambda: linear(filled(FEW, width), head)) / head.numel(),
+        "product": products / ROWS / COLUMNS**2,
+        "product32": taken(lambda: square @ square) / ROWS**3,
+        "scale": taken(lambda: gptq.scales(weight[:, :columns], 4, size)) / ROWS / columns,
+        "round": taken(
+            lambda: gptq.gptq(weight[:, :columns], gptq.damped(hessian[:columns, :columns].clone(), ROWS), scales, 4)
+        )
+        / ROWS
+        / columns,
+        "number": taken(lambda: log_softmax(wide, -1)) / wide.numel(),
+    }
+
+
+def filled(*shape: int) -> torch.Tensor:
+    return torch.full(shape, 0.01, dtype=compute_dtype())
+
+
+def taken(work: Callable[[], Any], again: int = AGAIN) -> float:
+    """The least of its seconds."""
+    seconds = []
+    for _ in range(again):
+        start = time.thread_time()
+        work()
+        seconds.append(time.thread_time() - start)
+    return min(seconds)
