@@ -3,7 +3,6 @@ tokens are bytes."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ class Decoder:
 
     def __init__(self, file: Path) -> None:
         from tokenizers import Tokenizer
+        from tokenizers.decoders import ByteLevel
 
         self._tokenizer = Tokenizer.from_file(str(file))
-        saved = json.loads(file.read_bytes())
-        self._of_bytes = (saved.get("decoder") or {}).get("type") == "ByteLevel"
-        self.special = frozenset(token["id"] for token in saved.get("added_tokens", ()) if token["special"])
+        self._of_bytes = isinstance(self._tokenizer.decoder, ByteLevel)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special = frozenset(number for number, token in added.items() if token.special)
         self._all, self._plain = _Pieces(self._tokenizer, frozenset()), _Pieces(self._tokenizer, self.special)
 
     def __call__(self, tokens: Iterable[int], *, special: bool = False) -> str:

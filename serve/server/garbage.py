@@ -46,6 +46,7 @@ async def collect_in_quiet(
     gc.collect()  # what is garbage by now would stay for ever
     gc.freeze()
     gc.set_threshold(YOUNG, MIDDLE, NEVER)
+    await asyncio.to_thread(give_back)  # the start left more free than any request does
     collected, settled = time.monotonic(), resident()
     try:
         while True:

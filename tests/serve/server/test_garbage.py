@@ -70,7 +70,7 @@ async def test_what_the_allocator_has_free_is_given_back_once_memory_has_grown()
     )
     try:
         assert await settled(lambda: last[0] == 5 + SOME)
-        assert given == [SOME + 1], "once it is more, and no more once it is gone"
+        assert given == [0, SOME + 1], "what the start left, and once it is more; no more once it is gone"
     finally:
         collecting.cancel()
         with suppress(asyncio.CancelledError):

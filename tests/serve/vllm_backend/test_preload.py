@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.renderers import hf
 from vllm.tokenizers.registry import cached_get_tokenizer, cached_tokenizer_from_config
 
 if not current_platform.is_cpu():
@@ -38,3 +41,23 @@ def test_vllm_finds_the_tokenizer_that_was_read_unless_it_is_to_be_another(model
     assert (after.hits - before.hits, after.misses - before.misses) == (
         (0, 1) if "tokenizer_mode" in options else (1, 0)
     )
+
+
+@pytest.mark.parametrize("has", ["", "preprocessor_config.json", "processor_class"])
+def test_the_tokenizer_of_a_model_of_text_is_not_read_again_for_its_chat_template(model, monkeypatch, has):
+    from serve.vllm_backend import preload
+
+    (Path(model) / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    if has.endswith(".json"):
+        (Path(model) / has).write_text("{}")
+    elif has:
+        config = Path(model) / "tokenizer_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), has: "LlavaProcessor"}))
+    asked = []
+    monkeypatch.setattr(hf, "cached_get_processor", lambda name, **_: asked.append(name))
+    preload.tokenizer(model, {})
+    vllm_config = EngineArgs(model=model).create_model_config()
+    tokenizer = cached_tokenizer_from_config(vllm_config)
+    template = hf.resolve_chat_template(tokenizer, None, None, model_config=vllm_config)
+    assert template == "{{ messages[0].content }}"
+    assert asked == ([model] if has else [])
