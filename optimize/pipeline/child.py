@@ -74,7 +74,7 @@ class Child:
         environ = self._environ(job.kind)
         # The engine and tasks have an environment of their own, and what uses a GPU is not to be forked.
         if job.kind not in ("engine", "tasks") and processor.gpu() is None:
-            return self.resident.start(file, write, output, group.number, environ)
+            return self.resident.start(file, write, output, group.number, environ, job.reference or job.model)
         return group.start(
             [sys.executable, "-m", "optimize.pipeline.worker", str(file), str(write)],
             stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environ, pass_fds=[write],

@@ -20,11 +20,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import msgspec
-
 from optimize import audio_packages
 from optimize.errors import OptimizeError
-from optimize.job import Job
 from optimize.pipeline import worker
 from optimize.processes import ProcessGroup
 
@@ -89,9 +86,9 @@ class Resident:
         self._socket: Socket | None = None
         self._last: Forked | None = None
 
-    def start(self, job: Path, pipe: int, log: int, group: int, environ: Mapping[str, str]) -> Forked:
-        """A process of its own for the job in a file, in a process group."""
-        order = json.dumps({"job": str(job), "group": group}).encode()
+    def start(self, job: Path, pipe: int, log: int, group: int, environ: Mapping[str, str], model: str = "") -> Forked:
+        """A process of its own for the job in a file, in a process group; it finds the tokenizer of `model` open."""
+        order = json.dumps({"job": str(job), "group": group, "model": model}).encode()
         for _ in range(2):  # somebody may have killed the resident since the last step
             if self._last is not None:
                 self._last.wait()
@@ -137,7 +134,7 @@ def main(fd: str) -> int:
                 return 0
             order = json.loads(message)
             with contextlib.suppress(Exception):  # the step says what is wrong
-                _open_tokenizer(Path(order["job"]))
+                _open_tokenizer(order["model"])
             pid = os.fork()
             if not pid:
                 asks.close()
@@ -153,12 +150,12 @@ def main(fd: str) -> int:
             asks.send(json.dumps({"returncode": os.waitstatus_to_exitcode(status)}).encode())
 
 
-def _open_tokenizer(file: Path) -> None:
+def _open_tokenizer(model: str) -> None:
     """Every step over a model reads text by it."""
     from optimize.checkpoint.model import tokenizer
 
-    job = msgspec.json.decode(file.read_bytes(), type=Job)
-    tokenizer(Path(job.reference or job.model))
+    if model:
+        tokenizer(Path(model))
 
 
 def _step(job: str, pipe: int, log: int) -> None:
