@@ -17,6 +17,7 @@ import pytest
 from optimize import cli
 from optimize.checkpoint import artifact
 from optimize.pipeline import child, manifest, plan
+from optimize.steps.planning import Machine
 from tests.campaigns.kills import files, killed
 from tests.optimize.conftest import Adapter
 
@@ -77,6 +78,7 @@ def test_resume_does_nothing_twice(written, tmp_path, monkeypatch):
     work = out.with_name("out.work")
     assert len(list(work.glob("[0-9]*"))) == 4
     # The gate alone is another: nothing is computed again.
+    monkeypatch.setattr("optimize.pipeline.machine.measured", lambda *_: Machine())
     monkeypatch.setattr(child.Child, "run", lambda *_: pytest.fail("a step was computed again"))
     optimize(recipe, "--out", out, "--resume", "--set", "gate.max_kl=20")
     told = json.loads((out / "report/measurements.json").read_text())
@@ -97,8 +99,7 @@ def test_what_fails_the_gate_leaves_a_report_and_no_export(written, tmp_path, ca
 
 
 def test_a_step_that_grows_above_its_memory_is_stopped_and_says_so(written, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("optimize.steps.quantize.rules.PROCESS", 0)
-    monkeypatch.setattr("optimize.evaluation.rules.PROCESS", 0)
+    monkeypatch.setattr("optimize.pipeline.machine.measured", lambda *_: Machine(process=0))
     optimize(written("steps: [quantize]"), "--out", tmp_path / "out", "--memory", "0.15", expect=1)
     said = capsys.readouterr().err
     assert "was stopped at the bound of 0.1 GB" in said and "--memory" in said
