@@ -7,6 +7,7 @@ rounds activations to 8 bits, so does it: per token, symmetric, as in vLLM's ker
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,8 +42,8 @@ def settle(seed: int, device: str = "cpu") -> None:
 
 
 def tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder, as it lies there now; the last one is kept."""
-    return _tokenizer(folder, *sorted((file.name, file.stat().st_mtime_ns) for file in folder.iterdir()))
+    """The tokenizer in a folder, as it lies there now; the last one is kept, and each caller has a copy of his own."""
+    return copy.copy(_tokenizer(folder, *sorted((file.name, file.stat().st_mtime_ns) for file in folder.iterdir())))
 
 
 @lru_cache(maxsize=1)

@@ -20,6 +20,8 @@ from optimize.recipe import Recipe
 
 MOVED = 128  # tokens whose logits are compared before channels are scaled and after
 BATCH = 4  # windows that go through a layer at a time
+# Bytes of a step before it has done anything, and seconds until it begins: for steps of other packages.
+PROCESS, STARTING = 300_000_000, 0.5
 IN_LAYER = re.compile(r"layers\.(\d+)\.")
 FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 
@@ -51,7 +53,7 @@ class Machine:
     """Seconds and bytes that things take here, as `pipeline.probe` measures them with the model at hand; the numbers
     below are of two cores of a server, for where nothing was measured."""
 
-    process: int = 300_000_000  # bytes of a step before it has done anything
+    process: int = PROCESS
     opening: float = 0.2  # the model's modules
     calibration_text: float = 1.5  # all of it, in tokens
     evaluation_text: float = 0.8
