@@ -26,8 +26,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
+from serve.cpu_kernels.build import instructions
+from serve.cpu_kernels.install import VARIABLE as KERNELS
 from serve.cpu_kernels.step_costs import Piece, StepCosts
 
 VARIABLE = "LORADOCK_TARGET_INTER_TOKEN"
@@ -175,13 +175,14 @@ def _budget(scheduler: Any) -> PromptBudget:
     budget: PromptBudget | None = getattr(scheduler, "loradock_prompt_budget", None)
     if budget is None:
         target = os.environ.get(VARIABLE) or "0"
-        budget = PromptBudget(None if target == "auto" else float(target), StepCosts(tiles=_tiles()))
+        budget = PromptBudget(None if target == "auto" else float(target), StepCosts(tiles=_widens()))
         scheduler.loradock_prompt_budget = budget
     return budget
 
 
-def _tiles() -> bool:
-    return torch.cpu._is_amx_tile_supported()
+def _widens() -> bool:
+    """Whether our kernels compute a step, and multiply prompts by tiles."""
+    return os.environ.get(KERNELS, "auto") == "auto" and "AMX" in instructions()
 
 
 def _in_prompt(request: Any) -> bool:

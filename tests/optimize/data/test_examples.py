@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from optimize import cli
-from optimize.data.examples import Chat, Completion, Preference, checked, examples
+from optimize.data.examples import LABEL, LABELS, Chat, Completion, Preference, checked, examples
 from optimize.errors import Refused
+from serve.adapters import saved_modules
 
 ASKED = {"role": "user", "content": "Where does the river go?"}
 SAID = {"role": "assistant", "content": "Past a small town."}
@@ -230,3 +231,7 @@ print(sorted({{"torch", "transformers"}} & {{*sys.modules}}))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[0])["examples"] == 10
     assert done.stdout.splitlines()[1] == "[]"
+
+
+def test_a_head_that_is_trained_has_no_more_and_no_longer_labels_than_a_server_takes():
+    assert (LABELS, LABEL) == (saved_modules.MAX_LABELS, saved_modules.MAX_LABEL)
