@@ -145,7 +145,7 @@ canary-aa: setup-dev ## canaries that are no different, slower, and much slower,
 	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.canary_aa --others --streams 20
 
 drift-real: setup-dev ## chats, windowed clients, agents, retrieval, batch jobs and hot topics of real texts raise no false alarm (ARGS=--changes: delays); an hour
-	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.drift_real --streams $(or $(STREAMS),50) --finished .campaigns/drift-real.jsonl $(ARGS)
+	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.drift_real --seed 2000 --streams $(or $(STREAMS),50) --finished .campaigns/drift-real.jsonl $(ARGS)
 
 mixtures: setup-dev ## the processor's time that the first request for a mixture of three adapters pays; a minute
 	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.mixtures $(ARGS)

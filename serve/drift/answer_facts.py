@@ -4,7 +4,7 @@
     facts |= other_language(spoken(generation.text), language)
 
 Numbers by name, each from 0 to 1, None where it cannot be told; and how long the answer is, twice: as `longer` and as
-`shorter`, for `detector.fixed_reference`.
+`shorter`, for `detector.fixed_reference`. How long those are that go on with a conversation has names of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ REPETITION = "repetition"
 LANGUAGE, NO_JSON = "other_language", "no_json"
 SHARES = (REFUSAL, CUT, REPETITION, LANGUAGE, NO_JSON)
 LONGER, SHORTER = "longer", "shorter"
-KINDS = dict.fromkeys(SHARES, Kind.SHARE) | {LONGER: Kind.RANK, SHORTER: Kind.LOW_RANK}
+LATER_LONGER, LATER_SHORTER = "longer_later", "shorter_later"
+KINDS = dict.fromkeys(SHARES, Kind.SHARE)
+KINDS |= {LONGER: Kind.RANK, SHORTER: Kind.LOW_RANK, LATER_LONGER: Kind.RANK, LATER_SHORTER: Kind.LOW_RANK}
 # What harms most is seen a little sooner.
 WEIGHTS = {REFUSAL: 6.0, REPETITION: 2.0, SHORTER: 2.0}
 # An answer loops if of the pairs among its last tokens so few are distinct; of a shorter one that cannot be told.
@@ -72,7 +74,7 @@ def first_hits(block: Sequence[Facts]) -> dict[str, float | None]:
 def block_facts(block: Sequence[Facts]) -> dict[str, float | None]:
     """Of all answers that belong together: the mean length."""
     lengths = [length for facts in block if (length := facts[LONGER]) is not None]
-    return dict.fromkeys((LONGER, SHORTER), sum(lengths) / len(lengths) if lengths else None)
+    return dict.fromkeys((LATER_LONGER, LATER_SHORTER), sum(lengths) / len(lengths) if lengths else None)
 
 
 def asks_json(question: Mapping[str, Any] | None) -> bool:

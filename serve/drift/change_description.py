@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve.drift.answer_facts import CUT as CUTS
-from serve.drift.answer_facts import LANGUAGE, LONGER, NO_JSON, SHORTER
+from serve.drift.answer_facts import LANGUAGE, LATER_LONGER, LATER_SHORTER, LONGER, NO_JSON, SHORTER
 from serve.drift.answer_facts import REFUSAL as REFUSALS
 from serve.drift.answer_facts import REPETITION as REPETITIONS
 from serve.drift.detector.fixed_reference import Moved
@@ -48,6 +48,13 @@ MORE = {
     REPETITIONS: "answers that repeat themselves",
     LANGUAGE: "answers in another language than what is asked",
     NO_JSON: "answers that are no JSON where that is asked",
+}
+# And how they are.
+LENGTHS = {
+    LONGER: "longer answers",
+    SHORTER: "shorter answers",
+    LATER_LONGER: "longer answers later in conversations",
+    LATER_SHORTER: "shorter answers later in conversations",
 }
 # Of fewer prompts no language is named, unless it is known to be another one.
 FEW = 3
@@ -213,10 +220,10 @@ def _moves(moved: Sequence[Moved], since: str | None) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     parts = []
     for each in moved:
-        if each.name in (LONGER, SHORTER):
+        if each.name in LENGTHS:
             before, now = round(math.expm1(each.before)), round(math.expm1(each.now))
             fields["length"] = {"unit": "tokens", "before": before, "now": now}
-            parts.append(f"{each.name} answers (typically {before} tokens before, {now} now)")
+            parts.append(f"{LENGTHS[each.name]} (typically {before} tokens before, {now} now)")
         else:
             fields[each.name] = {"before": round(each.before, 3), "now": round(each.now, 3)}
             parts.append(f"more {MORE[each.name]} ({_percent(each.before)} before, {_percent(each.now)} now)")

@@ -111,7 +111,7 @@ def _signal_report(watched: WatchedVersion, kind: str) -> dict[str, Any]:
         "effects": {name: _rounded(value) for name, value in signal.effects().items()},
         "beyond_tolerance": sorted(signal.beyond()),
         "structure": signal.structure(),
-        **({"answers": _answers_report(signal)} if signal.fixed else {}),
+        **({"answers": _answers_report(signal)} if signal.fixed.kinds else {}),
         "alarms": watched.baseline.counts(kind)[1],
         "alarmed": any(each.alarmed for each in watched.baseline.every(kind)),
         "since": watched.since(kind) if signal.drifted or signal.moved() else None,
@@ -123,12 +123,10 @@ def _signal_report(watched: WatchedVersion, kind: str) -> dict[str, Any]:
 
 
 def _answers_report(signal: Signal) -> dict[str, Any]:
-    """Of the references of plain facts that do not learn, by place in a conversation: how many answers, or blocks of
-    them, they hold, and the evidence that the facts have left them."""
-    return {
-        lane: {"reference_requests": fixed.gathered, "log_evidence": _rounded(max(fixed.log_evidence, 0.0))}
-        for lane, fixed in signal.fixed.items()
-    }
+    """Of the reference of plain facts that does not learn: how many prompts or answers it holds, and the evidence that
+    the facts have left it."""
+    evidence = max(signal.fixed.log_evidence, 0.0)
+    return {"reference_requests": signal.fixed.gathered, "log_evidence": _rounded(evidence)}
 
 
 def _numbers(watched: WatchedVersion) -> dict[str, Any]:

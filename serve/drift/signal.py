@@ -37,11 +37,6 @@ from serve.drift.tolerance import Tolerance
 NEEDED = {PROMPT: 1000, OUTPUT: 1000, LOGPROB: 300, FOLLOW_UP: 400}
 # Requests at the beginning of a change that may be older than it.
 UNCERTAIN = 50
-# First messages and later ones of a conversation, and the answers to them: each conversation counts once in either. And
-# all answers, of which shares are taken.
-FIRST, LATER = "first", "later"
-ALL = "all"
-LANES = {PROMPT: (FIRST,), FOLLOW_UP: (LATER,), OUTPUT: (FIRST, LATER, ALL), LOGPROB: ()}
 # What a score of tokens weighs in the evidence; every other score weighs 1.
 SURPRISE_WEIGHT = 8.0
 # Requests whose mean log-probability is the present one.
@@ -97,7 +92,7 @@ class Signal:
         # Between these the mean log-probability moved over a reference with a structure in time.
         self._usual = np.zeros(2)
         # What is plain about prompts or answers: shares and means against those of the first ones.
-        self.fixed = {lane: self._fixed(lane) for lane in LANES[kind]}
+        self.fixed = self._fixed()
 
     def configure(self, threshold: float, tolerance: Tolerance, needed: int | None = None) -> None:
         """Settings, which are in no `state()`. The evidence so far stays: it does not depend on the threshold. `needed`
@@ -108,8 +103,7 @@ class Signal:
             self._detector.threshold = threshold
         elif needed is not None:
             self.needed = max(2, needed)
-        for fixed in self.fixed.values():
-            fixed.gather(self.needed)
+        self.fixed.gather(self.needed)
 
     @property
     def phase(self) -> Phase:
@@ -177,32 +171,23 @@ class Signal:
         """Evidence and effect have, since `acknowledge`."""
         return self.alarmed_at is not None
 
-    def fact_runs(self, lane: str, units: Sequence[Facts], nows: Sequence[float]) -> Iterator[bool]:
+    def fact_runs(self, units: Sequence[Facts], nows: Sequence[float]) -> Iterator[bool]:
         """Take what is plain about some prompts or answers, or blocks of them, to be run to its end; True after the one
         that raised the alarm."""
-        fixed = self.fixed[lane]
-        for _ in fixed.steps(units, nows):
-            alarms = self.alarmed_at is None and bool(fixed.moved(self._log_fixed_threshold))
+        for _ in self.fixed.steps(units, nows):
+            alarms = self.alarmed_at is None and bool(self.moved())
             if alarms:
                 self.alarmed_at = self._began_at = self.samples
                 self.alarms += 1
             yield alarms
 
     def moved(self) -> list[Moved]:
-        """What of the plain facts has left its reference for sure, each where it did most; the strongest first."""
-        moved = [each for fixed in self.fixed.values() for each in fixed.moved(self._log_fixed_threshold)]
-        by_name = {each.name: each for each in sorted(moved, key=lambda each: each.log_evidence)}
-        return sorted(by_name.values(), key=lambda each: -each.log_evidence)
-
-    @property
-    def _log_fixed_threshold(self) -> float:
-        """As much as an alarm of bags takes, so that a first answer may be a unit of two lanes and count as a row."""
-        return self.log_threshold + math.log(SURE)
+        """What of the plain facts has left its reference for sure; the strongest first."""
+        return self.fixed.moved(self.log_threshold + math.log(SURE))
 
     @property
     def log_evidence(self) -> float:
-        fixed = (each.log_evidence for each in self.fixed.values())
-        return max(-math.inf if self._detector is None else self._detector.log_evidence, *fixed, -math.inf)
+        return max(-math.inf if self._detector is None else self._detector.log_evidence, self.fixed.log_evidence)
 
     @property
     def log_threshold(self) -> float:
@@ -287,8 +272,7 @@ class Signal:
     def acknowledge(self) -> None:
         """An alarm has been dealt with: the evidence begins again at nothing, the reference stays."""
         self.alarmed_at = None
-        for fixed in self.fixed.values():
-            fixed.reset()
+        self.fixed.reset()
         if self._detector is not None:
             self._detector.reset()
 
@@ -303,7 +287,7 @@ class Signal:
         self._detector = None
         self._scale = None
         self._ordered = True
-        self.fixed = {lane: self._fixed(lane) for lane in self.fixed}
+        self.fixed = self._fixed()
         self._rows.clear()
         # What was gathered so far stays, where there is no reference yet.
         self._gathered += list(rows)
@@ -317,8 +301,7 @@ class Signal:
         self.alarms = 0
         self.alarmed_at = None
         self._rows.clear()
-        for fixed in self.fixed.values():
-            fixed.reset()
+        self.fixed.reset()
         if self._detector is not None:
             self._detector.reset(effects=True)
 
@@ -340,8 +323,8 @@ class Signal:
             arrays |= prefixed(self.surprise.arrays(), "surprise.")
         if self.whole is not None:
             arrays |= prefixed(self.whole.arrays(), "whole.")
-        for lane, fixed in self.fixed.items():
-            arrays |= prefixed(fixed.state(), f"fixed.{lane}.")
+        if self.fixed.kinds:
+            arrays |= prefixed(self.fixed.state(), "fixed.")
         alarmed_at = -1 if self.alarmed_at is None else self.alarmed_at
         return arrays | {
             "counts": np.array([self.needed, self.samples, self.alarms, alarmed_at, self._seed, self._began_at]),
@@ -359,8 +342,9 @@ class Signal:
         self._seed = seed
         self._began_at = began_at[0] if began_at else 0
         self.alarmed_at = None if alarmed_at < 0 else alarmed_at
-        for lane, fixed in self.fixed.items():
-            fixed.restore(below(state, f"fixed.{lane}."))
+        fixed = below(state, "fixed.")
+        # Earlier releases had one for each place in a conversation.
+        self.fixed.restore(below(fixed, "first.") or below(fixed, "later.") or fixed)
         if "surprise.spread" in state:
             self._score_tokens(TokenSurprise.from_arrays(below(state, "surprise.")))
         if "whole.spread" in state:
@@ -385,10 +369,9 @@ class Signal:
         self._structure = ReferenceStructure.from_state(below(state, "structure."), len(self.names))
         self._usual = np.array(state.get("usual", np.zeros(2)))
 
-    def _fixed(self, lane: str) -> FixedReference:
+    def _fixed(self) -> FixedReference:
         facts = answer_facts if self.kind == OUTPUT else prompt_facts
-        kinds = {name: kind for name, kind in facts.KINDS.items() if lane != ALL or name in answer_facts.SHARES}
-        return FixedReference(kinds, self.needed, facts.WEIGHTS)
+        return FixedReference({} if self.kind == LOGPROB else facts.KINDS, self.needed, facts.WEIGHTS)
 
     def _parts(self, rows: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
         """Rows (n, columns) as the scale takes them, and the sketches of their tokens where those are still needed."""

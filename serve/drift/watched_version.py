@@ -53,7 +53,7 @@ from serve.drift.parameter_strata import LEGACY, Stratum
 from serve.drift.probe_comparison import ProbeAnswers, has_reference, noise_ratio, probe_arrays
 from serve.drift.prompt_facts import prompt_facts
 from serve.drift.share_watch import ShareWatch
-from serve.drift.signal import ALL, FIRST, LATER, Signal
+from serve.drift.signal import Signal
 from serve.drift.state_arrays import below, prefixed
 from serve.drift.thinning import (
     ACCEPTED,
@@ -164,14 +164,6 @@ class _Sample:
     spoken: str = ""
 
 
-class _Lane(NamedTuple):
-    """Which reference of plain facts a unit belongs to."""
-
-    kind: str
-    signal: Signal
-    name: str
-
-
 class _Message(NamedTuple):
     """What is kept of a message of a conversation and of its answer; `tokens` of one that goes on with it."""
 
@@ -246,12 +238,12 @@ class WatchedVersion:
         message = self._message(exchange, turn, asker)
         for block in self.follow_ups.offer(message, turn, asker):
             self._gathered.append(self._follow_up(block, embedding))
-        if block := self.follow_ups.joined:
-            self._gathered.append(block[-1].sample(first_hits([each.facts for each in block])))
         if self.whole_prompts:
             self._offer(self._sample(exchange, prompt, message, embedding), prompt, None, embedding)
         elif not turn.follows:
             self._offer(self._sample(exchange, turn.tokens, message, embedding), turn.tokens, turn.system, embedding)
+        elif block := self.follow_ups.joined:
+            self._gathered.append(block[-1].sample(first_hits([each.facts for each in block])))
         return list(self._sampling_alarms())
 
     @property
@@ -497,9 +489,9 @@ class WatchedVersion:
         for _, signal, row in chain.from_iterable(taken):
             rows.setdefault(signal, []).append(row)
         steps = {signal: signal.steps(each) for signal, each in rows.items()}
-        lanes = [list(self._lanes(sample)) for sample in samples]
-        facts = _fact_runs(samples, lanes)
-        for sample, signals, known in zip(samples, taken, lanes, strict=True):
+        facts = [list(self._facts(sample)) for sample in samples]
+        fact_steps = _fact_steps(samples, facts)
+        for sample, signals, known in zip(samples, taken, facts, strict=True):
             if sample.quote is not None:
                 self._quotes.append((sample.rows[PROMPT], sample.quote))
             if sample.prompt is not None and not sample.routed:
@@ -513,10 +505,10 @@ class WatchedVersion:
                     self.rows_watched += 1
                 if next(steps[signal]):
                     yield self._alarm(kind, signal, sample.began)
-            for lane, _ in known:
-                if next(facts[lane]):
-                    yield self._alarm(lane.kind, lane.signal, sample.began)
-        for each in (*steps.values(), *facts.values()):
+            for kind, signal, _ in known:
+                if next(fact_steps[signal]):
+                    yield self._alarm(kind, signal, sample.began)
+        for each in (*steps.values(), *fact_steps.values()):
             next(each, None)
 
     def _alarm(self, kind: str, signal: Signal, began: float) -> DriftAlarm:
@@ -524,23 +516,19 @@ class WatchedVersion:
         self.alarmed[kind] = began
         return DriftAlarm(self.adapter, self.version, kind, signal.beyond(), signal.log_evidence, self.moved[kind])
 
-    def _lanes(self, sample: _Sample) -> Iterator[tuple[_Lane, Facts]]:
-        """What compares the plain facts of a prompt and of its answer, each with those of the first ones; of an answer
-        with those to the same parameters, and its shares with those of all."""
-        kind, lane = (FOLLOW_UP, LATER) if sample.later else (PROMPT, FIRST)
+    def _facts(self, sample: _Sample) -> Iterator[tuple[str, Signal, Facts]]:
+        """What is plain about a prompt and about its answer, and the signals that compare it with the first ones; of an
+        answer with those to the same parameters."""
         if sample.prompt is not None:
-            yield _Lane(kind, self.baseline.signals[kind], lane), prompt_facts(sample.prompt)
+            kind = FOLLOW_UP if sample.later else PROMPT
+            yield kind, self.baseline.signals[kind], prompt_facts(sample.prompt)
         strata = self.baseline.strata[OUTPUT]
         if FOLLOW_UP in sample.rows:
             strata.count(sample.stratum)
         signal = strata.signal(sample.stratum) if sample.facts else None
         if signal is not None:
-            lanes = (LATER,) if FOLLOW_UP in sample.rows else (ALL,) if sample.later else (FIRST, ALL)
-            # Of whole prompts every request is a first one, and those that go on with a conversation are among all.
-            lanes = lanes[:1] if self.whole_prompts else lanes
-            for name in lanes:
-                self.rows_watched += sample.later and signal.fixed[name].watching
-                yield _Lane(OUTPUT, signal, name), sample.facts
+            self.rows_watched += sample.later and signal.fixed.watching
+            yield OUTPUT, signal, sample.facts
 
     def _taken(self, sample: _Sample) -> Iterator[tuple[str, Signal, Floats]]:
         """The signals that take a sample: of its own parameters, and of the lower stratum that it is compared with."""
@@ -574,17 +562,17 @@ class WatchedVersion:
         return text
 
 
-def _fact_runs(
-    samples: Sequence[_Sample], lanes: Sequence[Sequence[tuple[_Lane, Facts]]]
-) -> dict[_Lane, Iterator[bool]]:
-    """What compares the plain facts of all samples, by their lanes."""
-    units: dict[_Lane, list[tuple[Facts, float]]] = {}
-    for sample, known in zip(samples, lanes, strict=True):
-        for lane, facts in known:
-            units.setdefault(lane, []).append((facts, sample.began))
+def _fact_steps(
+    samples: Sequence[_Sample], facts: Sequence[Sequence[tuple[str, Signal, Facts]]]
+) -> dict[Signal, Iterator[bool]]:
+    """What compares the plain facts of all samples, by signal."""
+    units: dict[Signal, list[tuple[Facts, float]]] = {}
+    for sample, known in zip(samples, facts, strict=True):
+        for _, signal, each in known:
+            units.setdefault(signal, []).append((each, sample.began))
     return {
-        lane: lane.signal.fact_runs(lane.name, [facts for facts, _ in known], [began for _, began in known])
-        for lane, known in units.items()
+        signal: signal.fact_runs([each for each, _ in known], [began for _, began in known])
+        for signal, known in units.items()
     }
 
 

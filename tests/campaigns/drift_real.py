@@ -54,7 +54,7 @@ from serve.drift.watched_version import DriftSettings
 from serve.models.embedded import ensure
 from serve.models.request_text import RequestText
 from serve.names import DEFAULT
-from tests.campaigns.finished_streams import FinishedStreams, add_options, digest, run_chosen
+from tests.campaigns.finished_streams import FinishedStreams, add_options, digest, interval, run_chosen
 from tests.support.prompts import pool
 
 Body = dict[str, Any]
@@ -241,31 +241,32 @@ KINDS: dict[str, Callable[[Traffic], Iterator[Body]]] = {
     "batch": batch, "topics": topics, "days": days, "weeks": weeks, "tenants": tenants, "popular": popular,
     "users": users, "sessions": sessions, "languages": languages, "dated": dated,
 }  # fmt: skip
-# By name: the traffic that it changes, and what of it.
-CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
-    "follow-ups in German": ("chats", {"later": "german"}),
-    "windowed follow-ups in German": ("windowed", {"later": "german"}),
-    "refusals +5 points": ("first", {"refused": 0.06}),
-    "refusals +10 points": ("first", {"refused": 0.11}),
-    "refusals +10 points in chats": ("chats", {"refused": 0.11}),
-    "loops 5 %": ("first", {"looping": 0.055}),
-    "a quarter shorter": ("first", {"factor": 0.75}),
-    "5 % German": ("first", {"foreign": 0.05}),
-    "20 % German": ("first", {"foreign": 0.2}),
-    "5 % Japanese": ("first", {"style": "japanese", "styled": 0.05}),
-    "5 % jailbreaks": ("first", {"style": "jailbreak", "styled": 0.05}),
-    "another topic": ("first", {"asks": "finance"}),
+# By name: the traffic, what it is before, the change, and what an alarm has to say.
+Change = tuple[str, dict[str, Any], dict[str, Any], str]
+FINANCE = "about .*(stock|credit|loan|money|invest|bank|price|fund|company)"
+CHANGES: dict[str, Change] = {
+    "follow-ups in German": ("chats", {}, {"later": "german"}, "follow-ups.*German"),
+    "windowed follow-ups in German": ("windowed", {}, {"later": "german"}, "follow-ups.*German"),
+    "refusals +5 points": ("first", {}, {"refused": 0.06}, "more refusals"),
+    "refusals +10 points": ("first", {}, {"refused": 0.11}, "more refusals"),
+    "refusals +10 points in chats": ("chats", {}, {"refused": 0.11}, "more refusals"),
+    "loops 5 %": ("first", {}, {"looping": 0.055}, "repeat themselves"),
+    "a quarter shorter": ("first", {}, {"factor": 0.75}, "shorter answers"),
+    "5 % German": ("first", {}, {"foreign": 0.05}, "German"),
+    "20 % German": ("first", {}, {"foreign": 0.2}, "German"),
+    "5 % Japanese": ("first", {}, {"style": "japanese", "styled": 0.05}, "Japanese"),
+    "5 % jailbreaks": ("first", {}, {"style": "jailbreak", "styled": 0.05}, "jailbreak"),
+    "another topic": ("first", {}, {"asks": "finance"}, FINANCE),
 }
 
 
 GERMAN_ANSWER = "Das hängt davon ab, wozu Sie es brauchen, und auch von der Zeit, die Sie dafür haben."
-# By name: the traffic, what it is before, the change, and what an alarm has to say.
-EXPLAINED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
-    "20 % German": ("first", {}, {"foreign": 0.2}, "German"),
-    "5 % Japanese": ("first", {}, {"style": "japanese", "styled": 0.05}, "Japanese"),
+# Of each stream, whether the alarm names the cause.
+EXPLAINED: dict[str, Change] = {
+    **{name: CHANGES[name] for name in ("20 % German", "5 % Japanese", "follow-ups in German", "5 % jailbreaks")},
+    **{name: CHANGES[name] for name in ("refusals +10 points", "loops 5 %")},
     "20 % program code": ("first", {}, {"other": "code", "foreign": 0.2}, "program code"),
-    "follow-ups in German": ("chats", {}, {"later": "german"}, "follow-ups.*German"),
-    "finance": ("first", {}, {"asks": "finance"}, "about .*(stock|credit|loan|money|invest|bank|price|fund|company)"),
+    "finance": ("first", {}, {"asks": "finance"}, FINANCE),
     "a topic that is hot for the first time": (
         "topics",
         {},
@@ -277,11 +278,8 @@ EXPLAINED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "capitals": ("first", {}, {"style": "upper", "styled": 0.3}, "capitals"),
     "damaged encoding": ("first", {}, {"style": "damaged", "styled": 0.1}, "damaged encoding"),
     "5 % of no words": ("first", {}, {"style": "base64", "styled": 0.05}, "no words"),
-    "5 % jailbreaks": ("first", {}, {"style": "jailbreak", "styled": 0.05}, "jailbreak"),
     "longer prompts": ("first", {}, {"style": "longer", "styled": 0.5}, r"longer \("),
     "shorter prompts": ("first", {"asks": "manuals"}, {"style": "shorter", "styled": 0.5}, r"shorter \("),
-    "refusals +10 points": ("first", {}, {"refused": 0.11}, "more refusals"),
-    "loops 5 %": ("first", {}, {"looping": 0.055}, "repeat themselves"),
     "answers a quarter shorter": ("first", {}, {"factor": 0.75}, "shorter answers"),
     "answers half longer": ("first", {}, {"factor": 1.5}, "longer answers"),
     "German answers": ("first", {}, {"answers": GERMAN_ANSWER}, "another language than what is asked"),
@@ -295,7 +293,7 @@ EXPLAINED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 }
 
 
-def genres() -> dict[str, tuple[str, dict[str, Any], dict[str, Any], str]]:
+def genres() -> dict[str, Change]:
     """71 changes: close and far genres and languages at 100 and 20 %, far ones and languages at 10 %, and styles."""
     close = ("news encyclopedia", "encyclopedia news", "quotations news", "jargon computing", "manuals computing")
     close += ("computing jargon",)
@@ -367,10 +365,7 @@ def unchanged(kind: str, seed: int, *, requests: int, reference: int) -> dict[st
 
 def changed(name: str, seed: int, *, reference: int) -> dict[str, Any]:
     most = GENRES_MOST if name in GENRES else MOST
-    if name in EXPLAINED or name in GENRES:
-        kind, usual, change, key = (EXPLAINED | GENRES)[name]
-    else:
-        (kind, change), usual, key = CHANGES[name], {}, ""
+    kind, usual, change, key = (CHANGES | EXPLAINED | GENRES)[name]
     with tempfile.TemporaryDirectory() as folder:
         watched = Watched(kind, seed, Path(folder), reference, **usual)
         waits = ["prompt", "output", *(["follow_up"] if kind in ("chats", "windowed") else [])]
@@ -392,6 +387,12 @@ def changed(name: str, seed: int, *, reference: int) -> dict[str, Any]:
         return {}
 
 
+def code(requests: int, reference: int) -> str:
+    """The digest of all that decides what a stream comes to."""
+    folders = "serve/drift", "serve/drift/detector", "serve/drift/features"
+    return digest(*folders, "tests/campaigns/drift_real.py", requests=requests, reference=reference)
+
+
 def table(finished: FinishedStreams, kinds: list[str], *, changes: bool) -> Iterator[str]:
     for kind in kinds:
         rows = finished.of(kind)
@@ -407,6 +408,14 @@ def table(finished: FinishedStreams, kinds: list[str], *, changes: bool) -> Iter
             names = [name for row in rows for name in row["alarms"]]
             seen = np.mean([row["seen"] for row in rows]) if rows else 0.0
             yield f"| {kind} | {len(rows)} | {sum(bool(row['alarms']) for row in rows)} | {names} | {seen:.0%} |"
+
+
+def false_alarms(finished: FinishedStreams, kinds: list[str], streams: int) -> str:
+    """Of the streams in which nothing changes, as many of each kind as are asked for."""
+    rows = [row for kind in kinds for row in finished.of(kind)]
+    alarmed = sum(bool(row["alarms"]) for row in rows)
+    most = interval(alarmed, len(rows))[1] if rows else 1.0
+    return f"{len(rows)} of {streams * len(kinds)} streams done, {alarmed} alarmed (at most {most:.1%} do, 95 %)"
 
 
 def mean_delay(finished: FinishedStreams) -> str:
@@ -429,15 +438,7 @@ def main() -> None:
     for kind in POOLS if not chosen.genres else [usual["asks"] for _, usual, _, _ in GENRES.values()]:
         pool(kind)  # fetched before there are several processes
     model()
-    code = digest(
-        "serve/drift",
-        "serve/drift/detector",
-        "serve/drift/features",
-        "tests/campaigns/drift_real.py",
-        requests=chosen.requests,
-        reference=chosen.reference,
-    )
-    finished = FinishedStreams(chosen.finished, code)
+    finished = FinishedStreams(chosen.finished, code(chosen.requests, chosen.reference))
     known = EXPLAINED if chosen.explanations else GENRES if chosen.genres else CHANGES if chosen.changes else KINDS
     reference = GENRES_REFERENCE if chosen.genres else chosen.reference
     names, changes = [name for name in known if name.startswith(tuple(chosen.kinds or [""]))], known is not KINDS
@@ -446,6 +447,8 @@ def main() -> None:
     print(*table(finished, names, changes=changes), sep="\n")
     if chosen.genres:
         print(mean_delay(finished))
+    if not changes:
+        print(false_alarms(finished, names, chosen.streams))
 
 
 if __name__ == "__main__":

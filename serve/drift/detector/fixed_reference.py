@@ -197,7 +197,7 @@ class FixedReference:
         """Numbers whose own part of the evidence is beyond the threshold, by as much as matters; the strongest
         first."""
         least = math.exp(min(log_threshold, 700.0))
-        if np.maximum.reduce(self._runs.r) < least:  # and so are their weighted means
+        if self._runs.r.max(initial=0.0) < least:  # and so are their weighted means
             return []
         moved, kinds = [], list(self.kinds.items())
         evidence = self.evidence * self._weights

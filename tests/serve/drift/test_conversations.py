@@ -143,7 +143,7 @@ def test_refusals_of_what_is_said_later_are_seen_as_they_come(monitor):
     """And not when the block of their conversation is complete, some 60 requests later."""
     chats = Chats(monitor)
     chats.requests(400)
-    assert report(monitor)["signals"]["output"]["answers"]["all"]["reference_requests"] == 150
+    assert report(monitor)["signals"]["output"]["answers"]["reference_requests"] == 150
     chats.refused_later = 0.3
     assert chats.requests(130, lambda: "output" in report(monitor)["alarms"])
 

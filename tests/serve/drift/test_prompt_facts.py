@@ -9,7 +9,7 @@ from serve.drift.change_description import describe
 from serve.drift.features.features import FOLLOW_UP, OUTPUT, PROMPT
 from serve.drift.features.traffic_profile import Prompt, TrafficProfiles
 from serve.drift.prompt_facts import KINDS, prompt_facts
-from serve.drift.signal import FIRST, LATER, Signal
+from serve.drift.signal import Signal
 
 NEEDED = 1000
 
@@ -25,7 +25,7 @@ def drawn(rng, count, *, share=0.0, language="en", marks=(), usual=0.0):
         yield prompt(language, marks) if foreign else prompt(marks=("lower",) if rng.random() < usual else ())
 
 
-def delay(signal, lane, prompts, profiles=None):
+def delay(signal, prompts, profiles=None):
     """Prompts until the alarm, some at a time as they are looked at; and what is said of it then."""
     units = list(prompts)
     for begin in range(0, len(units), 8):
@@ -34,7 +34,7 @@ def delay(signal, lane, prompts, profiles=None):
             for each in block:
                 profiles.recent.add(each)
         facts = [prompt_facts(each) for each in block]
-        runs, said = signal.fact_runs(lane, facts, range(begin, begin + len(block))), None
+        runs, said = signal.fact_runs(facts, range(begin, begin + len(block))), None
         for at, alarms in enumerate(runs, begin + 1):
             if alarms:
                 said = at, describe(signal, profiles or TrafficProfiles(), None) | {"beyond": signal.beyond()}
@@ -60,9 +60,9 @@ def test_one_in_twenty_that_were_never_seen_is_named(change, said):
         signal, profiles = Signal(PROMPT, needed=NEEDED), TrafficProfiles()
         for usual in drawn(rng, 300, usual=0.02):
             profiles.reference.add(usual)
-        assert delay(signal, FIRST, drawn(rng, NEEDED + 300, usual=0.02)) is None
+        assert delay(signal, drawn(rng, NEEDED + 300, usual=0.02)) is None
         share = 0.2 if "lower" in change.get("marks", ()) else 0.05
-        at, described = delay(signal, FIRST, drawn(rng, 600, share=share, usual=0.02, **change), profiles)
+        at, described = delay(signal, drawn(rng, 600, share=share, usual=0.02, **change), profiles)
         delays.append(at)
         assert said in described["text"] and "of the prompts" in described["text"], described["text"]
         assert 0.02 <= described["share_at_least"] <= 0.6 and described["beyond"] and signal.alarmed
@@ -72,8 +72,8 @@ def test_one_in_twenty_that_were_never_seen_is_named(change, said):
 def test_what_many_prompts_are_anyway_raises_nothing():
     rng = np.random.default_rng(1)
     signal = Signal(FOLLOW_UP, needed=200)
-    assert delay(signal, LATER, drawn(rng, 400, usual=0.3)) is None
-    assert delay(signal, LATER, drawn(rng, 2000, usual=0.6)) is None
+    assert delay(signal, drawn(rng, 400, usual=0.3)) is None
+    assert delay(signal, drawn(rng, 2000, usual=0.6)) is None
 
 
 def test_what_raises_the_evidence_to_the_threshold_alone_is_no_alarm_yet():
@@ -81,7 +81,7 @@ def test_what_raises_the_evidence_to_the_threshold_alone_is_no_alarm_yet():
     signal = Signal(OUTPUT, needed=NEEDED)
 
     def alarms(cuts):
-        return any(list(signal.fact_runs(FIRST, [{"ended_by_length": float(cut)} for cut in cuts], range(len(cuts)))))
+        return any(list(signal.fact_runs([{"ended_by_length": float(cut)} for cut in cuts], range(len(cuts)))))
 
     assert not alarms([at % 77 == 0 for at in range(NEEDED)])
     assert not alarms([at % 3 == 0 for at in range(24)]) and signal.log_evidence > signal.log_threshold
@@ -91,14 +91,14 @@ def test_what_raises_the_evidence_to_the_threshold_alone_is_no_alarm_yet():
 def test_the_next_version_has_the_reference_and_no_evidence():
     rng = np.random.default_rng(2)
     signal = Signal(PROMPT, needed=200)
-    delay(signal, FIRST, drawn(rng, 200))
-    assert delay(signal, FIRST, drawn(rng, 400, share=0.2, language="fr"))
+    delay(signal, drawn(rng, 200))
+    assert delay(signal, drawn(rng, 400, share=0.2, language="fr"))
     heir = Signal(PROMPT, needed=200)
     heir.restore(signal.state())
     assert heir.moved() == signal.moved()
     heir.begin_anew()
     assert not heir.moved() and not heir.alarmed
-    assert delay(heir, FIRST, drawn(rng, 400, share=0.2, language="fr"))
+    assert delay(heir, drawn(rng, 400, share=0.2, language="fr"))
 
 
 def test_a_prompt_has_a_language_and_marks():
