@@ -38,6 +38,8 @@ from serve.models.text_marks import SAID
 SHARE = 0.05
 FACTOR = 1.25
 TOPICS, WORDS = 2, 6
+# One word names no topic: in so few requests it may be anybody's.
+FEWEST_WORDS = 2
 # A topic is new if its words are so many times as frequent as in the nearest topic before.
 NEW = 4.0
 NOUNS = {PROMPT: "prompts", FOLLOW_UP: "conversations' follow-ups"}
@@ -140,7 +142,7 @@ def _prompts(
     parts += [_shares(SAID[name], each.before, each.now) for name, each in plain.items() if name in SAID]
     parts += [] if plain else _mark_parts(fields["writing"])
     parts += _length_parts(length_before, length_now)
-    named = [topic for topic in topics if topic["words"] and topic["share"] >= SHARE]
+    named = [topic for topic in topics if len(topic["words"]) >= FEWEST_WORDS and topic["share"] >= SHARE]
     if named:
         topic = max(named, key=lambda each: (each["new"], each["share"]))
         parts.insert(0 if topic["new"] else len(parts), _topic_part(topic))

@@ -72,6 +72,16 @@ def test_a_topic_that_was_there_is_not_called_new():
     assert not said["topics"][0]["new"]
 
 
+def test_a_single_word_is_no_topic():
+    """Few of those that came since have a word in common that five askers used before."""
+    rng = np.random.default_rng(1)
+    signal = moved_signal(rng, PROMPT, prompt_row(0.0), prompt_row(3.0))
+    reference, recent = profiles(rng, {"words": ["invoice"]}, {"words": ["girl"], "tokens": 30})
+    said = describe(signal, TrafficProfiles(reference, recent), None)
+    assert said["topics"][0]["words"] == ["girl"]
+    assert "girl" not in said["text"] and "of the prompts: shorter (typically " in said["text"]
+
+
 def test_how_prompts_are_written_is_named():
     rng = np.random.default_rng(7)
     signal = moved_signal(rng, PROMPT, prompt_row(0.0), prompt_row(3.0))
