@@ -1,15 +1,19 @@
-// Products of many rows by the processor's tiles (AMX): sums of 32 rows and 32 outputs at a time, in bfloat16. With LORADOCK_TILES
-// they are added up one by one, to test what is around them on any AVX-512.
+// Products of many rows by the processor's tiles (AMX): sums of 32 rows and 32 outputs at a time, in bfloat16, or of 16 rows and 16
+// outputs in bytes. With LORADOCK_TILES they are added up one by one, to test what is around them on any AVX-512.
 #pragma once
 
 #include "vectors.h"
 
 #ifdef WIDE
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__) && !defined(LORADOCK_TILES)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BF16__) && defined(__linux__) && !defined(LORADOCK_TILES)
 #include <sys/syscall.h>
 #include <unistd.h>
 #define AMX 1
+#endif
+
+#if defined(AMX) || (defined(LORADOCK_TILES) && defined(__AVX512BW__))
+#define HAS_TILES 1
 #endif
 
 namespace loradock {
@@ -21,7 +25,7 @@ inline bool asked_for_tiles() {
   return !syscall(SYS_arch_prctl, REQUEST, TILE_DATA);
 }
 inline const bool TILES = asked_for_tiles();
-#elif defined(LORADOCK_TILES) && defined(__AVX512BW__)
+#elif defined(HAS_TILES)
 constexpr bool TILES = true;
 #else
 constexpr bool TILES = false;
@@ -30,21 +34,30 @@ constexpr bool TILES = false;
 constexpr int TALL_TILE = 32;  // rows of a tile, at most
 constexpr int DEEP = 32;       // inputs that are multiplied at a time
 
+#ifdef AMX
+struct alignas(64) TileShape {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};  // of a tile's row
+  uint8_t rows[16] = {};
+
+  void set(int tile, int its_rows, int row_bytes) { rows[tile] = uint8_t(its_rows), bytes[tile] = uint16_t(row_bytes); }
+  void take() const {
+    asm volatile("" : : "r"(this) : "memory");  // the intrinsic says that it reads eight bytes
+    _tile_loadconfig(this);
+  }
+};
+#endif
+
 // A thread's tiles while it multiplies with 32 outputs: so many rows, up to 32.
 class Tiles {
  public:
   explicit Tiles(int rows) : rows_(rows) {
 #ifdef AMX
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {};  // of a tile's row
-      uint8_t rows[16] = {};
-    } shape;
+    TileShape shape;
     const int one = rows < 16 ? rows : 16, other = rows - one;
     const int of[8] = {one, one, other, other, one, other, 16, 16};  // four of sums, two of rows, two of weights
-    for (int i = 0; i < 8; i++) shape.rows[i] = uint8_t(of[i]), shape.bytes[i] = of[i] ? 64 : 0;
-    asm volatile("" : : "r"(&shape) : "memory");  // the intrinsic says that it reads eight bytes
-    _tile_loadconfig(&shape);
+    for (int i = 0; i < 8; i++) shape.set(i, of[i], of[i] ? 64 : 0);
+    shape.take();
 #endif
   }
   ~Tiles() {
@@ -139,6 +152,59 @@ class Tiles {
   }
 
   int rows_;
+};
+
+// A thread's tiles while it multiplies bytes: those of up to 16 rows, `inputs` at a time (16 or 32), with those of 16 outputs.
+class ByteTiles {
+ public:
+  ByteTiles(int rows, int inputs) : rows_(rows), inputs_(inputs) {
+#ifdef AMX
+    TileShape shape;
+    for (int i = 0; i < 2; i++) {
+      shape.set(i, rows, 64);                // sums
+      shape.set(4 + i, rows, inputs);        // rows
+      shape.set(6 + i, inputs / 4, 64);      // weights
+    }
+    shape.take();
+#endif
+  }
+  ~ByteTiles() {
+#ifdef AMX
+    _tile_release();
+#endif
+  }
+  ByteTiles(const ByteTiles&) = delete;
+
+  // to[rows][16]: products of rows of bytes with a sign, 32 from row to row at x, and bytes without one: at w fours of 16 outputs, 128
+  // bytes from four to four. ONE: by one half of the tiles, or the other: a product need not wait for the one before.
+  template <int ONE>
+  ALWAYS void multiply(int32_t* to, const int8_t* x, const uint8_t* w) const {
+#ifdef AMX
+    if constexpr (ONE) {
+      _tile_zero(0);
+      _tile_loadd(4, x, 32);
+      _tile_loadd(6, w, 128);
+      _tile_dpbsud(0, 4, 6);
+      _tile_stored(0, to, 64);
+    } else {
+      _tile_zero(1);
+      _tile_loadd(5, x, 32);
+      _tile_loadd(7, w, 128);
+      _tile_dpbsud(1, 5, 7);
+      _tile_stored(1, to, 64);
+    }
+#else
+    for (int i = 0; i < rows_; i++)
+      for (int j = 0; j < 16; j++) {
+        int32_t sum = 0;
+        for (int k = 0; k < inputs_; k++) sum += x[32 * i + k] * w[k / 4 * 128 + 4 * j + k % 4];
+        to[16 * i + j] = sum;
+      }
+#endif
+  }
+
+ private:
+  int rows_, inputs_;
 };
 
 // Of sixteen outputs the numbers of four inputs, bytes without a sign, as the weights that they stand for: two pairs of bfloat16,

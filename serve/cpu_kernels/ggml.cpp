@@ -568,6 +568,137 @@ void widen_ggml(const Matrix& m, int block, int from, int to, uint8_t* pairs) {
   });
 }
 
+// ---- rows in bytes, by the processor's tiles -----------------------------------------------------------------------------------
+
+#ifdef HAS_TILES
+namespace {
+
+constexpr int CHUNK = 256;  // inputs whose weights are unpacked and multiplied with all rows
+
+// The products of M rows, one side of a block and `pairs` times 32 inputs, which are so many bytes `apart`, added to sums as
+// `add_scaled` does. Beside each group so many lines are asked for, from `next` on.
+template <int SCALES, bool MINIMA, int M>
+void add_chunk(const ByteTiles& tiles, const uint8_t* w, size_t apart, const uint8_t* panel, const float* scales, int zero, int pairs,
+               bool begins, float* sums, const uint8_t*& next, int lines) {
+  alignas(64) int32_t products[4][BYTE_TILE][16];
+  alignas(64) float of_sums[BYTE_TILE];
+  alignas(64) int32_t owed[BYTE_TILE];
+  Floats f[M];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; i++) f[i] = begins ? spread(0.f) : load(sums + i * WIDTH);
+  const int count = pairs * SCALES;
+  const size_t pair_bytes = size_t(M) * 48;
+  auto multiply = [&](auto one, int g) __attribute__((always_inline)) {
+    const int pair = g / SCALES, half = g % SCALES;
+    const auto* x = reinterpret_cast<const int8_t*>(panel + pair * pair_bytes + 16 * M + 16 * half);
+    tiles.multiply<decltype(one)::value>(products[g % 4][0], x, w + pair * apart + half * 512);
+  };
+  auto finish = [&](int g) __attribute__((always_inline)) {
+    for (int i = 0; i < lines; i++, next += 64) later(next);
+    const int pair = g / SCALES, half = g % SCALES;
+    const float* of_rows = reinterpret_cast<const float*>(panel + pair * pair_bytes);
+    const int32_t* its = reinterpret_cast<const int32_t*>(of_rows + (2 + half) * M);
+    const float* offsets = of_rows + M;
+    if constexpr (MINIMA && SCALES == 2) {
+      store(of_sums, load(of_rows) * to_floats(load64(its)));
+      offsets = of_sums;
+    } else if constexpr (!MINIMA) {
+      const Ints all = SCALES == 2 ? load64(its) : add(load64(its), load64(its + M));
+      store64(owed, to_ints(to_floats(all) * spread(float(-zero))));
+    }
+    const float* its_scales = scales + g * scales_of(MINIMA);
+    const Floats by = load(its_scales);
+    Floats offset;
+    if constexpr (MINIMA) offset = load(its_scales + WIDTH);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; i++) {
+      Ints s = load64(products[g % 4][i]);
+      if constexpr (!MINIMA) s = add(s, spread(owed[i]));
+      f[i] = fma(to_floats(s), spread(of_rows[i]) * by, f[i]);
+      if constexpr (MINIMA) f[i] = fma(spread(offsets[i]), offset, f[i]);
+    }
+  };
+  multiply(std::true_type(), 0);
+  for (int g = 0; g < count; g += 2) {
+    if (g + 1 < count) multiply(std::false_type(), g + 1);
+    finish(g);
+    if (g + 2 < count) multiply(std::true_type(), g + 2);
+    if (g + 1 < count) finish(g + 1);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; i++) store(sums + i * WIDTH, f[i]);
+}
+
+typedef void (*AddChunk)(const ByteTiles&, const uint8_t*, size_t, const uint8_t*, const float*, int, int, bool, float*,
+                         const uint8_t*&, int);
+template <int SCALES, bool MINIMA, int... I>
+const AddChunk* add_chunks(std::integer_sequence<int, I...>) {
+  static const AddChunk all[] = {(I < GROUP_TILE ? nullptr : add_chunk<SCALES, MINIMA, I < GROUP_TILE ? BYTE_TILE : I + 1>)...};
+  return all;
+}
+
+template <int BITS, bool TABLE, int SCALES, bool MINIMA>
+void by_tiles(const Format& format, const uint8_t* w, int k, const Input& in, const Matrix& m, const Cut& cut, int pass, float* sums) {
+  static thread_local Buffer<uint8_t> room;
+  room.need(CHUNK * WIDTH);
+  alignas(64) float scales[CHUNK / 32 * SCALES * scales_of(MINIMA)];
+  const int parts = cut.tiles(pass), span = format.inputs();
+  const size_t own = format.header() + span / 32 * format.numbers();
+  const Ints table = Group<1, 4, true, 1, false, false>::table();
+  int most = 0;  // where a tile has fewer, what is behind its rows is multiplied in vain
+  for (int part = 0; part < parts; part++) most = std::max(most, cut.tile(pass, part + 1) - cut.tile(pass, part));
+  const ByteTiles tiles(most, 32 / SCALES);
+  for (int from = 0; from < k; from += CHUNK) {
+    const int inputs = std::min(CHUNK, k - from);
+    const uint8_t* bytes = BITS == 8 ? w + format.header() : room.data;  // which stay where they are
+    uint8_t* to = room.data;
+    float* its = scales;
+    for (int i = 0; i < inputs; i += span, w += own, its += size_t(format.groups) * scales_of(MINIMA)) {
+      read_scales<2>(format, w, 0, its);
+      const uint8_t* numbers = w + format.header();
+      for (int j = 0; j < span && BITS < 8; j += 32, numbers += format.numbers(), to += 1024)
+        for (int side = 0; side < 128; side += 64)
+          each_four<BITS, TABLE>(numbers + side, table, [&](int four, Ints v) { store64(to + four * 128 + side, v); });
+    }
+    // What is unpacked next is on its way meanwhile: not all of it at once, which the first cache would wait for.
+    const uint8_t* next = w;
+    const int groups = 2 * parts * (inputs / 32 * SCALES), lines = int((own * inputs / span / 64 + groups - 1) / groups);
+    for (int part = 0; part < parts; part++) {
+      const int begin = cut.tile(pass, part), rows = cut.tile(pass, part + 1) - begin;
+      const uint8_t* panel = in.panel(m, begin) + size_t(from) / 32 * 48 * rows;
+      static const AddChunk* const of_rows = add_chunks<SCALES, MINIMA>(std::make_integer_sequence<int, BYTE_TILE>());
+      for (int side = 0; side < 2; side++)
+        of_rows[rows - 1](tiles, bytes + 64 * side, BITS == 8 ? own : 1024, panel, scales + 16 * side, format.zero, inputs / 32, !from,
+                          sums + size_t(part) * BYTE_TILE * WIDTH + 16 * side, next, lines);
+    }
+  }
+}
+
+}  // namespace
+#endif
+
+void ggml_by_tiles(const Matrix& m, int block, const Input& in, const Cut& cut, int pass, float* sums) {
+#ifdef HAS_TILES
+  const Format& f = *m.formats[block];
+  of_format(f, [&](auto bits, auto table) {
+    constexpr int BITS = decltype(bits)::value;
+    constexpr bool TABLE = decltype(table)::value;
+    auto call = [&](auto scales, auto minima) {
+      by_tiles<BITS, TABLE, decltype(scales)::value, decltype(minima)::value>(f, m.block(block), m.k, in, m, cut, pass, sums);
+    };
+    constexpr std::integral_constant<int, 1> one;
+    constexpr std::integral_constant<int, 2> two;
+    if constexpr (TABLE || BITS == 8) return call(one, std::false_type());
+    if constexpr (BITS == 6) return call(two, std::false_type());
+    if constexpr (BITS == 5) return f.minima ? call(one, std::true_type()) : call(one, std::false_type());
+    if constexpr (BITS == 4 && !TABLE) {
+      if (f.each == 16) return f.minima ? call(two, std::true_type()) : call(two, std::false_type());
+      return f.minima ? call(one, std::true_type()) : call(one, std::false_type());
+    }
+  });
+#endif
+}
+
 void ggml_row(const Matrix& m, int64_t o, float* out) {
   const bool second = m.paired && o >= m.n / 2;
   const int64_t place = second ? o - m.n / 2 : o;
@@ -622,6 +753,9 @@ int loradock_matrix_ggml(const uint8_t* const* from, const int* types, const int
     m->formats.push_back((type ? type : parts.back().type)->format);
     m->places.push_back(m->places.back() + m->formats.back()->bytes(k));
   }
+  // Of 16 inputs with a scale of their own tiles multiply half as many at a time, and are slower.
+  const auto of_32 = [](const Format* f) { return f->each == 32; };
+  m->tiles = 2 * std::count_if(m->formats.begin(), m->formats.end(), of_32) > m->blocks;
   place(m->data, m->places.back());
   if (bias) place(m->bias, size_t(m->blocks) * WIDTH);
 #pragma omp parallel for schedule(static)

@@ -61,6 +61,7 @@ struct Matrix {
   size_t block_bytes = 0;  // as `sized` says
   std::vector<const Format*> formats;  // of each block of GGML,
   std::vector<size_t> places;          // where it begins, and where the last one ends
+  bool tiles = false;                  // of GGML: whether the processor's tiles multiply many rows of bytes faster than dot products
   const Format* unpacked = nullptr;    // of the one block of GGML that this is, as bytes
 
   const uint8_t* block(int b) const { return data.data + (kind == GGML ? places[b] : b * block_bytes); }

@@ -18,6 +18,8 @@ constexpr int ROWS = 192;  // tokens whose inputs stay in the cache while all bl
 
 constexpr int TALL_ROWS = 384;  // the same where the processor's tiles multiply
 
+constexpr int BYTE_TILE = 16;  // rows that they multiply in bytes
+
 // How rows are cut: into passes of about equal size, since each goes over all weights, and these into tiles, all of them full
 // but for the last pass's.
 struct Cut {
@@ -53,7 +55,7 @@ struct Cut {
 //   offsets both multiplied; then sixteen inputs of each row, and the next. In spans the scale comes once, with what
 //   the products with all of a span's weights are too large by where they are multiplied in 8 bits
 //   int8 for GGML: for each 32 inputs, of each row their scale, it times their sum, and the sums of the first 16 and of the
-//   others; then sixteen inputs of each row, and the others
+//   others; then sixteen inputs of each row, and the others; for the processor's tiles 32 of each row
 //   bfloat16 for the processor's tiles: 32 inputs of each row, and the next
 struct Input {
   const bf16* x;
@@ -68,6 +70,8 @@ struct Input {
   // Whether the processor's tiles multiply. They round otherwise: so whatever a step is made of, all tokens of prompts are multiplied
   // by them, and no others.
   bool tall(const Matrix& m) const { return TILES && prompts && m.k % DEEP == 0; }
+  // Whether they multiply rows in bytes, where these are as many as that pays for. The sums are those of the dot products, to the last bit.
+  bool bytes_by_tiles(const Matrix& m) const { return TILES && m.tiles && rows > GROUP_TILE && !tall(m); }
   // Whether rows must be made into something else before they are multiplied, and whether some rows ever are.
   bool converts(const Matrix& m) const { return m.kind != BF16 || !PAIRS || which || tall(m); }
   static bool may_convert(const Matrix& m) { return m.kind != BF16 || !PAIRS || TILES; }
@@ -96,6 +100,7 @@ struct Input {
 
 inline Cut cut_of(const Matrix& m, const Input& in) {
   if (in.tall(m)) return Cut(in.rows, TALL_TILE, TALL_ROWS);
+  if (in.bytes_by_tiles(m)) return Cut(in.rows, BYTE_TILE);
   return Cut(in.rows, m.kind == BF16 ? TILE : m.kind == CHANNEL8 ? TILE8 : GROUP_TILE);
 }
 
@@ -173,19 +178,21 @@ struct InPanel {
 // The same for GGML, in groups of 16 inputs of which two share a scale.
 struct InPairs {
   uint8_t* begin;
-  size_t tile;
+  size_t tile, inputs, others;  // from a pair's beginning to the row's first 16 inputs, and from these to the others
   int row;
   int32_t of_first = 0;
 
   InPairs(const Matrix& m, const Input& in, int row) {
     const auto [from, to] = tile_of(m, in, row);
     tile = to - from, begin = in.panel(m, from), this->row = row - from;
+    const bool by_row = in.bytes_by_tiles(m);
+    inputs = tile * 16 + (by_row ? 32 : 16) * this->row, others = by_row ? 16 : 16 * tile;
   }
   ALWAYS uint8_t* pair(int g) const { return begin + tile * 48 * size_t(g >> 1); }
   ALWAYS InPanel::Place group(int g, float scale) const {
     uint8_t* at = pair(g);
     if (!(g & 1)) InPanel::put(at + 4 * row, scale);
-    return {at + tile * (16 + 16 * (g & 1)) + 16 * row, tile};
+    return {at + inputs + others * (g & 1), tile};
   }
   ALWAYS void sum(int g, int32_t its) {
     uint8_t* at = pair(g) + 4 * row;

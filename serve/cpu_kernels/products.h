@@ -437,6 +437,8 @@ typedef void (*Tile)(const Matrix&, int, const Input&, int, const Ahead&, float*
 // Of a block of GGML, also once it is unpacked, which `unpack_ggml` does: into `bytes` if they are none.
 const Tile* ggml_tiles(const Format& format, bool unpacked);
 void unpack_ggml(const Matrix& m, int block, Matrix& to, uint8_t* bytes);
+// A block times the tiles [0, parts) of a pass, in bytes by the processor's tiles: sums[part][BYTE_TILE][32].
+void ggml_by_tiles(const Matrix& m, int block, const Input& in, const Cut& cut, int pass, float* sums);
 
 // How the scales of groups are given.
 enum Scales { PLAIN, OFFSETS, SPANS };
@@ -635,6 +637,22 @@ void multiply_tall(const Matrix& m, const Input& in, int first, int last, Given&
   }
 }
 
+// The same for rows in bytes.
+template <class Top, class Given>
+void multiply_bytes(const Matrix& m, const Input& in, int first, int last, const Top& top, Given&& given) {
+  const Cut cut = cut_of(m, in);
+  static thread_local Buffer<float> sums;
+  sums.need(size_t(ROWS + BYTE_TILE) * WIDTH);
+  for (int pass = 0; pass < cut.passes; pass++)
+    for (int b = first; b < last; b++) {
+      for (int part = 0; in.rows <= 48 && part < cut.tiles(pass); part++)
+        top.fetch(m, in, b, cut.tile(pass, part), cut.tile(pass, part + 1));
+      ggml_by_tiles(m, b, in, cut, pass, sums.data);
+      for (int part = 0; part < cut.tiles(pass); part++)
+        given(b, cut.tile(pass, part), cut.tile(pass, part + 1), sums.data + size_t(part) * BYTE_TILE * WIDTH);
+    }
+}
+
 // What comes on top of a product: nothing.
 struct Nothing {
   void fetch(const Matrix&, const Input&, int, int, int) const {}
@@ -657,6 +675,7 @@ void multiply(const Matrix& m, const Input& in, int first, int last, Out&& out, 
     for (int i = from; i < to; i++) out(in.row(i), block, s + (i - from) * WIDTH);
   };
   if (in.tall(m)) return multiply_tall(m, in, first, last, given);
+  if (in.bytes_by_tiles(m)) return multiply_bytes(m, in, first, last, top, given);
   for (int pass = 0; pass < cut.passes; pass++) {
     const int parts = cut.tiles(pass);
     Unpacked unpacked(m, parts);

@@ -62,7 +62,7 @@ def test_products_are_those_of_the_files_weights_and_of_inputs_in_8_bits(kind):
     x[0], x[1], x[2] = 1, -1, 0  # sums in 16 bits have to hold the largest
     exact = rounded(x, 32).nan_to_num() @ weight.T + bias.double()
     each = torch.cat([multiply(number, row, 80) for row in x[:29].split(1)])
-    for rows in (1, 2, 3, 5, 7, 29, 200):
+    for rows in (1, 2, 3, 5, 7, 12, 16, 29, 200):
         got = multiply(number, x[:rows], 80)
         assert (got - exact[:rows]).abs().max() < 1e-5 * exact.abs().max(), rows
         assert torch.equal(got[:29], each[:rows]), "an answer depends on what it is computed with"
@@ -77,7 +77,7 @@ def test_a_layer_of_tensors_of_several_types_is_one_matrix():
     assert torch.equal(rows_of(number, 144, 256), weight)
     x = torch.randn(40, 256).bfloat16()
     exact = rounded(x, 32) @ weight.double().T
-    for rows in (1, 3, 40):
+    for rows in (1, 3, 16, 40):
         assert (multiply(number, x[:rows], 144) - exact[:rows]).abs().max() < 1e-5 * exact.abs().max()
 
 
