@@ -599,10 +599,11 @@ template <class Given>
 void multiply_tall(const Matrix& m, const Input& in, int first, int last, Given&& given) {
   static thread_local Buffer<uint8_t> room;
   static thread_local Buffer<float> all_sums;
-  room.need(size_t(CHUNK_INPUTS) * WIDTH * sizeof(bf16)), all_sums.need(size_t(TALL_BLOCKS) * TALL_ROWS * WIDTH);
+  room.need(size_t(CHUNK_INPUTS) * WIDTH * sizeof(bf16));
   const Cut cut = cut_of(m, in);
   for (int pass = 0; pass < cut.passes; pass++) {
-    const int parts = cut.tiles(pass);
+    const int parts = cut.tiles(pass);  // the last pass may have one more than others
+    all_sums.need(size_t(TALL_BLOCKS) * parts * TALL_TILE * WIDTH);
     int most = 0;
     for (int part = 0; part < parts; part++) most = std::max(most, cut.tile(pass, part + 1) - cut.tile(pass, part));
     auto sums = [&](int block, int part) { return all_sums.data + size_t(block * parts + part) * TALL_TILE * WIDTH; };

@@ -112,7 +112,19 @@ def products() -> dict[str, torch.Tensor]:
             assert torch.equal(_product(number, x, prompts=False), many), name
         results[f"products: {name}"] = each
         results[f"products of prompts: {name}"] = many
-    return results
+    return {**results, **_products_in_passes()}
+
+
+def _products_in_passes() -> dict[str, torch.Tensor]:
+    """Of so many rows that they pass more than once, the last time the most of them, and of so many blocks as are
+    multiplied together. (What is written behind a buffer here, AddressSanitizer sees.)"""
+    torch.manual_seed(2)
+    weight, x = (torch.randn(256, 64) * 0.1).bfloat16(), torch.randn(1151, 64).bfloat16()
+    number = packing.matrix(weight, packing.BF16)
+    many = _product(number, x, prompts=True, outputs=256)
+    for rows in (737, 767, 1106):
+        assert torch.equal(_product(number, x[:rows], prompts=True, outputs=256), many[:rows]), rows
+    return {"products of prompts in passes": many}
 
 
 def _product(number: int, x: torch.Tensor, prompts: bool, outputs: int = 80) -> torch.Tensor:
