@@ -279,6 +279,17 @@ def test_a_restart_keeps_everything_to_the_bit(tmp_path, n):
     assert np.array_equal(baseline.probe["logprobs"], twin.probe["logprobs"])
 
 
+def test_a_version_costs_less_than_a_megabyte_of_disk(tmp_path):
+    """It was ten, which each server of a fleet had for each version that it met."""
+    baseline, rng = Baseline(MINE), np.random.default_rng(4)
+    baseline.configure(threshold=1e4, tolerance=Tolerance(), needed=dict.fromkeys((PROMPT, OUTPUT, LOGPROB), 1000))
+    feed(baseline, rng, 1500)
+    baseline.probe = {"logprobs": rng.standard_normal((32, 20)), "noise": np.array(0.04)}
+    baseline.save(tmp_path)
+    assert {baseline.signals[kind].phase for kind in (PROMPT, OUTPUT, LOGPROB)} == {Phase.WATCHING}
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 1 << 20
+
+
 def test_saving_again_leaves_one_pair_of_files(tmp_path):
     baseline, rng = small(), np.random.default_rng(5)
     for _ in range(3):

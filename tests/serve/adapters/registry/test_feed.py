@@ -14,7 +14,9 @@ from sqlalchemy.exc import DBAPIError
 from serve.adapters.registry import database, snapshot
 from serve.adapters.registry.registry import Registry
 from serve.errors import Conflict, EngineUnavailable, NotFound
+from tests.support import postgres as postgresql
 from tests.support.registry import push
+from tests.support.waiting import eventually
 
 
 @pytest.fixture
@@ -145,3 +147,22 @@ def test_who_waits_too_long_for_a_lock_is_told(url, monkeypatch):
                 one.promote("pirate", 1, by="bo")
         busy.close()
         assert one.promote("pirate", 1, by="bo").version == 1
+
+
+def test_a_server_that_is_quiet_again_holds_two_connections(postgres):
+    """With five, the twentieth server found none left of PostgreSQL's hundred."""
+    url = postgresql.database(postgres)
+    together, crowd = threading.Barrier(8), "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+    with Registry(url) as registry, create_engine(url, isolation_level="AUTOCOMMIT").connect() as watching:
+
+        def read():
+            with registry.reading() as connection:
+                together.wait(60)
+                connection.execute(text("SELECT 1"))
+
+        readers = [threading.Thread(target=read) for _ in range(8)]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join()
+        assert eventually(lambda: watching.scalar(text(crowd)) - 1 <= 2), watching.scalar(text(crowd))
