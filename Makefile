@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-without-engine test-engine check lint types chaos kills cluster recovery overload watch watch-cost equality socket front-end drift-proof drift-time drift-delays fleet fleet-size fleet-sim upgrade drift-real drift-streams auto mixtures bench monitoring clean setup setup-dev first-hour clients tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits optimize-cost cpu-speed real-models memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base vllm-diff cuda-wheel probe-noise as-on-a-gpu gpu gpu-wheels gpu-torch gpu-torch-wheels arm64
+.PHONY: help serve test test-without-engine test-engine check lint types chaos kills cluster recovery overload watch watch-cost equality socket front-end drift-proof drift-time drift-delays fleet fleet-size fleet-sim fleet-ray upgrade drift-real drift-streams auto mixtures bench monitoring clean setup setup-dev first-hour clients tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits optimize-cost cpu-speed real-models memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base vllm-diff cuda-wheel probe-noise as-on-a-gpu gpu gpu-wheels gpu-torch gpu-torch-wheels arm64
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -167,6 +167,10 @@ fleet-size: setup-dev ## four servers on a registry of 10,000 adapters: what a c
 
 fleet-sim: setup-dev ## homes of adapters beside Ray's routers, consistent hashing and replica sets, in simulated time; 20 minutes
 	@$(ONE_THREAD) $(BIN)/python -m tests.campaigns.fleet_sim $(ARGS)
+
+fleet-ray: setup-dev ## two replicas on a real Ray, 64 adapters on 8 slots each: homes beside Ray's router, the middleware's cost, the simulation on the same requests; 30 minutes
+	@$(BIN)/python -c 'import ray.serve' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e '.[ray]'
+	@$(BIN)/python -m tests.campaigns.fleet_ray $(ARGS)
 
 upgrade: setup-dev ## servers of the commit BEFORE give way to those of this tree and come back, on one registry, under traffic; a minute
 	@$(BIN)/python -m tests.campaigns.rolling_upgrade $(BEFORE) $(ARGS)

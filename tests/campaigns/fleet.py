@@ -39,7 +39,7 @@ from tests.support.lora import trained, variant
 from tests.support.proxy import Mode, Proxy, tcp, unix
 from tests.support.server import BASE, SMALL
 
-NAME = "tone"
+NAME, LOOPED = "tone", "looped"
 # How long a fault lasts, and within what time a rollback holds on the server that was asked for it.
 FAULT_SECONDS, ROLLBACK_SECONDS = 15.0, 3.0
 # A row that has not changed for so long is of no server that lives; a beat more, and some for a busy machine.
@@ -48,6 +48,8 @@ GONE_SECONDS, CONVERGED_SECONDS = 15.0, 60.0
 MOST_RATINGS = 800
 # By then what one server deleted is deleted on all.
 DELETED_SECONDS = 60.0
+# By then a loop has taken its next step.
+LOOP_SECONDS = 90.0
 # By then usage is in the registry.
 LEDGER_SECONDS = 17.0
 
@@ -139,6 +141,12 @@ class Stage:
         return round(time.monotonic() - began, 1)
 
 
+POLICY = {"train_on_traffic": True, "verdicts": {"ratings_per_key": 1000}}
+# Tries come when they are asked for, and wait for a yes.
+LOOP = {
+    "on": ["schedule"], "every": "300d", "min_examples": 40, "held_out": 0.5, "budget": 4, "wait": "1s", "canary": 0,
+    "promote": "ask", "gate": {"tolerance": 0.3, "alpha": 0.4, "golden": 0.3},
+}  # fmt: skip
 S3 = {"AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "mine", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
@@ -238,6 +246,29 @@ def canary_judged(stage: Stage) -> dict[str, Any]:
                 break
     until(lambda: all(has_ended(server) for server in stage.servers), 10.0)
     return {"ratings": rated + 40}
+
+
+def loop_step(stage: Stage) -> dict[str, Any]:
+    """A loop is run through one server and answered through another, with no and with yes, whoever takes its steps."""
+    stage.servers[0].http.post("/v1/adapters", timeout=120, **upload(stage.fresh(LOOPED), LOOPED)).raise_for_status()
+    before, stage.clients.servers = stage.clients.servers, []  # a job waits while clients ask much
+    tries = {}
+    for turn, (word, outcome) in enumerate((("reject", "rejected"), ("approve", "promoted"))):
+        began = time.monotonic()
+        one, other = (stage.servers[(turn + place) % len(stage.servers)] for place in (0, 1))
+        one.http.post(f"/v1/adapters/{LOOPED}/loop/run").raise_for_status()
+        until_loops(stage.servers, lambda loop: loop["phase"] == "asking")
+        other.http.post(f"/v1/adapters/{LOOPED}/loop/{word}").raise_for_status()
+        until_loops(stage.servers, lambda loop, outcome=outcome: outcome in [each["outcome"] for each in loop["tries"]])
+        tries[f"{outcome} after s"] = round(time.monotonic() - began, 1)
+    stage.clients.servers = before
+    loop = stage.servers[0].http.get(f"/v1/adapters/{LOOPED}/loop").raise_for_status().json()
+    (promoted,) = [each["candidate"] for each in loop["tries"] if each["outcome"] == "promoted"]
+    row = stage.servers[0].http.get(f"/v1/adapters/{LOOPED}").raise_for_status().json()
+    candidate = next(version["id"] for version in row["versions"] if version["version"] == promoted)
+    models = {said_by(server, LOOPED) for server in stage.servers}
+    assert models == {candidate}, (models, candidate)
+    return tries
 
 
 def server_killed(stage: Stage) -> dict[str, Any]:
@@ -385,6 +416,7 @@ SCENES: dict[str, Scene] = {
     "feedback": feedback,
     "conversation deleted": conversation_deleted,
     "canary judged": canary_judged,
+    "loop step": loop_step,
     "server killed": server_killed,
     "server frozen": server_frozen,
     "server slow": server_slow,
@@ -408,6 +440,21 @@ def said(server: Counted, user: str) -> str:
     """The id of an answer to this user."""
     body = {"model": NAME, "messages": MESSAGES, "max_tokens": 4, "user": user}
     return str(server.http.post("/v1/chat/completions", json=body).raise_for_status().headers["x-request-id"])
+
+
+def until_loops(servers: list[Counted], condition: Callable[[dict[str, Any]], bool]) -> None:
+    """Every server says so of the loop."""
+    for server in servers:
+        end = time.monotonic() + LOOP_SECONDS
+        while not condition(loop := server.http.get(f"/v1/adapters/{LOOPED}/loop").raise_for_status().json()):
+            assert time.monotonic() < end, (server.name, loop["phase"], loop["note"], loop["asked"])
+            time.sleep(0.2)
+
+
+def said_by(server: Counted, name: str) -> str:
+    """The version that answers for this name."""
+    body = {"model": name, "messages": MESSAGES, "max_tokens": 4}
+    return str(server.http.post("/v1/chat/completions", json=body).raise_for_status().json()["model"])
 
 
 def kept(server: Counted, ids: list[str]) -> bool:
@@ -497,8 +544,8 @@ def main() -> None:
     parser.add_argument("--only", help="scenes by name, with commas between them")
     options = parser.parse_args()
     names = options.only.split(",") if options.only else [*SCENES]
-    if not options.engine:
-        names = [name for name in names if name != "proof"]
+    # The engine alone says who answered, and it has no trainer that trains nothing.
+    names = [name for name in names if name != ("loop step" if options.engine else "proof")]
     with ExitStack() as stack:
         stage = prepared(stack, options)
         reports = {}
@@ -535,7 +582,7 @@ def prepared(stack: ExitStack, options: argparse.Namespace) -> Stage:
                           aws_secret_access_key="mine", region_name="us-east-1")  # fmt: skip
     client.create_bucket(Bucket="models")
     (work / "loradock.yaml").write_text(
-        "policies:\n  '*': {train_on_traffic: true, verdicts: {ratings_per_key: 1000}}\n"
+        json.dumps({"policies": {"*": POLICY, LOOPED: {"loop": LOOP}} if not options.engine else {"*": POLICY}})
     )
     flags = ("--config", str(work / "loradock.yaml"))
     flags = (*flags, *SMALL, "--restart-wait", "60") if options.engine else flags

@@ -2,10 +2,10 @@
 
     python -m tests.campaigns.fleet_service_times OUT.json [--seats 16] [--resident 256]
 
-The embedded model answers on this machine's processor. Steps are timed with one answer under way and with `--seats`,
-prompts of two lengths, and adapters that are loaded from the server's disk as they are asked in turn. `--resident`,
-which costs memory alone, is written as it is given. `fetch` is the time that a copy of an adapter takes from an S3
-server of this machine.
+The embedded model answers on this machine's processor. Steps are timed with one answer under way and with eight,
+prompts of two lengths, and the first tokens of adapters that are loaded as they are asked in turn. `--seats` and
+`--resident`, which costs memory alone, are written as they are given. `fetch` is the time that a copy of an adapter
+takes from an S3 server of this machine.
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ import argparse
 import json
 import statistics
 import tempfile
-import threading
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import httpx
+
+from tests.campaigns.fleet_sim import Service
 from tests.support.lora import WORDS, trained, variant
 from tests.support.server import SMALL, Server
 
@@ -27,7 +32,7 @@ SHORT, LONG = 16, 528
 WORD = " tree"
 
 
-def streamed(server: Server, model: str, prompt: str, tokens: int) -> tuple[float, float]:
+def streamed(http: httpx.Client, model: str, prompt: str, tokens: int) -> tuple[float, float]:
     """Seconds to the first token, and the mean between two."""
     body = {
         "model": model,
@@ -38,52 +43,72 @@ def streamed(server: Server, model: str, prompt: str, tokens: int) -> tuple[floa
         "temperature": 0,
     }
     began, times = time.perf_counter(), []
-    with server.http.stream("POST", "/v1/completions", json=body) as answer:
+    with http.stream("POST", "/v1/completions", json=body) as answer:
         for line in answer.iter_lines():
             if line.startswith("data: {"):
                 times.append(time.perf_counter())
     return times[0] - began, (times[-1] - times[0]) / max(len(times) - 1, 1)
 
 
-def step_seconds(server: Server, count: int) -> float:
-    """Seconds between two tokens with `count` answers under way, each of another prompt."""
-    found: list[float] = []
+def step_seconds(http: httpx.Client, names: Sequence[str], count: int, tokens: int = 96) -> float:
+    """Seconds between two tokens with `count` answers under way, each of another prompt, by these names in turn."""
 
-    def one(number: int) -> None:
-        found.append(streamed(server, "tone-0", f"{number}" + WORD * SHORT, 96)[1])
+    def one(number: int) -> float:
+        return streamed(http, names[number % len(names)], f"{number}" + WORD * SHORT, tokens)[1]
 
-    threads = [threading.Thread(target=one, args=(number,)) for number in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return statistics.median(found)
+    with ThreadPoolExecutor(count) as pool:
+        return statistics.median(pool.map(one, range(count)))
 
 
-def prompt_seconds(server: Server) -> float:
-    """Seconds that one more token of a prompt takes."""
-    times = {SHORT: list[float](), LONG: list[float]()}
-    for number in range(12):
-        for length, firsts in times.items():
-            firsts.append(streamed(server, "tone-0", f"{number} {length}" + WORD * length, 2)[0])
-    short, long = (statistics.median(firsts[2:]) for firsts in times.values())
-    return (long - short) / (LONG - SHORT)
+def first_seconds(http: httpx.Client, names: Sequence[str], length: int = 1, count: int = 12) -> float:
+    """Seconds to the first token of a prompt of this length, by these names in turn; nothing else is under way."""
+    firsts = [
+        streamed(http, names[number % len(names)], f"{number} {length}" + WORD * length, 2)[0]
+        for number in range(count + 2)
+    ]
+    return statistics.median(firsts[2:])
 
 
-def load_seconds(server: Server) -> tuple[float, int]:
-    """Seconds that an adapter takes into the engine, as the server's own histogram has it, and of how many."""
+def step_beside(one: httpx.Client, other: httpx.Client, names: Sequence[str], count: int) -> float:
+    """How many times as long a step takes while the other server answers as much."""
+    alone = step_seconds(one, names, count)
+    with ThreadPoolExecutor(2) as pool:
+        both = [*pool.map(lambda http: step_seconds(http, names, count), (one, other))]
+    return statistics.fmean(both) / alone
 
-    def counted() -> tuple[float, float]:
-        lines = dict(line.rsplit(" ", 1) for line in server.http.get("/metrics").text.splitlines() if line[:1] != "#")
-        name = 'loradock_adapter_load_seconds_{}{{tier="disk"}}'
-        return float(lines[name.format("sum")]), float(lines[name.format("count")])
 
-    seconds, count = counted()
-    for _ in range(2):
-        for number in range(ADAPTERS):
-            streamed(server, f"tone-{number}", "Hello", 2)
-    after, loads = counted()
-    return (after - seconds) / (loads - count), int(loads - count)
+def service_of(
+    one: httpx.Client,
+    names: Sequence[str],
+    seats: int,
+    resident: int,
+    fetch: float,
+    other: httpx.Client | None = None,
+    door: httpx.Client | None = None,
+) -> Service:
+    """Of the engine of `one`, which holds fewer adapters than there are names. `other` is a server of the same machine,
+    and `door` the address that clients ask."""
+    hot = names[:4]
+    step_seconds(one, hot, 1)  # warm
+    single = statistics.median(step_seconds(one, hot[:1], 1) for _ in range(3))
+    several = min(seats, 8)
+    many = statistics.median(step_seconds(one, hot, several) for _ in range(3))
+    short, long = (first_seconds(one, hot[:1], length) for length in (SHORT, LONG))
+    prompt = (long - short) / (LONG - SHORT)
+    cold = first_seconds(one, names, SHORT, max(len(names), 24))
+    outside = first_seconds(door or one, hot[:1], SHORT, 24)
+    per_answer = max(many - single, 0.0) / (several - 1)
+    return Service(
+        step=round(single - per_answer, 6),
+        step_per_answer=round(per_answer, 6),
+        prompt_token=round(prompt, 7),
+        load=round(max(cold - short, 0.0), 5),
+        fetch=round(fetch, 5),
+        seats=seats,
+        resident=resident,
+        overhead=round(max(outside - SHORT * prompt - single, 0.0), 5),
+        beside=round(max(step_beside(one, other, hot, 3), 1.0), 3) if other else 1.0,
+    )
 
 
 def fetch_seconds(folder: Path) -> float:
@@ -122,29 +147,14 @@ def measured(seats: int, resident: int) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp())
     alpha = trained(*WORDS)[WORDS[0]]
     flags = ("--max-loras", "4", "--max-cpu-loras", "4", "--no-drift", "--no-probe", *SMALL)
+    names = [f"tone-{number}" for number in range(ADAPTERS)]
     with Server(folder / "data", folder / "log", *flags) as server:
-        for number in range(ADAPTERS):
-            pushed = server.upload(
-                f"tone-{number}", variant(alpha, folder / f"adapter-{number}", scale=1 - number / 1000)
-            )
+        for number, name in enumerate(names):
+            pushed = server.upload(name, variant(alpha, folder / f"adapter-{number}", scale=1 - number / 1000))
             pushed.raise_for_status()
-        step_seconds(server, 1)  # warm
-        one = statistics.median(step_seconds(server, 1) for _ in range(3))
-        many = statistics.median(step_seconds(server, seats) for _ in range(3))
-        prompt = prompt_seconds(server)
-        load, loads = load_seconds(server)
-    per_answer = max(many - one, 0.0) / (seats - 1)
-    service = {
-        "step": round(one - per_answer, 6),
-        "step_per_answer": round(per_answer, 6),
-        "prompt_token": round(prompt, 7),
-        "load": round(load, 5),
-        "fetch": round(fetch_seconds(alpha), 5),
-        "seats": seats,
-        "resident": resident,
-    }
+        service = service_of(server.http, names, seats, resident, fetch_seconds(alpha))
     nbytes = sum(file.stat().st_size for file in alpha.iterdir())
-    return {"service": service, "loads": loads, "adapter_bytes": nbytes}
+    return {"service": asdict(service), "adapter_bytes": nbytes}
 
 
 def main() -> None:

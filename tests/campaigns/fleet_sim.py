@@ -42,6 +42,10 @@ class Service:
     fetch: float
     seats: int
     resident: int
+    # Between client and engine, for each request.
+    overhead: float = 0.0
+    # How many times as long a step and a prompt take while another replica works, which shares the processor.
+    beside: float = 1.0
 
     @property
     def answers_per_second(self) -> float:
@@ -128,12 +132,12 @@ class Random2:
         self.places = [place for place, server in enumerate(servers) if server.alive]
 
     def of(self, places: Sequence[int], loads: Sequence[int]) -> int:
-        if len(places) > 2:
-            places = (
-                places[int(self.random.random() * len(places))],
-                places[int(self.random.random() * len(places))],
-            )
-        return min(places, key=loads.__getitem__)
+        """Two in a random order: of equals, the first."""
+        if len(places) < 2:
+            return places[0]
+        one, other = int(self.random.random() * len(places)), int(self.random.random() * (len(places) - 1))
+        other += other >= one
+        return min((places[one], places[other]), key=loads.__getitem__)
 
     def choose(self, name: str, now: float, loads: Sequence[int], holders: dict[str, set[int]]) -> int:
         return self.of(self.places, loads)
@@ -391,16 +395,19 @@ class Simulation:
     def _prompt(self, request: Request, now: float) -> None:
         """Its adapter is loaded, and its prompt computed, when the engine comes to it."""
         server, service = self.servers[request.place], self.service
+        slow = server.slow
+        if service.beside > 1 and any(other.running for other in self.servers if other is not server):
+            slow *= service.beside
         at = max(now, server.free_at)
         if server.held.get(request.name, 0.0) < 0:
-            at += service.load * server.slow
+            at += service.load * slow
             server.held[request.name] = at
         at = max(at, server.held.get(request.name, at))
-        step = (service.step + service.step_per_answer * server.running) * server.slow
-        first = at + request.prompt * service.prompt_token * server.slow + step
+        step = (service.step + service.step_per_answer * server.running) * slow
+        first = at + request.prompt * service.prompt_token * slow + step
         server.free_at = first - step
         if request.first < 0:
-            request.first = first - request.came
+            request.first = first - request.came + service.overhead
         self._at(first + (request.answer - 1) * step, "end", request, request.tries)
 
     def _ended(self, request: Request, now: float) -> None:

@@ -170,6 +170,17 @@ def _send(family: list[int], number: int) -> None:
             os.kill(pid, number)
 
 
+def stand_in(parts: Any) -> None:
+    """Loops meet examples that are made up, a trainer that trains nothing, and scores by which the second wins."""
+    from tests.serve.loop.conftest import Scores, Traffic
+    from tests.support.trainer import COMMAND
+
+    parts.fine_tuning.runner.process.command = COMMAND
+    parts.loops.driver.gatekeeper.scorer = scores = Scores()
+    scores.hold.set()
+    parts.loops.candidates.gather = Traffic()
+
+
 def main() -> None:
     from serve.config import keys_hashed, load
     from serve.server.assembly import build_app
@@ -181,7 +192,10 @@ def main() -> None:
     backend = FakeBackend(model)
     if any(policy.train_on_traffic for policy in config.policies):  # there is something to keep of an answer
         backend.generation = replace(backend.generation, text="Hello to you.")
-    app = _Counting(build_app(config, backend))  # type: ignore[arg-type]
+    built = build_app(config, backend)  # type: ignore[arg-type]
+    if any(policy.loop.on for policy in config.policies):
+        stand_in(built.state.parts)
+    app = _Counting(built)
     options: dict[str, Any] = {"access_log": False, "timeout_graceful_shutdown": 5}
     uvicorn_server(app, port=config.port, **options).run()
 
