@@ -300,6 +300,8 @@ def show(plan: Plan, where: Path) -> None:
     typer.echo(
         f"  at most {plan.memory / 1e9:.1f} GB memory, {plan.disk / 1e6:.0f} MB disk, about {_time(plan.seconds)}"
     )
+    if plan.note:
+        typer.echo(f"  {plan.note}")
 
 
 def show_json(plan: Plan, where: Path) -> None:
@@ -307,7 +309,7 @@ def show_json(plan: Plan, where: Path) -> None:
     names = ("kind", "what", "memory", "disk", "seconds", "warning")
     steps = [{name: getattr(step, name) for name in names} for step in plan.steps]
     _say({"model": plan.model.name, "output": str(where), "steps": steps, "memory": plan.memory, "disk": plan.disk,
-          "seconds": round(plan.seconds, 1)})  # fmt: skip
+          "seconds": round(plan.seconds, 1), "note": plan.note})  # fmt: skip
 
 
 def _say(line: dict[str, Any]) -> None:

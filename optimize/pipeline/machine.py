@@ -28,6 +28,6 @@ def measured(recipe: Recipe, model: Path, resident: Resident) -> Machine:
         )  # fmt: skip
         try:
             notes = Child(Path(folder), sys.maxsize, lambda *_: None, {}, resident).run(job)
-        except OptimizeError:
-            return Machine()
+        except OptimizeError as error:
+            return Machine(note=f"this machine was not measured, and times are those of another ({error.message})")
     return Machine(**{field.name: notes[field.name] for field in fields(Machine)})

@@ -40,6 +40,7 @@ class Plan:
     inputs: dict[str, Any]
     key: str
     bytes: int  # of the base
+    note: str = ""  # of how it was measured
 
     @property
     def memory(self) -> int:
@@ -76,12 +77,13 @@ def made(
     settings = {name: value for name, value in plain(recipe).items() if name not in ("model", "adapters", "output")}
     settings["steps"] = [by_content(step) for step in recipe.steps]
     names = [step.kind for step in recipe.steps]
-    estimates = _estimates(replace(context, machine=measured()))
+    machine = measured()
+    estimates = _estimates(replace(context, machine=machine))
     code = [step_code.of(step.kind, plain(step)) for step in recipe.steps]
     code += [step_code.of(estimate.kind) for estimate in estimates if estimate.kind in TASKS]
     gpu = processor.gpu() if recipe.device != device.CPU else None
     key = artifact.key([settings, names, inputs, processor.arithmetic(), code, *([gpu.name] if gpu else [])])
-    plan = Plan(model, adapters, texts, estimates, inputs, key, base.bytes)
+    plan = Plan(model, adapters, texts, estimates, inputs, key, base.bytes, machine.note)
     _room(plan, out, memory)
     return plan
 

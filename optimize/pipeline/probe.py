@@ -35,6 +35,7 @@ from optimize.errors import OptimizeError
 from optimize.job import Job, Progress
 from optimize.options import Evaluate, Text
 from optimize.pipeline.child import resident_bytes
+from optimize.pipeline.worker import sentence
 from optimize.steps.calibrated import products_of
 from optimize.steps.quantize import gptq
 
@@ -76,8 +77,9 @@ def reading(words: Any, part: Text | Evaluate, held_out: bool) -> float:
     return begun - start + (time.thread_time() - begun) * sizes[-1] / sizes[few - 1]
 
 
-def layer(folder: Path, tokens: int) -> dict[str, float]:
-    """Seconds that a layer takes for each token of a window, and for each row of an answer's next token."""
+def layer(folder: Path, tokens: int) -> dict[str, Any]:
+    """Seconds that a layer takes for each token of a window, and for each row of an answer's next token. A family of
+    which no layer runs alone goes by its matrices, with a note that says why."""
     config = configured(folder)
     width = int(config.hidden_size)
     try:
@@ -88,8 +90,9 @@ def layer(folder: Path, tokens: int) -> dict[str, float]:
         return {
             "layer": taken(lambda: through(first, begun)) / tokens,
             "answering": taken(lambda: through(first, asked)),
+            "note": "",
         }
-    except Exception:  # no layer of this family stands alone, but its matrices do
+    except Exception as error:  # of any kind: the code of the family raises it
         base = Checkpoint(folder)
         weight = filled(ROWS, width)
         share = base.parameters / int(base.config.get("num_hidden_layers") or 1) / weight.numel()
@@ -97,6 +100,7 @@ def layer(folder: Path, tokens: int) -> dict[str, float]:
         return {
             "layer": taken(lambda: linear(window, weight)) * share / tokens,
             "answering": taken(lambda: linear(few, weight)) * share,
+            "note": f"times are those of the model's matrices: no layer of it runs alone ({sentence(error)})",
         }
 
 
@@ -105,7 +109,7 @@ def one_layer(folder: Path) -> nn.Module:
     config = configured(folder)
     config.num_hidden_layers = 1
     config.vocab_size, config.pad_token_id = WORDS, None
-    if getattr(config, "layer_types", None):
+    if vars(config).get("layer_types"):  # else it follows from the number of layers
         config.layer_types = config.layer_types[:1]
     model = skeleton_of(config, compute_dtype()).eval()
     weights = {name: filled(*parameter.shape) for name, parameter in model.named_parameters()}

@@ -66,6 +66,7 @@ class Machine:
     scale: float = 2.5e-8  # a weight whose 4-bit scale is searched
     round: float = 4.5e-8  # a weight that GPTQ rounds
     number: float = 8e-10  # a number of a softmax
+    note: str = ""  # why a time is not the model's own
 
 
 @dataclass(frozen=True, slots=True)

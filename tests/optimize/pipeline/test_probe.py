@@ -2,39 +2,59 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import closing
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
 
+from optimize import cli
 from optimize.errors import Refused
 from optimize.pipeline import machine, plan, probe
 from optimize.pipeline.resident import Resident
 from optimize.recipe import load
 from optimize.steps.planning import Machine
+from tests.support import families
 
 
 def test_a_layer_and_a_matrix_of_the_model_are_measured_in_a_process_like_a_steps(written):
     recipe = load(written("steps: []"))
     with closing(Resident()) as resident:
         found = machine.measured(recipe, Path(recipe.model), resident)
-    assert all(value > 0 for value in asdict(found).values())
+    assert not found.note and all(value > 0 for name, value in asdict(found).items() if name != "note")
     assert 100e6 < found.process < 1e9 and found != Machine()
 
 
-def test_a_family_of_which_no_layer_stands_alone_is_measured_by_its_matrices(written, monkeypatch):
+@pytest.mark.parametrize("family", ["Falcon-H1", "Mamba 2", "Gemma 3n", "Qwen3-Next", "LFM2", "GPT-2", "DeepSeek V3"])
+def test_a_layer_of_a_family_that_is_not_like_llama_runs_alone_too(family, tmp_path):
+    """Of two of them the kinds of layers follow from their number, and could not be set: nobody was told."""
+    found = probe.layer(families.written(family, tmp_path / "base"), 16)
+    assert not found["note"]
+
+
+def test_a_family_of_which_no_layer_runs_alone_is_measured_by_its_matrices_and_the_plan_says_why(
+    written, tmp_path, monkeypatch, capsys
+):
     def fails(_: Path) -> None:
         raise ValueError("layers share their keys")
 
     monkeypatch.setattr(probe, "one_layer", fails)
-    found = probe.layer(Path(load(written("steps: []")).model), 16)
-    assert min(found.values()) > 0
+    recipe = load(written("steps: []"))
+    found = probe.layer(Path(recipe.model), 16)
+    assert found["layer"] > 0 and found["answering"] > 0
+    assert found["note"].endswith("no layer of it runs alone (ValueError: layers share their keys)")
+    planned = plan.made(recipe, Path(recipe.model), {}, tmp_path / "out", 10**12, lambda: Machine(**found))
+    cli.show(planned, tmp_path / "out")
+    assert capsys.readouterr().out.endswith("(ValueError: layers share their keys)\n")
+    cli.show_json(planned, tmp_path / "out")
+    assert json.loads(capsys.readouterr().out)["note"] == found["note"]
 
 
-def test_where_nothing_can_be_measured_a_plan_is_made_all_the_same(written, tmp_path):
+def test_where_nothing_can_be_measured_a_plan_is_made_all_the_same_and_says_so(written, tmp_path):
     with closing(Resident()) as resident:
-        assert machine.measured(load(written("steps: []")), tmp_path, resident) == Machine()
+        found = machine.measured(load(written("steps: []")), tmp_path, resident)
+    assert found == Machine(note=found.note) and found.note.startswith("this machine was not measured")
 
 
 def test_nothing_is_measured_for_what_is_refused(written, tmp_path):
