@@ -26,6 +26,7 @@ from optimize.checkpoint.checkpoint import Checkpoint, Schemes
 from optimize.errors import OptimizeError, Refused
 
 FEW = 64  # rows of a product
+SHARED = 4_000_000  # bytes of a weight that are worth a thread when few rows are multiplied with it
 
 
 def settle(seed: int, device: str = "cpu") -> None:
@@ -39,6 +40,18 @@ def settle(seed: int, device: str = "cpu") -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     torch.set_num_threads(processor.threads())
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads compute, of those that there are: those of a short operation wait for one another longer than it
+    takes."""
+    every = torch.get_num_threads()
+    torch.set_num_threads(max(1, min(count, every)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(every)
 
 
 def tokenizer(folder: Path) -> Any:
@@ -404,6 +417,11 @@ def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return made.float()
 
 
+def for_few_rows(model: nn.Module) -> int:
+    """Threads for products with few rows, which read a layer's weights one after another."""
+    return max(weight.numel() * weight.element_size() for weight in layers(model).parameters()) // SHARED
+
+
 @torch.inference_mode()
 def greedy(model: nn.Module, prompts: Sequence[list[int]], count: int, end: int | None) -> list[list[int]]:
     """The `count` likeliest tokens one after another behind each prompt, or fewer where `end` comes, with a cache of
@@ -421,5 +439,7 @@ def greedy(model: nn.Module, prompts: Sequence[list[int]], count: int, end: int 
     able: Any = model
     # The last token's logits alone would be made with a copy of the output layer for each prompt.
     every = {"logits_to_keep": 0} if able._supports_logits_to_keep() else {}
-    answers = able.generate(input_ids=ids, attention_mask=mask, generation_config=how, **every)[:, longest:].tolist()
+    with threads(for_few_rows(model)):
+        made = able.generate(input_ids=ids, attention_mask=mask, generation_config=how, **every)
+    answers = made[:, longest:].tolist()
     return [answer[: answer.index(end)] if end in answer else answer for answer in answers]

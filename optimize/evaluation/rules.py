@@ -13,6 +13,7 @@ ENGINE = 700_000_000  # bytes of each of vLLM's processes beside the model
 PASSES = 5  # over the logits of a window, which are compared
 LOADED = 4  # passes over weights that are copied when a model is opened
 ANSWER = 32  # tokens
+AROUND = 3  # models that an adapter is put around
 ADAPTED = 8  # windows that adapters are measured on
 # Of the model's bytes in 16 bits, what ONNX Runtime holds of it by precision.
 ONNX_SHARE = {"fp32": 2.0, "fp16": 1.0, "int8": 0.6, "int4": 0.35}
@@ -47,7 +48,7 @@ def _seconds(context: Context) -> float:
     step = context.layers * machine.answering + machine.reading * context.vocabulary * context.hidden
     answers = ANSWER * step * (2 + living) if recipe.evaluate.prompts else 0.0
     read = LOADED * machine.number * (context.copied / 2 or (context.linears if _quantizes(context) else 0))
-    begun = machine.evaluation_text + 2 * machine.opening + read
+    begun = machine.evaluation_text + (2 + AROUND * living) * machine.opening + read
     return begun + context.token_seconds * (2 * tokens + own) + compared + answers
 
 

@@ -10,10 +10,12 @@ from tempfile import TemporaryDirectory
 from optimize import processor
 from optimize.errors import OptimizeError
 from optimize.job import Job
+from optimize.options import plain
 from optimize.pipeline.child import Child
 from optimize.pipeline.resident import Resident
 from optimize.recipe import Recipe
 from optimize.steps.planning import Machine
+from optimize.steps.tune.rules import Tune
 
 
 def measured(recipe: Recipe, model: Path, resident: Resident) -> Machine:
@@ -21,13 +23,14 @@ def measured(recipe: Recipe, model: Path, resident: Resident) -> Machine:
     if processor.gpu() is not None:
         return Machine()
     with TemporaryDirectory(prefix="loradock-probe-") as folder:
+        trained = next((plain(step) for step in recipe.steps if isinstance(step, Tune)), {})
         job = Job(
-            kind="probe", options={}, model=str(model), base="", reference="", adapters={}, originals={},
-            calibration=recipe.calibration, evaluate=recipe.evaluate, seed=recipe.seed, target=recipe.target,
-            out=folder,
+            kind="probe", options=trained, model=str(model), base="", reference="", adapters=dict(recipe.adapters),
+            originals={}, calibration=recipe.calibration, evaluate=recipe.evaluate, seed=recipe.seed,
+            target=recipe.target, out=folder,
         )  # fmt: skip
         try:
             notes = Child(Path(folder), sys.maxsize, lambda *_: None, {}, resident).run(job)
         except OptimizeError as error:
             return Machine(note=f"this machine was not measured, and times are those of another ({error.message})")
-    return Machine(**{field.name: notes[field.name] for field in fields(Machine)})
+    return Machine(**{field.name: notes[field.name] for field in fields(Machine) if field.name in notes})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from array import array
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -17,16 +18,18 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, log_softmax
 
-from optimize.checkpoint.checkpoint import Checkpoint
+from optimize.checkpoint.checkpoint import Checkpoint, adapter_config
 from optimize.checkpoint.linears import group
 from optimize.checkpoint.model import (
     compute_dtype,
     configured,
     entered,
+    for_few_rows,
     layers,
     settle,
     skeleton,
     skeleton_of,
+    threads,
     through,
     tokenizer,
 )
@@ -58,6 +61,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         "calibration_text": reading(words, job.calibration, False),
         "evaluation_text": reading(words, job.evaluate, True),
     }
+    if job.options:
+        found |= learning(folder, job)
     with torch.inference_mode():
         return found | layer(folder, job.calibration.tokens) | matrices(folder)
 
@@ -87,11 +92,9 @@ def layer(folder: Path, tokens: int) -> dict[str, Any]:
         begun = entered(model, torch.zeros(1, tokens, dtype=torch.long), 1)
         asked = entered(model, torch.zeros(FEW, 1, dtype=torch.long), FEW)
         first = list(layers(model))
-        return {
-            "layer": taken(lambda: through(first, begun)) / tokens,
-            "answering": taken(lambda: through(first, asked)),
-            "note": "",
-        }
+        read = taken(lambda: through(first, begun)) / tokens
+        with threads(for_few_rows(model)):
+            return {"layer": read, "answering": taken(lambda: through(first, asked))}
     except Exception as error:  # of any kind: the code of the family raises it
         base = Checkpoint(folder)
         weight = filled(ROWS, width)
@@ -102,6 +105,36 @@ def layer(folder: Path, tokens: int) -> dict[str, Any]:
             "answering": taken(lambda: linear(few, weight)) * share,
             "note": f"times are those of the model's matrices: no layer of it runs alone ({sentence(error)})",
         }
+
+
+def learning(folder: Path, job: Job) -> dict[str, Any]:
+    """Seconds that a layer takes there and back, for each token and for each step of the optimizer, in the step `tune`
+    whose options the job has; or a note that says why not."""
+    from optimize.steps.tune.encoding import Tokens
+    from optimize.steps.tune.learner import Learner, Start
+    from optimize.steps.tune.packing import row
+    from optimize.steps.tune.settings import ROW, settled
+
+    options = job.options
+    kind = {name: options[name] for name in ("targets", "rslora", "dora", "dtype")}
+    start = Start(base=folder, parent=None, seed=job.seed, device="cpu", **kind)
+    parent = adapter_config(Path(job.adapters[options["adapter"]])) if options["adapter"] else None
+    try:
+        learner = Learner(start, settled(options, Checkpoint(folder).config, parent, 1, 1), model=one_layer(folder))
+        optimizer = torch.optim.AdamW(learner.parameters, weight_decay=0.0)
+
+        def step(count: int) -> None:
+            tokens = Tokens(array("i", [1] * count), array("b", [0] * (count - 1) + [1]))
+            learner.logps(row([(tokens,)], [0]))[0].sum().backward()
+            torch.nn.utils.clip_grad_norm_(learner.parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        few, many = taken(lambda: step(FEW)), taken(lambda: step(ROW))
+    except Exception as error:
+        return {"note": f"training is planned by a forward pass: no layer learns alone ({sentence(error)})"}
+    each = max(0.0, many - few) / (ROW - FEW)
+    return {"learning": each, "updating": max(0.0, few - FEW * each)}
 
 
 def one_layer(folder: Path) -> nn.Module:

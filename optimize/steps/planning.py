@@ -59,6 +59,8 @@ class Machine:
     evaluation_text: float = 0.8
     layer: float = 0.0  # a layer, for each token of a window; 0 goes by the layer's weights
     answering: float = 0.001  # a layer, for the next token of some answers
+    learning: float = 0.0  # a layer there and back, for each token that an adapter learns from; 0 goes by `layer`
+    updating: float = 0.01  # the same for an optimizer's step, however few its tokens are
     head: float = 5e-12  # a multiplication of the output layer over a window
     reading: float = 3e-10  # a weight of the output layer for the next token
     product: float = 8e-12  # a multiplication of a Hessian

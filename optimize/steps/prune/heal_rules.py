@@ -51,7 +51,9 @@ def estimate(step: Heal, context: Context) -> Estimate:
     what += f"distil the original, LoRA of rank {step.rank}, {step.steps} x {step.batch} x {step.tokens} tokens"
     activations = step.batch * step.tokens * 160 * context.hidden * context.layers + 2048 * context.vocabulary
     activations += context.calibration_tokens * (16 * context.hidden + 8 * widest) + 12 * widest * widest
-    seconds = 20 + 4 * step.steps * step.batch * step.tokens * context.token_seconds
+    # A step reads each weight four times, however few its tokens are.
+    each = context.layers * context.machine.answering + step.batch * step.tokens * context.token_seconds
+    seconds = 20 + 4 * step.steps * each
     return Estimate(
         "heal", what, context.machine.process + 2 * max(size, context.copied) + activations, 2 * size, seconds
     )

@@ -7,10 +7,9 @@ negative, since there are eight integers below zero and seven above.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
+
+from optimize.checkpoint.model import threads
 
 BLOCK = 128
 CACHED = 1 << 17  # weights whose scales are searched at a time: they stay in the processor's cache
@@ -32,19 +31,8 @@ def scales(weight: torch.Tensor, bits: int, group: int, importance: torch.Tensor
     heavy = heavy.view(1, columns // group, group)
     few = max(1, CACHED // columns)
     of_rows = zip(parts.split(few), widest.split(few), strict=True)
-    with _one_thread():
+    with threads(1):  # many small operations
         return torch.cat([_clipped(some, of, limit, heavy) for some, of in of_rows])
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Many small operations, of which none is worth waiting for another thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _clipped(parts: torch.Tensor, widest: torch.Tensor, limit: int, heavy: torch.Tensor) -> torch.Tensor:

@@ -50,14 +50,17 @@ class Start:
 
 
 class Learner:
-    """The model in training. `state` and `load` are the LoRA's weights; `alive` hears of each row."""
+    """The model in training, which is `model` where that is open already. `state` and `load` are the LoRA's weights;
+    `alive` hears of each row."""
 
-    def __init__(self, start: Start, settings: Settings, alive: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, start: Start, settings: Settings, alive: Callable[[], None] = lambda: None, model: Any = None
+    ) -> None:
         dtype = compute_dtype(start.device) if start.dtype == "auto" else DTYPES[start.dtype]
         self._start = start
         self._device = start.device
         self.alive = alive
-        base: Any = opened(start.base, dtype, rounds=False).to(start.device)
+        base = opened(start.base, dtype, rounds=False).to(start.device) if model is None else model
         text = base.config.get_text_config()
         if text._attn_implementation == attention.REPLACED:  # else the model needs more of it, such as a soft cap
             text._attn_implementation = attention.register()

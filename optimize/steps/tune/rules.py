@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -15,11 +16,15 @@ from optimize.errors import RecipeError, Refused
 from optimize.options import Step, check_name, plain
 from optimize.steps.kind import StepKind
 from optimize.steps.planning import Context, Estimate, beyond_low_rank, weight_bytes
-from optimize.steps.tune.settings import ROW, activations, max_length, settled
+from optimize.steps.tune.settings import ROW, Settings, activations, evaluated_every, max_length, settled
 
 TOKEN_BYTES = 4  # of JSON, roughly
 TEMPLATE = 256  # tokens that a chat template adds to an example
-VALIDATED = 30_000  # tokens that a validation reads, roughly
+VALIDATED = 30_000  # tokens of its own that a validation reads, roughly
+REREAD = 64  # examples that it reads
+ANSWERS = 0.5  # of the tokens are learned, roughly
+PASSES = 5  # over the logits of a token
+WRITTEN = 3e8  # bytes a second
 
 
 class Tune(Step, frozen=True, kw_only=True, tag="tune"):
@@ -98,7 +103,6 @@ def estimate(step: Tune, context: Context) -> Estimate:
     adapter = context.adapters.get(step.adapter)
     longest = min(max_length(plain(step), config), found.longest // TOKEN_BYTES)
     settings = settled(plain(step), config, adapter, found.examples, longest)
-    tokens = found.bytes // TOKEN_BYTES * settings.epochs
     what = (
         f"{step.name}: {step.method} on {found.examples} examples, rank {settings.rank}, {settings.epochs} epochs of "
     )
@@ -108,9 +112,32 @@ def estimate(step: Tune, context: Context) -> Estimate:
     kept = activations(config, row) // (context.layers if settings.gradient_checkpointing else 1)
     logits = row * (len(found.labels) or context.vocabulary) * 14
     memory = context.machine.process + weight_bytes() * base.parameters + 24 * learned + kept + logits
-    validated = VALIDATED * (step.validate and step.method != "classify")
-    seconds = 2 * context.machine.opening + (6 * tokens + validated) * context.token_seconds
-    return Estimate("tune", what, memory, 20 * learned, seconds)
+    return Estimate("tune", what, memory, 20 * learned, _seconds(step, context, found, settings, 16 * learned))
+
+
+def _seconds(step: Tune, context: Context, found: Found, settings: Settings, saved: int) -> float:
+    """An optimizer's step takes its time however few tokens it has, and a state of `saved` bytes is written with each
+    evaluation."""
+    machine, heads = context.machine, step.method == "classify"
+    size = 0 if heads else context.vocabulary * context.hidden
+    tokens = found.bytes // TOKEN_BYTES * (2 if step.method == "kto" else 1)
+    epoch = math.ceil(found.examples / settings.batch)
+    steps = settings.epochs * epoch
+    evaluations = 1 + math.ceil(steps / evaluated_every(epoch, steps)) if step.validation else 0
+    logits = 0.0 if heads else machine.head * size + PASSES * machine.number * context.vocabulary
+    read = context.layers_seconds + logits
+    learned = (context.layers * machine.learning or 3 * context.layers_seconds) + 2 * ANSWERS * logits
+    learned += context.layers_seconds if settings.gradient_checkpointing else 0.0
+    seconds = steps * (context.layers * machine.updating + 2 * machine.reading * size)
+    seconds += settings.epochs * tokens * learned + (evaluations + settings.epochs) * saved / WRITTEN
+    held_out = _found(step.validation, step.method, 1) if step.validation else Found()
+    seconds += evaluations * held_out.bytes // TOKEN_BYTES * read
+    if step.method in ("dpo", "kto"):
+        seconds += (tokens + held_out.bytes // TOKEN_BYTES) * read  # as they are in the beginning
+    if step.validate and not heads:
+        again = sum(min(1, REREAD / max(1, of.examples)) * of.bytes // TOKEN_BYTES for of in (found, held_out))
+        seconds += machine.opening + (VALIDATED + 2 * again) * read
+    return seconds + 2 * machine.opening
 
 
 def too_long(file: Path, method: str, found: Found, folder: Path) -> Iterator[tuple[int, str]]:

@@ -11,6 +11,9 @@ CHECKPOINTED = 4_000_000_000  # bytes of activations above which they are comput
 ROW = 512  # tokens that go through the model at once, unless one example is longer
 
 
+FEWEST_EVALUATIONS = 4  # in one run, even of one epoch
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     rank: int
@@ -21,6 +24,11 @@ class Settings:
     max_length: int
     gradient_checkpointing: bool
     loraplus_ratio: float = 1.0
+
+
+def evaluated_every(epoch: int, steps: int) -> int:
+    """Steps between evaluations, of all `steps` of which an epoch has so many."""
+    return max(1, min(epoch, steps // FEWEST_EVALUATIONS))
 
 
 def max_length(options: Mapping[str, Any], config: Mapping[str, Any]) -> int:

@@ -26,11 +26,10 @@ from optimize.steps.tune.encoding import Unit
 from optimize.steps.tune.learner import Learner
 from optimize.steps.tune.objectives import Objective
 from optimize.steps.tune.packing import Row, rows
-from optimize.steps.tune.settings import Settings
+from optimize.steps.tune.settings import Settings, evaluated_every
 
 SAVE_SECONDS = 15.0
 RECENT = 32  # steps whose durations say how long the others will take
-FEWEST_EVALUATIONS = 4  # in one run, even of one epoch
 
 State = dict[str, torch.Tensor]
 
@@ -98,7 +97,7 @@ class Training:
         self._best: State | None = None
         self.epoch_steps = math.ceil(len(train.units) / settings.batch)
         self.steps = self.epoch_steps * settings.epochs
-        self._evaluate_every = max(1, min(self.epoch_steps, self.steps // FEWEST_EVALUATIONS))
+        self._evaluate_every = evaluated_every(self.epoch_steps, self.steps)
         self._durations: deque[float] = deque(maxlen=RECENT)
         self._stopped = False
 

@@ -30,6 +30,23 @@ def test_a_layer_at_a_time_gives_the_same_scores(scheme, base, job, adapter, mon
     assert torch.is_grad_enabled(), "whatever comes next in this process may train"
 
 
+def test_small_weights_are_read_by_one_thread_for_an_answer_and_large_ones_by_all(base):
+    """With two threads a product of a small model's took the processor twice as long, and no less time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model = models.opened(base)
+        used = set()
+        models.layers(model)[0].register_forward_pre_hook(lambda *_: used.add(torch.get_num_threads()))
+        models.greedy(model, [[5, 6, 7]], 2, None)
+        assert used == {1} and torch.get_num_threads() == 2
+        models.layers(model)[0].wide = torch.nn.Parameter(torch.zeros(models.SHARED), requires_grad=False)
+        models.greedy(model, [[5, 6, 7]], 2, None)
+        assert used == {1, 2}
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_cosine_is_at_most_one_however_many_numbers_it_is_of():
     """In float32 the cosine of a tensor with itself was up to 1.0008."""
     torch.manual_seed(0)

@@ -22,7 +22,8 @@ def test_a_layer_and_a_matrix_of_the_model_are_measured_in_a_process_like_a_step
     recipe = load(written("steps: []"))
     with closing(Resident()) as resident:
         found = machine.measured(recipe, Path(recipe.model), resident)
-    assert not found.note and all(value > 0 for name, value in asdict(found).items() if name != "note")
+    other = ("note", "learning")
+    assert not found.note and all(value > 0 for name, value in asdict(found).items() if name not in other)
     assert 100e6 < found.process < 1e9 and found != Machine()
 
 
@@ -30,7 +31,7 @@ def test_a_layer_and_a_matrix_of_the_model_are_measured_in_a_process_like_a_step
 def test_a_layer_of_a_family_that_is_not_like_llama_runs_alone_too(family, tmp_path):
     """Of two of them the kinds of layers follow from their number, and could not be set: nobody was told."""
     found = probe.layer(families.written(family, tmp_path / "base"), 16)
-    assert not found["note"]
+    assert "note" not in found
 
 
 def test_a_family_of_which_no_layer_runs_alone_is_measured_by_its_matrices_and_the_plan_says_why(
@@ -91,3 +92,46 @@ def test_on_a_slower_machine_each_step_is_planned_to_take_longer(kind, written, 
     )
     assert seconds[1] == pytest.approx(10 * seconds[0], rel=0.01)
     assert memory[1] - memory[0] == 9 * usual.process
+
+
+def tuning(written, tmp_path, count, **options):
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(json.dumps({"prompt": f"{at}", "completion": "yes"}) + "\n" for at in range(count)))
+    step = json.dumps({"tune": {"train": str(train), "validate": False, **options}})
+    return load(written(f"steps: [{step}]\nexport: {{format: adapter}}"))
+
+
+def test_training_is_planned_by_its_steps_as_well_as_by_its_tokens(written, tmp_path):
+    """24 short lines are 96 steps, took two minutes, and were planned at six seconds: tokens alone were counted."""
+
+    def seconds(batch, machine):
+        recipe = tuning(written, tmp_path, 24, batch=batch, epochs=4)
+        return plan.made(recipe, Path(recipe.model), {}, tmp_path / "out", 10**12, lambda: machine).steps[0].seconds
+
+    small, large = seconds(1, Machine(updating=0.1)), seconds(24, Machine(updating=0.1))
+    assert small - large == pytest.approx((96 - 4) * 3 * 0.1, rel=0.05)
+    assert seconds(1, Machine(updating=0.1, learning=1.0)) > seconds(1, Machine(updating=0.1, learning=0.1))
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True, "targets": ["q_proj"]}])
+def test_a_layer_that_learns_is_measured_for_training_alone(options, written, tmp_path, steps_here):
+    recipe = tuning(written, tmp_path, 24, **options)
+    with closing(Resident()) as resident:
+        found = machine.measured(recipe, Path(recipe.model), resident)
+    assert not found.note and found.learning > 0 and found.updating not in (0, Machine().updating)
+
+
+def test_a_step_of_healing_and_an_adapter_that_is_measured_have_a_cost_of_their_own(written, tmp_path, adapter):
+    """They were counted by their tokens alone."""
+
+    def seconds(more, kind, machine):
+        recipe = load(written(more))
+        made = plan.made(recipe, Path(recipe.model), {}, tmp_path / "out", 10**12, lambda: machine).steps
+        return next(each.seconds for each in made if each.kind == kind)
+
+    heal = "steps: [{prune: {layers: 1}}, {heal: {steps: 100, batch: 1, tokens: 1}}]"
+    quick, slow = (seconds(heal, "heal", Machine(answering=each)) for each in (0.01, 0.11))
+    assert slow - quick == pytest.approx(4 * 100 * 3 * 0.1)
+    adapters = f"adapters: {{one: {adapter()}}}"
+    quick, slow = (seconds(adapters, "evaluate", Machine(opening=each)) for each in (0.1, 1.1))
+    assert slow - quick == pytest.approx(2 + 3)
