@@ -643,15 +643,17 @@ template <class Top, class Given>
 void multiply_bytes(const Matrix& m, const Input& in, int first, int last, const Top& top, Given&& given) {
   const Cut cut = cut_of(m, in);
   static thread_local Buffer<float> sums;
-  sums.need(size_t(ROWS + BYTE_TILE) * WIDTH);
-  for (int pass = 0; pass < cut.passes; pass++)
+  for (int pass = 0; pass < cut.passes; pass++) {
+    const int parts = cut.tiles(pass);
+    sums.need(size_t(parts) * BYTE_TILE * WIDTH);
     for (int b = first; b < last; b++) {
-      for (int part = 0; in.rows <= 48 && part < cut.tiles(pass); part++)
+      for (int part = 0; in.rows <= 48 && part < parts; part++)
         top.fetch(m, in, b, cut.tile(pass, part), cut.tile(pass, part + 1));
       ggml_by_tiles(m, b, in, cut, pass, sums.data);
-      for (int part = 0; part < cut.tiles(pass); part++)
+      for (int part = 0; part < parts; part++)
         given(b, cut.tile(pass, part), cut.tile(pass, part + 1), sums.data + size_t(part) * BYTE_TILE * WIDTH);
     }
+  }
 }
 
 // What comes on top of a product: nothing.

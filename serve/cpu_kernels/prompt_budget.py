@@ -67,7 +67,7 @@ class PromptBudget:
             return 0
         seconds = max(UNNOTICED, SLOWER * self.costs.alone(answers))
         seconds = max(seconds, min(NOTICED, seconds * count / answers))
-        return max(self.costs.worthwhile, self.costs.tokens_beside(answers, seconds, prompts))
+        return max(self.costs.worthwhile(NOTICED / 2), self.costs.tokens_beside(answers, seconds, prompts))
 
     def leaves(self, waiting: Any, tokens: int, first: Any) -> int:
         """How many of a step's tokens are left to who waits, by those of whom `first` is the first."""

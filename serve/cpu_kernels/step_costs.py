@@ -8,6 +8,7 @@ measurements are the steps: what only some kinds of steps tell apart is remember
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -93,10 +94,12 @@ class StepCosts:
         here, there = _weights(pieces)
         return (self.fixed if here else 0.0) + (self.token or 0.0) * here + self.before * there
 
-    @property
-    def worthwhile(self) -> int:
-        """So many tokens take as long as it takes that there are any, and `LEAST` at least."""
-        return max(LEAST, int(self.fixed / self.token)) if self.token else LEAST
+    def worthwhile(self, seconds: float) -> int:
+        """How many tokens a step with any takes at least: `LEAST`, and as long for them as it takes that there are any.
+
+        Twice as long within so many seconds: prompts take three quarters of the time then.
+        """
+        return max(LEAST, int(max(self.fixed, min(2 * self.fixed, seconds - self.fixed)) / (self.token or math.inf)))
 
     def tokens(self, seconds: float, prompts: Iterable[Piece]) -> int:
         """How many tokens of these prompts, one after another, and then of others, take so many seconds."""

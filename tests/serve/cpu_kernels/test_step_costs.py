@@ -70,8 +70,11 @@ def test_what_the_first_token_of_a_step_takes_is_told_from_what_each_of_them_doe
         machine.step(4, Piece(0, 2 * LEAST))
         machine.step(4)
     assert costs.fixed == pytest.approx(0.018, rel=0.2)
-    assert costs.worthwhile == pytest.approx(18 / 0.2, rel=0.25)
-    assert learned(Machine()).worthwhile == LEAST
+    assert costs.worthwhile(0.0) == pytest.approx(18 / 0.2, rel=0.25)
+    assert costs.worthwhile(0.5) == pytest.approx(2 * 18 / 0.2, rel=0.25)
+    assert costs.worthwhile(0.045) == pytest.approx((45 - 18) / 0.2, rel=0.25), "twice would take longer than that"
+    assert learned(Machine()).worthwhile(0.5) == LEAST
+    assert StepCosts(tiles=True).worthwhile(0.5) == LEAST
 
 
 def test_several_prompts_share_the_time_one_after_another():
