@@ -106,3 +106,14 @@ def test_a_prompt_has_a_language_and_marks():
     assert {name for name, value in facts.items() if value} == {"language", "upper", "damaged"}
     assert set(facts) == set(KINDS) and facts["language"] != prompt_facts(prompt("fr"))["language"]
     assert not any(prompt_facts(prompt("")).values())
+
+
+@pytest.mark.parametrize(("kind", "lane"), [(PROMPT, "first"), (FOLLOW_UP, "later")])
+def test_what_an_earlier_release_kept_by_the_place_in_a_conversation_is_read_on(kind, lane):
+    rng = np.random.default_rng(3)
+    signal, heir = Signal(kind, needed=200), Signal(kind, needed=200)
+    assert delay(signal, drawn(rng, 250, usual=0.02)) is None
+    state = signal.state()
+    heir.restore({name.replace("fixed.", f"fixed.{lane}.", 1): value for name, value in state.items()})
+    assert heir.fixed.gathered == signal.fixed.gathered >= 200
+    assert delay(heir, drawn(rng, 400, share=0.2, language="fr"))
