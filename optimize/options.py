@@ -124,11 +124,12 @@ class Gate(Part, frozen=True, kw_only=True):
 class Export(Part, frozen=True, kw_only=True):
     """`exporter` writes the graph of `format: onnx`; optimum's runs in an environment of its own.
 
-    Precisions from `bf16` on are those of `format: gguf`.
+    Precisions from `bf16` on are those of `format: gguf`, whose matrices `method: gptq` rounds by the calibration text.
     """
 
     format: Literal["vllm", "onnx", "genai", "gguf", "adapter"] = "vllm"
     precision: Literal["fp32", "fp16", "int8", "int4", "bf16", "q8_0", "q6_k", "q4_0", "q4_k_m"] = "fp32"
+    method: Literal["nearest", "gptq"] = "nearest"
     exporter: Literal["transformers", "optimum"] = "transformers"
     shard_bytes: int = 4_000_000_000
 
@@ -136,6 +137,10 @@ class Export(Part, frozen=True, kw_only=True):
     def rounds(self) -> bool:
         """Whether the format's weights have fewer bits than 16."""
         return self.format in ("onnx", "genai", "gguf") and self.precision not in ("fp32", "fp16", "bf16")
+
+    @property
+    def calibrates(self) -> bool:
+        return self.method != "nearest"
 
 
 def plain(part: Part) -> dict[str, Any]:

@@ -3,35 +3,42 @@
     model.gguf, adapters/NAME.gguf     the export
     dense/                             what the file's weights are, in bfloat16: quality is measured on them
 
-Each matrix is rounded by itself (`gguf_blocks`), without calibration. `q4_k_m` is llama.cpp's mixture: 6 bits for the
-output layer, and for values and the MLP's last matrix in half of the layers. An adapter's matrices stay float32.
+Each matrix is rounded by itself (`gguf_blocks`); with `method: gptq` those of the layers are calibrated, layer by
+layer, on what the rounded layers before give. `q4_k_m` is llama.cpp's mixture: 6 bits for the output layer, and for
+values and the MLP's last matrix in half of the layers. An adapter's matrices stay float32.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from optimize.checkpoint.checkpoint import Checkpoint, Writer
-from optimize.checkpoint.model import settle
+from optimize.checkpoint.model import held, settle, through
 from optimize.errors import OptimizeError
 from optimize.export import gguf_metadata
-from optimize.export.gguf_blocks import blocks, kind_of
+from optimize.export.gguf_blocks import CALIBRATED, blocks, calibrated, kind_of
 from optimize.job import Job, Progress
+from optimize.steps.calibrated import CalibratedModel, first_readers, windows
 from optimize.steps.merge.merge import Adapter, read
+from optimize.steps.quantize.gptq import damped
 
 KINDS = {
     "fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q6_k": "Q6_K", "q4_0": "Q4_0", "q4_k_m": "Q4_K",
 }  # fmt: skip
 FILE, ADAPTERS = "model.gguf", "adapters"
+Blocks = NDArray[np.uint8]
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
@@ -41,14 +48,15 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     for folder in (out, job.folder / "dense"):
         shutil.rmtree(folder, ignore_errors=True)
     (out / ADAPTERS).mkdir(parents=True)
-    precision = job.options["precision"]
+    precision, method = job.options["precision"], job.options.get("method", "nearest")
     adapters = {name: read(name, Path(path)) for name, path in sorted(job.adapters.items())}
-    notes = _model(source, out / FILE, precision, progress)
+    rounded = _calibrated(job, source, progress) if method == "gptq" else ()
+    notes = _model(source, out / FILE, precision, method, rounded, progress)
     dense(source, out / FILE, job.folder / "dense")
     for name, adapter in adapters.items():
         _adapter(source, adapter, out / ADAPTERS / f"{name}.gguf")
     exported = {"adapters": {name: "exported for llama.cpp" for name in adapters}} if adapters else {}
-    return {"precision": precision, **notes, **exported, "bytes": (out / FILE).stat().st_size}
+    return {"precision": precision, "method": method, **notes, **exported, "bytes": (out / FILE).stat().st_size}
 
 
 def dense(like: Checkpoint, file: Path, folder: Path) -> Path:
@@ -62,8 +70,7 @@ def dense(like: Checkpoint, file: Path, folder: Path) -> Path:
         tensor = there.get(_name(names, name))
         if tensor is None:
             raise OptimizeError(f"{file.name} has no {_name(names, name)}")
-        values = np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)  # of its own: torch may write
-        read = torch.from_numpy(values).view(like.shapes[name])
+        read = _read(tensor.data, tensor.tensor_type).view(like.shapes[name])
         out.add(name, (_apart(read, name, like.config) if turned else read).bfloat16())
     out.close(like.config)
     return folder
@@ -73,28 +80,39 @@ def _wanted(source: Checkpoint) -> list[str]:
     return [name for name in source.entries if not (name == "lm_head.weight" and source.tied)]
 
 
-def _model(source: Checkpoint, file: Path, precision: str, progress: Progress) -> dict[str, Any]:
+def _model(
+    source: Checkpoint,
+    file: Path,
+    precision: str,
+    method: str,
+    rounded: Iterable[tuple[str, Blocks]],
+    progress: Progress,
+) -> dict[str, Any]:
+    """The file: what is `rounded` already, by name, and then all else."""
     architecture, turned = gguf_metadata.ARCHITECTURES[source.config["architectures"][0]]
-    layers = int(source.config["num_hidden_layers"])
-    names = _names(architecture, layers)
+    names = _names(architecture, int(source.config["num_hidden_layers"]))
     out = gguf.GGUFWriter(file, architecture, use_temp_file=True)
     out.add_type("model")
     out.add_name(source.folder.name)
-    out.add_string("loradock.manifest", json.dumps({"precision": precision, "made_by": "loradock optimize"}))
+    about = {"precision": precision, "method": method, "made_by": "loradock optimize"}
+    out.add_string("loradock.manifest", json.dumps(about))
     gguf_metadata.write(out, source.config, source.folder)
     types: Counter[str] = Counter()
-    wanted = _wanted(source)
-    for done, name in enumerate(wanted):
-        progress(done, len(wanted), name)
-        tensor = source.tensor(name).float()
+
+    def add(name: str, kind: str, values: NDArray[Any]) -> None:
+        types[kind] += math.prod(source.shapes[name])
+        label = None if kind == "F32" and values.ndim == 1 else gguf.GGMLQuantizationType[kind]
+        out.add_tensor(_name(names, name), values, raw_dtype=label)
+
+    left = dict.fromkeys(_wanted(source))
+    for name, packed in rounded:
+        add(name, _kind(source, name, precision), packed)
+        del left[name]
+    for done, name in enumerate(left):
+        progress(done, len(left), name)
+        tensor, kind = source.tensor(name).float(), _kind(source, name, precision)
         moved = _side_by_side(tensor, name, source.config) if turned else tensor
-        kind = "F32" if tensor.ndim == 1 else kind_of(_kind(name, precision, layers, source.tied), tensor.shape[1])
-        types[kind] += tensor.numel()
-        label = gguf.GGMLQuantizationType[kind]
-        if tensor.ndim == 1:
-            out.add_tensor(_name(names, name), np.ascontiguousarray(moved.numpy()))
-        else:
-            out.add_tensor(_name(names, name), blocks(moved, kind), raw_dtype=label)
+        add(name, kind, np.ascontiguousarray(moved.numpy()) if tensor.ndim == 1 else blocks(moved, kind))
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
@@ -103,19 +121,59 @@ def _model(source: Checkpoint, file: Path, precision: str, progress: Progress) -
     return {"types": {kind: round(count / whole, 4) for kind, count in types.most_common()}}
 
 
-def _kind(name: str, precision: str, layers: int, tied: bool) -> str:
-    """The type of a matrix, before its sizes have a say."""
-    kind = KINDS[precision]
-    if precision != "q4_k_m":
-        return kind
-    if name == "lm_head.weight" or (tied and name == "model.embed_tokens.weight"):
-        return "Q6_K"
-    found = _LAYER.search(name)
-    if found and name.endswith(("v_proj.weight", "down_proj.weight")):
-        layer = int(found[1])
-        if layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2:
-            return "Q6_K"
-    return kind
+def _kind(source: Checkpoint, name: str, precision: str) -> str:
+    """The type of a tensor."""
+    shape = source.shapes[name]
+    if len(shape) == 1:
+        return "F32"
+    wanted, layers = KINDS[precision], int(source.config["num_hidden_layers"])
+    if precision == "q4_k_m":
+        found = _LAYER.search(name)
+        layer = int(found[1]) if found and name.endswith(("v_proj.weight", "down_proj.weight")) else -1
+        sensitive = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+        head = name == "lm_head.weight" or (source.tied and name == "model.embed_tokens.weight")
+        wanted = "Q6_K" if head or (layer >= 0 and sensitive) else wanted
+    return kind_of(wanted, shape[1])
+
+
+@torch.inference_mode()
+def _calibrated(job: Job, source: Checkpoint, progress: Progress) -> Iterator[tuple[str, Blocks]]:
+    """The blocks of each matrix of the layers, rounded for what the rounded layers before it give."""
+    progress(0, 1, "loading")
+    model = CalibratedModel(source.folder, windows(job), by_layer=True)
+    turned = gguf_metadata.ARCHITECTURES[source.config["architectures"][0]][1]
+    begun, full = model.entered(), dict(model.model.named_parameters())
+    vectors = sum(state[..., 0].numel() for state in begun.states)
+    for at, layer in enumerate(model.layers):
+        progress(at, len(model.layers), f"rounding, layer {at + 1} of {len(model.layers)}")
+        with held(layer):
+            units = model.units_of(at)
+            hessians = model.hessians(at, first_readers(units), begun)
+            for unit in units:
+                hessian = hessians.pop(unit)
+                importance = hessian.diagonal().clone()
+                damped(hessian, vectors)
+                for name in (f"{layer}.weight" for layer in unit.names):
+                    kind = _kind(source, name, job.options["precision"])
+                    if kind not in CALIBRATED:
+                        continue
+                    tensor = model.model.get_parameter(name).float()
+                    moved = _side_by_side(tensor, name, source.config) if turned else tensor
+                    packed = calibrated(moved, kind, hessian, importance)
+                    yield name, packed
+                    back = _read(packed, gguf.GGMLQuantizationType[kind]).view(tensor.shape)
+                    model.set_weight(
+                        name.removesuffix(".weight"), _apart(back, name, source.config) if turned else back
+                    )
+            begun = through([layer], begun)
+            if not all(bool(state.isfinite().all()) for state in begun.states):
+                raise OptimizeError(f"layer {at} gives NaN or infinity on the calibration text: the weights are broken")
+            for name in (f"{name}.weight" for unit in units for name in unit.names):
+                model.set_parameter(name, full[name])
+
+
+def _read(packed: Blocks, kind: gguf.GGMLQuantizationType) -> torch.Tensor:
+    return torch.from_numpy(np.array(gguf.dequantize(packed, kind), np.float32))  # of its own: torch may write
 
 
 def _names(architecture: str, layers: int) -> Any:

@@ -8,7 +8,7 @@ from optimize.checkpoint import architectures
 from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.errors import Refused
 from optimize.export import gguf_metadata, layout, optimum
-from optimize.steps.planning import Context, Estimate, beyond_low_rank, by_layer
+from optimize.steps.planning import Context, Estimate, beyond_low_rank, by_layer, calibrating, passing
 from optimize.steps.quantize.rules import Quantize
 
 # A weight that is multiplied with, and its share of a scale; tables and output layers have 8 bits where it has fewer.
@@ -30,12 +30,15 @@ def estimates(context: Context) -> list[Estimate]:
         return [Estimate("genai", what, context.machine.process + 8 * size, 3 * size, 95.0)]
     if export.format == "gguf":
         made = int(GGUF_BYTES.get(export.precision, 4.0) * context.weights)
-        what = f"a GGUF file, {export.precision}, adapters beside it"
-        seconds = (
-            context.machine.opening + 2 * context.machine.scale * context.weights
-        )  # several scales are tried for each group
-        table = 12 * context.vocabulary * context.hidden
-        return [Estimate("gguf", what, context.machine.process + table, 2 * made + 2 * context.weights, seconds)]
+        what = f"a GGUF file, {export.precision}{', by GPTQ' * export.calibrates}, adapters beside it"
+        # Several scales are tried for each group.
+        seconds = context.machine.opening + 2 * context.machine.scale * context.weights
+        memory = context.machine.process + 12 * context.vocabulary * context.hidden
+        if export.calibrates:
+            calibrated, hessians = calibrating(context)
+            seconds += context.machine.calibration_text + calibrated
+            memory = max(memory, context.machine.process + hessians + passing(context) + context.copied_by_layer)
+        return [Estimate("gguf", what, memory, 2 * made + 2 * context.weights, seconds)]
     if export.format == "onnx":
         by = " by optimum" if export.exporter == "optimum" else ""
         what = f"ONNX {export.precision}{by} with KV cache inputs, adapters beside it, checked against PyTorch"
@@ -75,6 +78,11 @@ def refuse(context: Context) -> None:
         _refuse_genai(context)
     if recipe.export.format == "onnx":
         _refuse_onnx(context)
+    if recipe.export.calibrates and not (recipe.export.format == "gguf" and recipe.export.rounds):
+        raise Refused(
+            "`method: gptq` is of GGUF files whose matrices are rounded (`format: gguf, precision: q4_k_m`); for vLLM "
+            "say `quantize: {method: gptq}`"
+        )
     if recipe.export.format == "gguf":
         _refuse_gguf(context)
     elif recipe.export.precision not in BYTES:
@@ -133,6 +141,8 @@ def _refuse_gguf(context: Context) -> None:
         raise Refused("a GGUF file has its own 4 and 8 bits: leave the quantize step out and say `precision: q4_k_m`")
     if reason := gguf_metadata.reason_against(base.config, base.folder / "tokenizer.json"):
         raise Refused(f"{reason}: say `format: vllm`")
+    if recipe.export.calibrates:
+        architectures.dense(base.config, "calibration")
     _refuse_beyond_low_rank(context, "a GGUF file")
 
 

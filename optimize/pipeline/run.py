@@ -122,7 +122,7 @@ class Run:
         form = self.recipe.export.format
         answering = state
         if form in ("onnx", "genai", "gguf"):
-            exported = self._do(form, plain(self.recipe.export), state, uses_text=False)
+            exported = self._do(form, plain(self.recipe.export), state, self.recipe.export.calibrates)
             state = replace(state, model=exported.folder / "model", adapters={})
             # Of a GGUF file what its weights are is measured, and the adapters on it.
             answering = replace(answering, model=exported.folder / "dense") if form == "gguf" else state
@@ -313,7 +313,7 @@ def texts(recipe: Recipe) -> dict[str, str]:
     for name, where in recipe.evaluate.adapter_texts.items():
         held_out.append(text.documents(msgspec.structs.replace(recipe.evaluate, text=where), True))
         digests[OWN_TEXT.format(name)] = text.digest(held_out[-1])
-    if any(step.reads_text for step in recipe.steps):
+    if recipe.export.calibrates or any(step.reads_text for step in recipe.steps):
         for documents in held_out:
             text.apart(calibration, documents)
     return digests

@@ -5,13 +5,14 @@ of held-out text. Perplexity, the KL divergence from the original in nats a toke
 likeliest token are `loradock optimize`'s own measurement. Ours are computed by PyTorch as the engine computes them,
 `llama.cpp` rows by its library. Bits are those of a weight of a layer, scales included.
 
-    python -m tests.campaigns.four_bits [--windows 8] [--calibration 16] [--rescaled] [--only ROW ...]
+    python -m tests.campaigns.four_bits [--model DIR] [--windows 8] [--calibration 16] [--rescaled] [--only ROW ...]
         [--llama LLAMA.CPP] [--finished FILE.jsonl]
 
-LLAMA.CPP is its source, built in `build` with shared libraries: targets llama-quantize and llama-imatrix. `--rescaled`
-is for the embedded model, whose weights were llama.cpp's Q4_1 once: whatever has an offset for each 32 weights gets
-back what they were. Every channel that a layer makes and another reads is multiplied by a random factor of 0.7 to 1.4
-and divided by it again where it is read, so that the model computes the same with weights that lie on no grid.
+`GGUF` rows are files that `loradock optimize` writes, by what their weights are. LLAMA.CPP is its source, built in
+`build` with shared libraries: targets llama-quantize and llama-imatrix. `--rescaled` is for the embedded model, whose
+weights were llama.cpp's Q4_1 once: whatever has an offset for each 32 weights gets back what they were. Every channel
+that a layer makes and another reads is multiplied by a random factor of 0.7 to 1.4 and divided by it again where it is
+read, so that the model computes the same with weights that lie on no grid.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.checkpoint.model import logits, opened, settle, tokenizer
 from optimize.data import text
 from optimize.evaluation.evaluate import Ask, compared
+from optimize.export import gguf_file
 from optimize.job import Job, Progress
 from optimize.options import Evaluate, Text
 from optimize.steps.kind import kinds
@@ -60,6 +62,12 @@ OURS: dict[str, dict[str, Any]] = {
     "AWQ and GPTQ, g32": AWQ_GPTQ | {"group": 32},
     "GPTQ, g32": GPTQ | {"group": 32},
     "GPTQ, g64, some layers 8 bits: `bits: 4.5`": GPTQ | {"group": 64, "bits": 4.5},
+}
+# What the export of a GGUF file is told.
+FILES = {
+    f"GGUF {precision}, {method}": {"precision": precision, "method": method}
+    for precision in ("q4_0", "q4_k_m", "q6_k")
+    for method in ("nearest", "gptq")
 }
 LLAMA = ("BF16", "Q4_0", "Q4_1", "IQ4_XS", "Q4_K_M")
 WEIGHED = ("IQ4_XS", "Q4_K_M")  # also with llama.cpp's importance matrix
@@ -123,18 +131,37 @@ def process(*command: str | Path, **more: str) -> Iterator[Ask]:
 
 
 def quantized(model: Path, options: dict[str, Any], calibration: int, folder: Path) -> tuple[Any, dict[str, Any]]:
+    options = msgspec.to_builtins(kinds()["quantize"].options(**options))
+    seconds = _run("quantize", quantize.run, model, options, calibration, folder)
+    return pytorch(folder / "model"), {**facts(folder / "model"), "seconds": seconds}
+
+
+def filed(model: Path, options: dict[str, Any], calibration: int, folder: Path) -> tuple[Any, dict[str, Any]]:
+    seconds = _run("gguf", gguf_file.run, model, options, calibration, folder)
+    return pytorch(folder / "dense"), {**file_facts(folder / "model" / gguf_file.FILE), "seconds": seconds}
+
+
+def _run(
+    kind: str,
+    step: Callable[[Job, Progress], Any],
+    model: Path,
+    options: dict[str, Any],
+    calibration: int,
+    folder: Path,
+) -> float:
+    """Processor seconds."""
     job = Job(
-        kind="quantize", options=msgspec.to_builtins(kinds()["quantize"].options(**options)),
+        kind=kind, options=options,
         model=str(model), base=str(model), reference=str(model), adapters={}, originals={},
         calibration=Text(samples=calibration, tokens=TOKENS),
         evaluate=Evaluate(), seed=0, target="cpu", out=str(folder),
     )  # fmt: skip
     folder.mkdir()
     begun, cpu = time.monotonic(), time.process_time()
-    quantize.run(job, Progress(lambda _: None))
+    step(job, Progress(lambda _: None))
     seconds = time.process_time() - cpu
     print(f"{folder.name}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
-    return pytorch(folder / "model"), {**facts(folder / "model"), "seconds": seconds}
+    return seconds
 
 
 def facts(folder: Path) -> dict[str, Any]:
@@ -142,6 +169,17 @@ def facts(folder: Path) -> dict[str, Any]:
     taken = {name: entry.bytes for name, entry in Checkpoint(folder).entries.items() if "_proj." in name}
     bits = 8 * sum(size for name, size in taken.items() if not name.endswith("weight_shape"))
     return {"bits": bits / weights(folder), "head": "bf16", "bytes": Checkpoint(folder).bytes}
+
+
+def file_facts(file: Path) -> dict[str, Any]:
+    """The same of a GGUF file."""
+    from gguf import GGUFReader
+
+    tensors = {tensor.name: tensor for tensor in GGUFReader(str(file)).tensors}
+    layers = [t for name, t in tensors.items() if name.startswith("blk.") and name.split(".")[2] in LINEARS]
+    bits = 8 * sum(int(t.n_bytes) for t in layers) / sum(int(t.n_elements) for t in layers)
+    head = tensors.get("output.weight", tensors["token_embd.weight"]).tensor_type.name
+    return {"bits": bits, "head": head, "bytes": sum(int(t.n_bytes) for t in tensors.values())}
 
 
 def weights(folder: Path) -> int:
@@ -188,16 +226,7 @@ class Llama:
             spent = os.times()
             took = {"seconds": spent[2] + spent[3] - begun[2] - begun[3]}  # of processors, by children
         command = self.program, file, str(TOKENS), str(torch.get_num_threads())
-        return process(*command, VOCABULARY=str(self.vocabulary)), {**self._facts(file), **took}
-
-    def _facts(self, file: Path) -> dict[str, Any]:
-        from gguf import GGUFReader
-
-        tensors = {tensor.name: tensor for tensor in GGUFReader(str(file)).tensors}
-        layers = [t for name, t in tensors.items() if name.startswith("blk.") and name.split(".")[2] in LINEARS]
-        bits = 8 * sum(int(t.n_bytes) for t in layers) / sum(int(t.n_elements) for t in layers)
-        head = tensors.get("output.weight", tensors["token_embd.weight"]).tensor_type.name
-        return {"bits": bits, "head": head, "bytes": sum(int(t.n_bytes) for t in tensors.values())}
+        return process(*command, VOCABULARY=str(self.vocabulary)), {**file_facts(file), **took}
 
     def _run(self, *command: str, **more: str) -> None:
         done = subprocess.run(command, env={**os.environ, **more}, capture_output=True, text=True, check=False)
@@ -243,6 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--windows", type=int, default=8, help=f"of {TOKENS} tokens, held out")
     parser.add_argument("--calibration", type=int, default=16, help=f"windows of {TOKENS} tokens")
+    parser.add_argument("--model", type=Path, help="a checkpoint in bfloat16; the embedded model otherwise")
     parser.add_argument("--rescaled", action="store_true", help="the embedded model with weights on no grid")
     parser.add_argument("--only", nargs="*", default=[], help="rows of these names, or that begin so, in this order")
     parser.add_argument("--llama", type=Path, help="llama.cpp's source, built")
@@ -251,13 +281,14 @@ def main() -> None:
     settle(0)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        model = rescaled(ensure("smollm2"), folder / "rescaled") if given.rescaled else ensure("smollm2")
+        model = given.model or ensure("smollm2")
+        model = rescaled(model, folder / "rescaled") if given.rescaled else model
         words, texts = tokenizer(model), text.default()
         windows = list(torch.tensor(text.windows(words, texts["evaluation"], given.windows, TOKENS, 0)).split(1))
         calibration = text.windows(words, texts["calibration"], given.calibration, TOKENS, 0)
         ask = partial(logits, opened(model))
         rows = Rows(given.finished, windows, [ask(row) for row in windows])
-        named = "the embedded model, rescaled" if given.rescaled else "the embedded model"
+        named = (given.model.name if given.model else "the embedded model") + ", rescaled" * given.rescaled
         print(f"{named}; {processor()}; {datetime.now():%Y-%m-%d}", end="; ")
         print(f"{given.windows} windows of {TOKENS} tokens, calibrated on {given.calibration}\n")
         print("| | bits a weight | output layer | MB | perplexity | KL | same likeliest | s |")
@@ -269,6 +300,10 @@ def main() -> None:
             **{
                 name: partial(quantized, model, options, given.calibration, folder / str(at))
                 for at, (name, options) in enumerate(OURS.items())
+            },
+            **{
+                name: partial(filed, model, options, given.calibration, folder / f"file-{at}")
+                for at, (name, options) in enumerate(FILES.items())
             },
         }
         if given.llama:

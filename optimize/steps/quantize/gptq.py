@@ -15,6 +15,7 @@ BLOCK = 128
 CACHED = 1 << 17  # weights whose scales are searched at a time: they stay in the processor's cache
 DAMP = 0.01
 SHRUNK = (0.05, 0.14, 0.26)  # shares of the range that are given up, in attempts for both signs
+NARROWEST = 1e-8  # of a group's range, and the scale of zeros
 REFINED = 2  # so often the best one's integers are taken then
 
 
@@ -24,7 +25,7 @@ def scales(weight: torch.Tensor, bits: int, group: int, importance: torch.Tensor
     rows, columns = weight.shape
     limit = 2 ** (bits - 1) - 1
     parts = weight.view(rows, columns // group, group)
-    widest = parts.abs().amax(-1).clamp(min=1e-8)
+    widest = parts.abs().amax(-1).clamp(min=NARROWEST)
     if bits >= 8:
         return (widest / limit).bfloat16().float()
     heavy = torch.ones(columns) if importance is None else importance.contiguous()
@@ -49,6 +50,7 @@ def _clipped(parts: torch.Tensor, widest: torch.Tensor, limit: int, heavy: torch
         torch.clamp(steps, lowest, lowest + 2 * limit + 1, out=integers)
         along = torch.mul(weighted, integers, out=product).sum(-1)
         scale = along / integers.square_().mul_(heavy).sum(-1).clamp_(min=1e-30)
+        scale.masked_fill_(scale == 0, NARROWEST)
         return scale, along.mul_(scale)
 
     found = []
@@ -74,15 +76,18 @@ def nearest(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tenso
     return (weight / wide).round().clamp(-limit - 1, limit).to(torch.int8)
 
 
-def gptq(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """int8 (out, in): columns in order of importance, each one put right for the errors of those before it.
+def gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, bits: int, lowest: int | None = None
+) -> torch.Tensor:
+    """int8 (out, in), from `lowest` on: columns in order of importance, each one put right for the errors of those
+    before it.
 
     With H = U D Ut for a unit upper triangular U, the error of the output is the sum of D[k] (e U)[k]^2 for the
     rounding's error e, so that column k is rounded once e U up to there is added to it. That is GPTQ without the
     inverse of H (Chee et al., 2023, arXiv 2307.13304, theorem 6).
     """
     columns = weight.shape[1]
-    limit = 2 ** (bits - 1) - 1
+    lowest = -(2 ** (bits - 1)) if lowest is None else lowest
     group = columns // scale.shape[1]
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     # From the last column to the first, U is a lower triangle, as Cholesky's factor is. A column is a row here.
@@ -100,7 +105,7 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, bits:
         for at, (near, step, error, factors) in reversed(list(enumerate(of_block, 1))):
             if at < end - start:
                 near.addmv_(errors[at:].T, factors[at:])
-            near.div_(step).round_().clamp_(-limit - 1, limit)
+            near.div_(step).round_().clamp_(lowest, lowest + 2**bits - 1)
             error.addcmul_(near, step, value=-1)
         integers[start:end] = wished
     back = torch.empty_like(order)

@@ -93,6 +93,29 @@ def test_the_reader_that_serves_files_has_the_weights_that_were_measured(model, 
     )
 
 
+@pytest.mark.parametrize("precision", ["q4_k_m", "q4_0", "q6_k"])
+def test_calibrated_matrices_are_read_as_they_were_measured_and_are_nearer_in_what_they_give(
+    model, job, precision, tmp_path
+):
+    from optimize.checkpoint.model import opened, tokenizer
+
+    folder, notes = exported(job, model, precision, method="gptq")
+    assert notes["method"] == "gptq"
+    theirs = served(folder / "model" / "model.gguf", tmp_path / "served")
+    measured = load_file(folder / "dense/model.safetensors")
+    assert theirs.keys() == measured.keys() and all(torch.equal(theirs[name], measured[name]) for name in theirs)
+    plain, _ = exported(job, model, precision, out="plain")
+    reader = gguf.GGUFReader(folder / "model" / "model.gguf")
+    before = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(plain / "model" / "model.gguf").tensors}
+    assert {tensor.name: tensor.tensor_type for tensor in reader.tensors} == before
+    ids = torch.tensor([tokenizer(model)(" ".join(sentences(9, 20))).input_ids[:200]])
+    with torch.inference_mode():
+        right, ours, other = (
+            opened(place, torch.float32)(ids).logits for place in (model, folder / "dense", plain / "dense")
+        )
+    assert (ours - right).square().mean() < (other - right).square().mean()
+
+
 def test_words_template_and_ends_are_the_models(model, job, tmp_path):
     from transformers import AutoTokenizer
 
@@ -160,6 +183,8 @@ def test_a_recipe_writes_measures_and_judges_a_file(model, texts, tmp_path, step
     [
         ("export: {format: gguf, precision: int4}", "has no int4"),
         ("export: {format: onnx, precision: q4_k_m}", "is of GGUF files"),
+        ("export: {format: gguf, precision: bf16, method: gptq}", "whose matrices are rounded"),
+        ("export: {method: gptq}", "for vLLM say `quantize: {method: gptq}`"),
         ("steps: [{quantize: {scheme: w8a8}}]\nexport: {format: gguf, precision: q8_0}", "its own 4 and 8 bits"),
         ("export: {format: gguf, precision: q8_0}", "its tokenizer is not written: it is no byte-level BPE"),
     ],

@@ -126,3 +126,13 @@ def test_the_search_from_coarse_to_fine_finds_nearly_what_trying_everything_find
     every = [sign * (1 - 0.02 * step) * widest / 7 for step in range(20) for sign in (1, -1)]
     best = torch.stack([off(scale.bfloat16().float()) for scale in every]).amin(0).sum()
     assert float(off(scales(weight, 4, group, heavy)).sum() / best) < 1.02
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_a_group_of_zeros_stays_zeros(bits):
+    weight = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
+    weight[1, :64], weight[2] = 0, 0
+    scale = scales(weight, bits, 64, torch.ones(128))
+    assert scale.isfinite().all() and (scale != 0).all()
+    for integers in (nearest(weight, scale, bits), gptq(weight, torch.eye(128), scale, bits)):
+        assert not integers[1, :64].any() and not integers[2].any()
