@@ -17,7 +17,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import gguf
 import numpy as np
@@ -38,7 +38,7 @@ KINDS = {
     "fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q6_k": "Q6_K", "q4_0": "Q4_0", "q4_k_m": "Q4_K",
 }  # fmt: skip
 FILE, ADAPTERS = "model.gguf", "adapters"
-Blocks = NDArray[np.uint8]
+Blocks: TypeAlias = NDArray[np.uint8]
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
