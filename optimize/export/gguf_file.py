@@ -153,18 +153,22 @@ def _calibrated(job: Job, source: Checkpoint, progress: Progress) -> Iterator[tu
                 hessian = hessians.pop(unit)
                 importance = hessian.diagonal().clone()
                 damped(hessian, vectors)
-                for name in (f"{layer}.weight" for layer in unit.names):
-                    kind = _kind(source, name, job.options["precision"])
+                kinds: dict[str, list[str]] = {}
+                for name in (f"{name}.weight" for name in unit.names):
+                    kinds.setdefault(_kind(source, name, job.options["precision"]), []).append(name)
+                for kind, names in kinds.items():
                     if kind not in CALIBRATED:
                         continue
-                    tensor = model.model.get_parameter(name).float()
-                    moved = _side_by_side(tensor, name, source.config) if turned else tensor
-                    packed = calibrated(moved, kind, hessian, importance)
-                    yield name, packed
-                    back = _read(packed, gguf.GGMLQuantizationType[kind]).view(tensor.shape)
-                    model.set_weight(
-                        name.removesuffix(".weight"), _apart(back, name, source.config) if turned else back
-                    )
+                    tensors = [model.model.get_parameter(name).float() for name in names]
+                    if turned:
+                        tensors = [_side_by_side(*of, source.config) for of in zip(tensors, names, strict=True)]
+                    rows = [len(tensor) for tensor in tensors]
+                    packed = calibrated(torch.cat(tensors), kind, hessian, importance)
+                    back = _read(packed, gguf.GGMLQuantizationType[kind]).split(rows)
+                    for name, part, values in zip(names, np.split(packed, np.cumsum(rows)[:-1]), back, strict=True):
+                        yield name, part
+                        weight = _apart(values, name, source.config) if turned else values
+                        model.set_weight(name.removesuffix(".weight"), weight)
             begun = through([layer], begun)
             if not all(bool(state.isfinite().all()) for state in begun.states):
                 raise OptimizeError(f"layer {at} gives NaN or infinity on the calibration text: the weights are broken")

@@ -274,7 +274,8 @@ class Run:
         if kind in ("evaluate", "engine"):
             return {"evaluation": self.plan.texts["evaluation"], **measured}
         read = {"calibration": self.plan.texts["calibration"], **plain(self.recipe.calibration)}
-        return read | ({"evaluation": self.plan.texts["evaluation"]} if kinds()[kind].reads_evaluation else {})
+        reads_both = kind in kinds() and kinds()[kind].reads_evaluation  # an export is no kind of step
+        return read | ({"evaluation": self.plan.texts["evaluation"]} if reads_both else {})
 
     @contextmanager
     def working(self) -> Iterator[None]:

@@ -165,12 +165,13 @@ def test_an_adapter_is_the_same_after_its_way_through_a_file(model, job, tmp_pat
         assert torch.allclose(back[name], by * values, rtol=1e-6), name
 
 
-def test_a_recipe_writes_measures_and_judges_a_file(model, texts, tmp_path, steps_here):
+@pytest.mark.parametrize("method", ["nearest", "gptq"])
+def test_a_recipe_writes_measures_and_judges_a_file(model, texts, method, tmp_path, steps_here):
     file = tmp_path / "recipe.yaml"
     file.write_text(
-        f"model: {model}\n"
+        f"model: {model}\ncalibration: {{text: {texts['calibration']}, samples: 4, tokens: 32}}\n"
         f"evaluate: {{text: {texts['evaluation']}, samples: 2, tokens: 32, engine: false, prompts: [the river]}}\n"
-        "export: {format: gguf, precision: q6_k}\ngate: {max_kl: 0.05}\n"
+        f"export: {{format: gguf, precision: q6_k, method: {method}}}\ngate: {{max_kl: 0.05}}\n"
     )
     assert cli.run([str(file), "--out", str(tmp_path / "out")], Path) == 0
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
