@@ -126,10 +126,7 @@ class Run:
             state = replace(state, model=exported.folder / "model", adapters={})
             # Of a GGUF file what its weights are is measured, and the adapters on it.
             answering = replace(answering, model=exported.folder / "dense") if form == "gguf" else state
-        scores = self.scored() | self.measured(answering)
-        if form == "gguf" and "bytes" in scores:
-            scores["bytes"] = exported.notes["bytes"]
-            scores["size_ratio"] = round(scores["bytes"] / scores["bytes_original"], 4)
+        scores = self.scored() | self.measured(answering, size=exported.notes["bytes"] if form == "gguf" else 0)
         verdicts = judge(self.recipe.gate, scores, adapted=bool(living), rounded=self.recipe.rounds)
         passed = all(verdict.holds for verdict in verdicts)
         facts = Facts(self.recipe, self.plan, self.done, scores, verdicts)
@@ -168,14 +165,16 @@ class Run:
                 scores[name] = max(score, scores.get(name, score)) if worst else score
         return scores
 
-    def measured(self, state: State, engine: dict[str, Any] | None = None) -> dict[str, Any]:
+    def measured(self, state: State, engine: dict[str, Any] | None = None, size: int = 0) -> dict[str, Any]:
         """The scores of a result against what it came from: on held-out text, on tasks, and in the engine, whose
-        options are `engine`."""
+        options are `engine`. `size`: bytes of the export, where what is measured is another form of its weights."""
         scores: dict[str, Any] = {}
         form = self.recipe.export.format
         if not self.recipe.trains_alone:
             options = {"format": "onnx" if form == "genai" else form}
             scores |= self._do("evaluate", options, state, uses_text=True).notes["scores"]
+        if size and "bytes" in scores:
+            scores |= {"bytes": size, "size_ratio": round(size / scores["bytes_original"], 4)}
         if self.recipe.evaluate.tasks:
             questions = {"tasks": list(self.recipe.evaluate.tasks), "task_limit": self.recipe.evaluate.task_limit}
             scores |= self._do("tasks", questions, state, uses_text=False).notes["scores"]

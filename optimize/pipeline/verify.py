@@ -229,6 +229,7 @@ class Verify:
         }
         if run.recipe.export.format in ("onnx", "genai"):
             living = {}
+        size = 0
         if run.recipe.export.format == "adapter":
             made = [step.makes for step in run.recipe.steps if step.makes][-1]
             result = State(state.model, state.base, state.reference, living | {made: self.folder}, state.originals)
@@ -236,10 +237,10 @@ class Verify:
             from optimize.export import gguf_file
 
             read = gguf_file.dense(Checkpoint(state.model), self.folder / gguf_file.FILE, run.work / "dense")
-            result = replace(state, model=read, adapters=living)
+            result, size = replace(state, model=read, adapters=living), (self.folder / gguf_file.FILE).stat().st_size
         else:
             result = replace(state, model=self.folder, adapters=living)
-        return run.measured(result, {"timed": False})
+        return run.measured(result, {"timed": False}, size)
 
     def _adapter(self, name: str, place: Path) -> Path:
         """An adapter as it is on the result: the export's own, where steps rewrote or made it."""

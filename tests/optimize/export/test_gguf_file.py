@@ -177,6 +177,8 @@ def test_a_recipe_writes_measures_and_judges_a_file(model, texts, method, tmp_pa
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["scores"]["bytes"] == (tmp_path / "out/model.gguf").stat().st_size
     assert 0 < manifest["scores"]["kl"] < 0.05 and "model.gguf" in manifest["files"]
+    again = ["verify", str(tmp_path / "out"), "--model", str(model), "--data", str(texts["calibration"].parent)]
+    assert cli.run(again, Path) == 0, "its figures can be repeated"
 
 
 @pytest.mark.parametrize(
