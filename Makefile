@@ -159,7 +159,8 @@ drift-streams: setup-dev ## popular prompts, sessions, bursts, new system prompt
 	@$(BIN)/python -m tests.campaigns.drift_streams --changes --streams $(or $(CHANGES),24)
 	@$(BIN)/python -m tests.campaigns.drift_streams --cost
 
-fleet: setup-dev ## servers over PostgreSQL and S3 under traffic, while each part is killed, frozen, slowed and cut off (ARGS=--engine: 20 minutes); 10 minutes
+fleet: setup-dev ## servers over PostgreSQL and S3 under traffic, while each part is killed, frozen, slowed and cut off (ARGS=--engine: 20 minutes; ARGS=--ray: replicas on Ray); 10 minutes
+	@$(if $(findstring --ray,$(ARGS)),$(BIN)/python -c 'import ray.serve' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e '.[ray]')
 	@$(BIN)/python -m tests.campaigns.fleet $(ARGS)
 
 fleet-size: setup-dev ## four servers on a registry of 10,000 adapters: what a change and lists cost, stale answers, connections; 5 minutes

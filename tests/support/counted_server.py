@@ -42,26 +42,57 @@ class Counts:
     late_max: float
 
 
-class Counted:
+class Reached:
+    """A server that clients reach at a port of its own, and one of its processes, from which the others came."""
+
+    def __init__(self, name: str, port: int, pid: int) -> None:
+        self.name = name
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.http = httpx.Client(base_url=self.url, headers=HEADERS, timeout=30)
+        self.pid = pid
+
+    def promote(self, name: str, version: int) -> None:
+        """Until the server has acknowledged it."""
+        self.http.post(f"/v1/adapters/{name}/promote", json={"version": version}).raise_for_status()
+
+    def kill(self) -> None:
+        _send(self._family(), signal.SIGKILL)
+        self.http.close()
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """It stands still meanwhile, its engine too."""
+        family = self._family()
+        _send(family, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            _send(family, signal.SIGCONT)
+
+    def _family(self) -> list[int]:
+        return [self.pid, *descendants(self.pid)]
+
+
+class Counted(Reached):
     """A server on a port of its own; `stop` or `kill` ends it."""
 
     def __init__(
         self, work: Path, name: str, registry: str, blobs: str, *flags: str, port: int = 0, model: str = "",
-        **environ: str,
+        fake: str = "tests.support.counted_server", **environ: str,
     ) -> None:  # fmt: skip
-        self.name = name
-        self.port = port or free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        port = port or free_port()
         self._log = work / f"{name}.log"
-        common = ["--port", str(self.port), "--data-dir", str(work / name), "--registry", registry, "--blobs", blobs]
-        program = ["serve.cli", "serve", model] if model else ["tests.support.counted_server", str(work / "model")]
+        common = ["--port", str(port), "--data-dir", str(work / name), "--registry", registry, "--blobs", blobs]
+        program = ["serve.cli", "serve", model] if model else [fake, str(work / "model")]
+        url = f"http://127.0.0.1:{port}"
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *program, *common, *(flag.format(url=self.url) for flag in flags)],
+                [sys.executable, "-m", *program, *common, *(flag.format(url=url) for flag in flags)],
                 env=environment(LORADOCK_ADMIN_KEYS="run", **environ), cwd=ROOT, stdout=log, stderr=log,
                 stdin=subprocess.DEVNULL,
             )  # fmt: skip
-        self.http = httpx.Client(base_url=self.url, headers=HEADERS, timeout=30)
+        super().__init__(name, port, self.process.pid)
 
     def wait_until_ready(self) -> None:
         """SystemExit, if it ends or is not ready in time."""
@@ -83,28 +114,11 @@ class Counted:
     def log(self) -> str:
         return self._log.read_text()
 
-    def promote(self, name: str, version: int) -> None:
-        """Until the server has acknowledged it."""
-        self.http.post(f"/v1/adapters/{name}/promote", json={"version": version}).raise_for_status()
-
     def stop(self) -> None:
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
         self._end(signal.SIGKILL)
-
-    @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """It stands still meanwhile, its engine too."""
-        family = self._family()
-        _send(family, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            _send(family, signal.SIGCONT)
-
-    def _family(self) -> list[int]:
-        return [self.process.pid, *descendants(self.process.pid)]
 
     def _end(self, number: int) -> None:
         if self.process.poll() is None:
