@@ -28,9 +28,10 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 # Tensors of a quantized layer, by their last names.
+GPTQ = ("qweight", "qzeros", "scales", "g_idx")
 QUANTIZED = (
     *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
-    *("weight_global_scale", "input_global_scale", "qweight", "qzeros", "scales", "g_idx", "k_scale", "v_scale"),
+    *("weight_global_scale", "input_global_scale", *GPTQ, "k_scale", "v_scale"),
 )
 
 CHUNK = 16 << 20
@@ -175,13 +176,16 @@ class Schemes:
         if config is None:
             return
         method = config.get("quant_method")
-        self.gptq = method == "gptq"
+        # AutoRound packs as GPTQ does, and says so.
+        rounded = method == "auto-round" and config.get("packing_format") == "auto_round:auto_gptq"
+        self.gptq = method == "gptq" or rounded
         if self.gptq and (config.get("bits"), config.get("checkpoint_format", "gptq")) != (4, "gptq"):
             raise Refused("GPTQ is read with 4 bits, in the format `gptq`: start from the original")
         if self.gptq:
             return
         if method != "compressed-tensors":
-            raise Refused(f"the model is quantized as {method!r}, which is not read here: start from its original")
+            how = f"{method!r}" + (f" and packed as {config['packing_format']!r}" if "packing_format" in config else "")
+            raise Refused(f"the model is quantized as {how}, which is not read here: start from its original")
         self._ignore = list(config.get("ignore") or [])
         self.kv_cache = config.get("kv_cache_scheme")
         for group in config["config_groups"].values():

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from optimize.checkpoint.checkpoint import QUANTIZED, Checkpoint, Schemes
+from optimize.checkpoint.checkpoint import GPTQ, QUANTIZED, Checkpoint, Schemes
 from optimize.errors import Refused
 
 BLOCK = 128  # rows and columns of one float8 scale
@@ -158,7 +158,7 @@ def dense(checkpoint: Checkpoint, wanted: Callable[[str], bool] = lambda _: True
     for name in filter(wanted, names):
         module, _, leaf = name.rpartition(".")
         if leaf == "qweight":
-            parts = {part: checkpoint.tensor(f"{module}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")}
+            parts = {part: checkpoint.tensor(f"{module}.{part}") for part in GPTQ if f"{module}.{part}" in names}
             yield f"{module}.weight", _from_gptq(parts)
         elif leaf == "weight_packed" or (leaf == "weight" and f"{module}.weight_scale" in names):
             parts = {part: checkpoint.tensor(f"{module}.{part}") for part in QUANTIZED if f"{module}.{part}" in names}
@@ -265,5 +265,6 @@ def _from_gptq(parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     words = parts["qweight"].to(torch.int64)
     nibbles = ((words[:, None, :] >> shifts.view(1, 8, 1)) & 15).flatten(0, 1)  # (in, out)
     zeros = ((parts["qzeros"].to(torch.int64)[:, :, None] >> shifts) & 15).flatten(1) + 1  # (groups, out)
-    of = parts["g_idx"].long()
+    columns, groups = len(nibbles), len(zeros)
+    of = parts["g_idx"].long() if "g_idx" in parts else torch.arange(columns) // (columns // groups)
     return ((nibbles - zeros[of]).float() * parts["scales"].float()[of]).T.contiguous()

@@ -6,13 +6,14 @@ likeliest token are `loradock optimize`'s own measurement. Ours are computed by 
 `llama.cpp` rows by its library. Bits are those of a weight of a layer, scales included.
 
     python -m tests.campaigns.four_bits [--model DIR] [--windows 8] [--calibration 16] [--rescaled] [--only ROW ...]
-        [--llama LLAMA.CPP] [--finished FILE.jsonl]
+        [--llama LLAMA.CPP] [--auto-round PYTHON] [--seed 0] [--finished FILE.jsonl]
 
 `GGUF` rows are files that `loradock optimize` writes, by what their weights are. LLAMA.CPP is its source, built in
-`build` with shared libraries: targets llama-quantize and llama-imatrix. `--rescaled` is for the embedded model, whose
-weights were llama.cpp's Q4_1 once: whatever has an offset for each 32 weights gets back what they were. Every channel
-that a layer makes and another reads is multiplied by a random factor of 0.7 to 1.4 and divided by it again where it is
-read, so that the model computes the same with weights that lie on no grid.
+`build` with shared libraries: targets llama-quantize and llama-imatrix. PYTHON has the package auto-round, which gets
+the same calibration windows; the seed draws these, and the package's own lots. `--rescaled` is for the embedded model,
+whose weights were llama.cpp's Q4_1 once: whatever has an offset for each 32 weights gets back what they were. Every
+channel that a layer makes and another reads is multiplied by a random factor of 0.7 to 1.4 and divided by it again
+where it is read, so that the model computes the same with weights that lie on no grid.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -71,8 +72,16 @@ FILES = {
 }
 LLAMA = ("BF16", "Q4_0", "Q4_1", "IQ4_XS", "Q4_K_M")
 WEIGHED = ("IQ4_XS", "Q4_K_M")  # also with llama.cpp's importance matrix
+ITERATIONS = 200  # of AutoRound, its default
 Maker = Callable[[], tuple[Any, dict[str, Any]]]
 LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+
+class Drawn(NamedTuple):
+    """So many windows of the calibration text, by that seed."""
+
+    windows: int
+    seed: int
 
 
 class Rows:
@@ -130,15 +139,30 @@ def process(*command: str | Path, **more: str) -> Iterator[Ask]:
         program.stdin.close()
 
 
-def quantized(model: Path, options: dict[str, Any], calibration: int, folder: Path) -> tuple[Any, dict[str, Any]]:
+def quantized(model: Path, options: dict[str, Any], calibration: Drawn, folder: Path) -> tuple[Any, dict[str, Any]]:
     options = msgspec.to_builtins(kinds()["quantize"].options(**options))
     seconds = _run("quantize", quantize.run, model, options, calibration, folder)
     return pytorch(folder / "model"), {**facts(folder / "model"), "seconds": seconds}
 
 
-def filed(model: Path, options: dict[str, Any], calibration: int, folder: Path) -> tuple[Any, dict[str, Any]]:
+def filed(model: Path, options: dict[str, Any], calibration: Drawn, folder: Path) -> tuple[Any, dict[str, Any]]:
     seconds = _run("gguf", gguf_file.run, model, options, calibration, folder)
     return pytorch(folder / "dense"), {**file_facts(folder / "model" / gguf_file.FILE), "seconds": seconds}
+
+
+def auto_rounded(
+    python: Path, model: Path, calibration: list[list[int]], group: int, seed: int, folder: Path
+) -> tuple[Any, dict[str, Any]]:
+    folder.mkdir()
+    windows, out = folder / "windows.json", folder / "model"
+    windows.write_text(json.dumps(calibration))
+    script = Path(__file__).with_name("auto_round_library.py")
+    command = [python, script, model, windows, out, group, ITERATIONS, seed]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{script.name} failed: {done.stderr[-2000:]}")
+    made = next(file.parent for file in sorted(out.rglob("config.json")))
+    return pytorch(made), {**facts(made), "seconds": float(done.stdout.splitlines()[-1])}
 
 
 def _run(
@@ -146,15 +170,15 @@ def _run(
     step: Callable[[Job, Progress], Any],
     model: Path,
     options: dict[str, Any],
-    calibration: int,
+    calibration: Drawn,
     folder: Path,
 ) -> float:
     """Processor seconds."""
     job = Job(
         kind=kind, options=options,
         model=str(model), base=str(model), reference=str(model), adapters={}, originals={},
-        calibration=Text(samples=calibration, tokens=TOKENS),
-        evaluate=Evaluate(), seed=0, target="cpu", out=str(folder),
+        calibration=Text(samples=calibration.windows, tokens=TOKENS),
+        evaluate=Evaluate(), seed=calibration.seed, target="cpu", out=str(folder),
     )  # fmt: skip
     folder.mkdir()
     begun, cpu = time.monotonic(), time.process_time()
@@ -276,6 +300,8 @@ def main() -> None:
     parser.add_argument("--rescaled", action="store_true", help="the embedded model with weights on no grid")
     parser.add_argument("--only", nargs="*", default=[], help="rows of these names, or that begin so, in this order")
     parser.add_argument("--llama", type=Path, help="llama.cpp's source, built")
+    parser.add_argument("--auto-round", type=Path, help="a Python that has auto-round")
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration windows")
     parser.add_argument("--finished", type=Path, help="rows that are done, a JSON line each")
     given = parser.parse_args()
     settle(0)
@@ -285,7 +311,8 @@ def main() -> None:
         model = rescaled(model, folder / "rescaled") if given.rescaled else model
         words, texts = tokenizer(model), text.default()
         windows = list(torch.tensor(text.windows(words, texts["evaluation"], given.windows, TOKENS, 0)).split(1))
-        calibration = text.windows(words, texts["calibration"], given.calibration, TOKENS, 0)
+        calibration = text.windows(words, texts["calibration"], given.calibration, TOKENS, given.seed)
+        drawn = Drawn(given.calibration, given.seed)
         ask = partial(logits, opened(model))
         rows = Rows(given.finished, windows, [ask(row) for row in windows])
         named = (given.model.name if given.model else "the embedded model") + ", rescaled" * given.rescaled
@@ -298,11 +325,11 @@ def main() -> None:
         makers: dict[str, Maker] = {
             "bfloat16": lambda: (nullcontext(lambda _: next(again)), facts(model)),
             **{
-                name: partial(quantized, model, options, given.calibration, folder / str(at))
+                name: partial(quantized, model, options, drawn, folder / str(at))
                 for at, (name, options) in enumerate(OURS.items())
             },
             **{
-                name: partial(filed, model, options, given.calibration, folder / f"file-{at}")
+                name: partial(filed, model, options, drawn, folder / f"file-{at}")
                 for at, (name, options) in enumerate(FILES.items())
             },
         }
@@ -310,6 +337,10 @@ def main() -> None:
             llama = Llama(given.llama, model, calibration, folder)
             makers |= {f"llama.cpp {kind}": partial(llama.quantized, kind, False) for kind in LLAMA}
             makers |= {f"llama.cpp {kind}, importance": partial(llama.quantized, kind, True) for kind in WEIGHED}
+        if given.auto_round:
+            for group in (32, 64):
+                options = given.auto_round, model, calibration, group, given.seed, folder / f"auto-round-{group}"
+                makers[f"AutoRound, g{group}, {ITERATIONS} iterations"] = partial(auto_rounded, *options)
         chosen: list[str] = []
         for wish in given.only:
             chosen += [wish] if wish in makers else [name for name in makers if name.startswith(wish)]

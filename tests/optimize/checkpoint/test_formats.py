@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from optimize import recipe
 from optimize.checkpoint import formats, kv_cache
@@ -110,6 +112,26 @@ def test_a_gptq_checkpoint_unpacks_in_vllm_to_our_integers(base, job):
     assert torch.equal(logits(ours, IDS), logits(opened(models["compressed-tensors"], torch.float32), IDS))
     config = json.loads((models["gptq"] / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["group_size"], config["sym"]) == ("gptq", 64, True)
+
+
+def test_an_autoround_checkpoint_is_read_as_gptq_which_it_packs_alike(base, job):
+    made = job("quantize", scheme="w4a16", format="gptq", out="gptq")
+    quantize.run(made, silent)
+    gptq, other = made.folder / "model", made.folder / "auto-round"
+    shutil.copytree(gptq, other)
+    tensors = load_file(other / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("g_idx")}
+    save_file(kept, other / "model.safetensors", {"format": "pt"})
+    config = json.loads((other / "config.json").read_text())
+    # As auto-round 0.16 writes it.
+    said = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "data_type": "int"}
+    said |= {"group_size": 64, "sym": True, "block_name_to_quantize": "model.layers", "autoround_version": "0.16.1"}
+    (other / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    assert torch.equal(logits(opened(other), IDS), logits(opened(gptq), IDS))
+    said["packing_format"] = "auto_round:auto_awq"
+    (other / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    with pytest.raises(Refused, match="auto_round:auto_awq"):
+        opened(other)
 
 
 def test_awq_protects_the_channels_that_matter():
