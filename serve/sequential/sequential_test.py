@@ -12,7 +12,9 @@ sum of ones. The products over blocks are martingales; their mean W over strengt
 inequality P(W >= 1 / a, ever) <= a.
 
 Each check gets its share of alpha, so P(WORSE, ever) <= alpha while the canary is no worse than the live version by
-more than each check's tolerance. A tolerance is taken off the canary's values before they are ranked.
+more than each check's tolerance. A tolerance is taken off the canary's values before they are ranked. Of a rate that
+would take twice the requests: it has to be worse at all at its share a of alpha, and worse than the tolerance at the
+square root of a. So P(WORSE, ever) <= a where it is no worse, and at most that root where it is, within the tolerance.
 
 PROVED turns the question round: for every required check, the hypothesis "worse by more than the tolerance" was
 refuted at alpha. If any of them is true, P(PROVED, ever) <= alpha. It does not say that the new version is better.
@@ -56,6 +58,8 @@ ODDS = (0.5, 0.75, 1.0, 2.0, 4.0)
 ODDS_WEIGHTS = (0.25, 0.35, 0.2, 0.12, 0.08)
 # Of a rate blocks are longer: in short ones there is often no 1 to draw, or nobody who draws it.
 RATE_BLOCKS = 2
+# What "worse than the tolerance" takes, in parts of the evidence (ln) that "worse at all" takes: of a rate.
+SOME = 0.5
 # Grades of either version from which on they are a part of the proof.
 FEW = 20
 # What is said of grades whose difference decides nothing.
@@ -291,6 +295,8 @@ class _CheckTest:
         # ln wealth by side and strength, of "worse than the tolerance" and of "not worse than that"
         first = np.log(np.array(ODDS_WEIGHTS) * len(ODDS)) if check.unit is Unit.RATE else np.zeros(len(STRENGTHS))
         self._bad, self._good = np.tile(first, (2, 2, 1))
+        # The same of "worse at all", of a rate.
+        self._unlike = self._bad.copy()
         self._most = np.zeros((2, 2))  # the highest that either has been, by side
         self.counts = np.zeros(2, np.int64)  # live, canary
         self._sums = np.zeros(2)
@@ -316,6 +322,9 @@ class _CheckTest:
     def log_evidence(self) -> float:
         """Of "worse", now, with the share of alpha taken off."""
         sides = [_log_mean(self._bad[side]) for side in self._sides]
+        if self.check.unit is Unit.RATE:
+            unlike = [_log_mean(self._unlike[side]) for side in self._sides]
+            sides = [min(at_all, beyond / SOME) for at_all, beyond in zip(unlike, sides, strict=True)]
         return _log_mean(np.array(sides)) + math.log(self._share)
 
     def log_proof(self) -> float:
@@ -411,6 +420,7 @@ class _CheckTest:
             "labels": np.array([canary for canary, _ in self._open], bool),
             "values": np.array([value for _, value in self._open], np.float64),
             "bad": self._bad.copy(),
+            "unlike": self._unlike.copy(),
             "good": self._good.copy(),
             "most": self._most.copy(),
             "counts": self.counts.copy(),
@@ -424,6 +434,8 @@ class _CheckTest:
         self._block = int(state["block"])
         self._open = list(zip(state["labels"].tolist(), state["values"].tolist(), strict=True))
         self._bad, self._good = np.array(state["bad"]), np.array(state["good"])
+        # Earlier releases asked "worse than the tolerance" alone, which is less than "worse at all".
+        self._unlike = np.array(state.get("unlike", state["bad"]))
         self._most, self.counts, self._sums = (np.array(state[name]) for name in ("most", "counts", "sums"))
         if "shifts" in state:
             self._shifts, (live, canary) = np.array(state["shifts"]), state["exposure"].tolist()
@@ -476,11 +488,13 @@ class _CheckTest:
         """
         lifted = ~labels if side == 0 else labels
         k, n = int(labels.sum()), len(labels)
-        ones, score = int(values.sum()), float(values[labels].sum())
-        chances = _lifts(int(lifted.sum() - values[lifted].sum()), self.check.tolerance)
-        for i, odds in enumerate(ODDS):
-            for wealth, bet in ((self._bad, odds), (self._good, -odds)):
-                strength = bet if side == 0 else -bet
+        ones, score, zeros = int(values.sum()), float(values[labels].sum()), int(lifted.sum() - values[lifted].sum())
+        towards, tolerance = 1 if side == 0 else -1, self.check.tolerance
+        bets = (self._bad, towards, tolerance), (self._good, -towards, tolerance), (self._unlike, towards, 0.0)
+        for wealth, sign, taken_off in bets:
+            chances = _lifts(zeros, taken_off)
+            for i, odds in enumerate(ODDS):
+                strength = sign * odds
                 won = [
                     chance + strength * (score + side * more) - _log_mean_of_draws(n, k, strength, ones + more)
                     for more, chance in enumerate(chances)
