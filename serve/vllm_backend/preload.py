@@ -12,6 +12,10 @@ from typing import Any
 collects = gc.isenabled()
 gc.disable()
 
+from serve.vllm_backend import package_scans
+
+package_scans.install()
+
 import transformers.models.auto
 import vllm.entrypoints.openai.models.protocol
 import vllm.lora.model_manager
