@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 # A replica takes requests as a home while it has less to do than so many times the mean, and as one that holds the
 # adapter.
-CROWDED, FULL = 1.25, 2.0
+CROWDED, FULL = 1.125, 1.5
 # A home carries at most this part of what a replica carries in the mean, for one name.
 NAME_PORTION = 0.5
 # What is above a whole number of homes by less is noise.
@@ -104,10 +104,10 @@ class Bounds:
 
 
 def bounds(load: float, replicas: int, seats: float) -> Bounds:
-    """By what all replicas together have to do, and the `seats` that one has: while half of those are free, an answer
-    more costs the others little, and while one is free it waits for nothing."""
+    """By what all replicas together have to do, and the `seats` that one has: while most of those are free, an answer
+    more costs the others little."""
     mean = load / max(replicas, 1)
-    return Bounds(max(CROWDED * mean, seats / 2), max(FULL * mean, seats))
+    return Bounds(max(CROWDED * mean, seats / 4), max(FULL * mean, seats / 2))
 
 
 def ranked(

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 # Without FIFOMixin: it would give a replica that was chosen for one request to another one, which came before.
 class HomesRouter(RequestRouter):
-    """Homes below 1.25 times the mean load, then replicas that hold the adapter, then all."""
+    """Homes below 1.125 times the mean load, then replicas that hold the adapter, then all."""
 
     def initialize_state(self, **kwargs: Any) -> None:
         self._servers = RoutedServers(time.monotonic())

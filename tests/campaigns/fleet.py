@@ -28,7 +28,6 @@ from typing import Any
 
 import boto3
 import httpx
-import psutil
 import torch
 from moto.server import ThreadedMotoServer
 from safetensors.torch import save_file
@@ -42,7 +41,7 @@ from tests.support.counted_server import HEADERS, Counted, Reached
 from tests.support.fleet_traffic import Traffic
 from tests.support.lora import trained, variant
 from tests.support.proxy import Mode, Proxy, tcp, unix
-from tests.support.server import BASE, SMALL, descendants
+from tests.support.server import BASE, SMALL, descendants, listens
 
 NAME, LOOPED = "tone", "looped"
 # How long a fault lasts, and within what time a rollback holds on the server that was asked for it.
@@ -634,12 +633,6 @@ def own_id(server: Reached) -> str:
 
 def lists(server: Reached, id: str) -> bool:
     return id in [row["id"] for row in replicas(server)]
-
-
-def listens(pid: int, port: int) -> bool:
-    with suppress(psutil.Error):
-        return any(it.status == "LISTEN" and it.laddr.port == port for it in psutil.Process(pid).net_connections())
-    return False
 
 
 def until(condition: Callable[[], object], seconds: float) -> float:

@@ -4,7 +4,8 @@ Two clusters stand beside one another on this machine, and answer the same reque
 one with Ray's default (the one with less to do of two). Counted are adapters that were loaded, and the time to the
 first token, as clients saw it. Then what the proxy's middleware costs: turned on and off in one proxy, in processor
 time of all processes a token, and alone. At last the simulation (`tests.campaigns.fleet_sim`) is given the same
-requests, with the times of these engines, which are measured before.
+requests, with the times of these engines, which are measured before, and with how long each engine waited for a
+processor while it answered them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import random
 import statistics
 import tempfile
 import time
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
@@ -31,10 +33,12 @@ import numpy as np
 from serve.server.ray_proxy import CALLBACK, ModelHeader
 from tests.campaigns.fleet_service_times import WORD, service_of
 from tests.campaigns.fleet_sim import Load, Request, Service, Simulation, requests_of
+from tests.campaigns.fleet_sim import Server as Simulated
 from tests.campaigns.paired_spells import compared, order
 from tests.support import switched_middleware
 from tests.support.lora import WORDS, trained, variant
-from tests.support.server import BASE, Server, descendants, done
+from tests.support.run_delay import Watched, watching
+from tests.support.server import BASE, Server, descendants, done, listens
 from tests.support.waiting import eventually
 
 HOMES, DEFAULT = "homes", "Ray's default"
@@ -56,6 +60,8 @@ class Spell:
     firsts: Sequence[float]
     cold: int
     failed: Sequence[str]
+    # By `time.perf_counter`.
+    began: float = 0.0
 
     @property
     def p99(self) -> float:
@@ -74,6 +80,8 @@ class Cluster:
     server: Server
     off: Path
     ids: list[str] = field(default_factory=list)
+    # The engine of each replica.
+    engines: list[Watched] = field(default_factory=list)
 
     @property
     def replicas(self) -> list[str]:
@@ -110,6 +118,13 @@ def _command(pid: int) -> bytes:
         return b""
 
 
+def _engine_of(cluster: Cluster, url: str) -> list[int]:
+    """The processes below the one that answers there."""
+    port = int(url.rpartition(":")[2])
+    replica = next(pid for pid in descendants(cluster.server.process.pid) if listens(pid, port))
+    return [*descendants(replica)]
+
+
 def _sample(url: str, name: str) -> float:
     lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
@@ -133,6 +148,7 @@ def clusters(stack: ExitStack, work: Path, adapters: int, slots: int) -> dict[st
         cluster = made[name] = Cluster(name, server, off)
         assert eventually(lambda cluster=cluster: len(_ready(cluster)) == 2, 300), _ready(cluster)
         cluster.ids = [_me(url) for url in cluster.replicas]
+        cluster.engines = [Watched(_engine_of(cluster, url)) for url in cluster.replicas]
         for number, folder in enumerate(folders):
             done(server.upload(f"adapter-{number}", folder))
     return made
@@ -178,11 +194,11 @@ def traces(options: argparse.Namespace) -> list[list[Request]]:
 _ANY = Service(step=0.01, step_per_answer=0.001, prompt_token=0.0003, load=0.05, fetch=0.05, seats=16, resident=8)
 
 
-async def _asked(client: httpx.AsyncClient, request: Request, number: int, began: float) -> tuple[float, str]:
+async def _asked(client: httpx.AsyncClient, request: Request, began: float) -> tuple[float, str]:
     """Seconds to its first token; what was wrong."""
     await asyncio.sleep(max(0.0, began + request.came - time.perf_counter()))
     body = {
-        "model": request.name, "prompt": f"{number} {random.random()}" + WORD * request.prompt,
+        "model": request.name, "prompt": f"{random.randrange(10**5, 10**6)}" + WORD * max(request.prompt - 6, 1),
         "max_tokens": request.answer, "stream": True, "ignore_eos": True, "temperature": 0,
     }  # fmt: skip
     first, asked, last = 0.0, time.perf_counter(), b""
@@ -199,33 +215,36 @@ async def _asked(client: httpx.AsyncClient, request: Request, number: int, began
 
 
 async def _all_asked(url: str, requests: Sequence[Request]) -> list[tuple[float, str]]:
+    """A prompt begins with six digits, each of them a token, which no other has."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
         began = time.perf_counter()
-        return await asyncio.gather(
-            *(_asked(client, request, number, began) for number, request in enumerate(requests))
-        )
+        return await asyncio.gather(*(_asked(client, request, began) for request in requests))
 
 
 def spell(cluster: Cluster, requests: Sequence[Request]) -> Spell:
-    loads = cluster.loads()
+    loads, began = cluster.loads(), time.perf_counter()
     ends = asyncio.run(_all_asked(cluster.server.url, requests))
     failed = [wrong for _, wrong in ends if wrong]
     firsts = [first for first, wrong in ends if not wrong]
-    return Spell(cluster.name == HOMES, firsts, cluster.loads() - loads, failed)
+    return Spell(cluster.name == HOMES, firsts, cluster.loads() - loads, failed, began)
 
 
 def beside(both: dict[str, Cluster], every: Sequence[Sequence[Request]]) -> list[Spell]:
     """Every trace on both clusters, in turns; the first of them fills the replicas, and is not reported."""
-    spells = []
+    spells: list[Spell] = []
     turns = itertools.chain((True, False), order(len(every) - 1))
     for number, on in enumerate(turns):
         cluster = both[HOMES if on else DEFAULT]
         found = spell(cluster, every[number // 2])
-        print(f"  {cluster.name:14} cold {found.cold:4} mean {found.mean:.4f} p99 {found.p99:.4f}", flush=True)
+        slow = statistics.fmean(engine.at(found.began + 10) for engine in cluster.engines)
+        print(
+            f"  {cluster.name:14} cold {found.cold:4} mean {found.mean:.4f} p99 {found.p99:.4f} slow {slow:.2f}",
+            flush=True,
+        )
         spells.append(found)
         time.sleep(PAUSE_SECONDS)
-    return spells[2:]
+    return spells
 
 
 def table(spells: Sequence[Spell]) -> dict[str, Any]:
@@ -330,24 +349,42 @@ def service_times(stack: ExitStack, cluster: Cluster, adapters: int, slots: int)
     one, other, door = (stack.enter_context(httpx.Client(base_url=url, timeout=120)) for url in urls)
     (engine,) = done(one.get("/v1/engines"))["data"]
     names = [f"adapter-{number}" for number in range(adapters)]
-    return service_of(one, names, int(engine["seats"]), slots, 0.0, other, door)
+    return service_of(one, names, int(engine["seats"]), slots, 0.0, other, door, cluster.engines[0].pids)
 
 
 class Replayed(Simulation):
-    """These requests on the replicas of a cluster, by their own ids: homes are drawn as they were."""
+    """These requests on the replicas of a cluster, by their own ids: homes are drawn as they were. Each engine is as
+    slow as it was then: `began` has when each spell did, in the simulation and on this machine."""
 
-    def __init__(self, cluster: Cluster, service: Service, requests: Sequence[Request]) -> None:
+    def __init__(
+        self, cluster: Cluster, service: Service, requests: Sequence[Request], began: Sequence[tuple[float, float]] = ()
+    ) -> None:
         load = Load(replicas=2, requests=1, warm=1)
         super().__init__(load, service, POLICY[cluster.name])
         self.requests = [replace(request) for request in requests]
+        self.engines, self.began = cluster.engines, began
         for server, id in zip(self.servers, cluster.ids, strict=True):
             server.id = id
         self.policy.see(self.servers)
 
+    def _slowness(self, server: Simulated, place: int, now: float) -> float:
+        slow = super()._slowness(server, place, now)
+        here = bisect_right(self.began, now, key=lambda spell: spell[0]) - 1
+        if here < 0:
+            return slow
+        simulated, real = self.began[here]
+        return slow * self.engines[place].at(real + now - simulated)
 
-def predicted(cluster: Cluster, service: Service, every: Sequence[Sequence[Request]]) -> dict[str, Any]:
-    """The simulation's report on all spells, one after the other; the first is not counted."""
-    return Replayed(cluster, service, [*in_a_row(every)]).run()
+
+def predicted(
+    cluster: Cluster, service: Service, every: Sequence[Sequence[Request]], spells: Sequence[Spell]
+) -> dict[str, Any]:
+    """The simulation's report on all spells, one after the other; the first is not counted. At last as if each engine
+    had had a processor."""
+    rows = [*in_a_row(every)]
+    firsts = [rows[sum(map(len, every[:number]))].came - requests[0].came for number, requests in enumerate(every)]
+    began = [*zip(firsts, (spell.began for spell in spells), strict=True)]
+    return Replayed(cluster, service, rows, began).run() | {"quiet": Replayed(cluster, service, rows).run()}
 
 
 def in_a_row(every: Sequence[Sequence[Request]]) -> Iterator[Request]:
@@ -387,14 +424,19 @@ def main() -> None:
         service = service_times(stack, both[DEFAULT], options.adapters, options.slots)
         tell("service", asdict(service))
         every = traces(options)
-        spells = beside(both, every)
+        with watching(*(engine for cluster in both.values() for engine in cluster.engines)):
+            spells = beside(both, every)
+        of = {name: [one for one in spells if one.on == (name == HOMES)] for name in both}
+        spells = spells[2:]
         tell("measured", table(spells))
         tell("sent on by replicas", both[HOMES].forwarded())
-        tell("predicted", {name: predicted(cluster, service, every) for name, cluster in both.items()})
-        tell("middleware", middleware_cost(both[HOMES], options.cost_pairs))
+        tell("predicted", {name: predicted(cluster, service, every, of[name]) for name, cluster in both.items()})
+        if options.cost_pairs:
+            tell("middleware", middleware_cost(both[HOMES], options.cost_pairs))
         if options.json:
-            rows = [{"on": one.on, "cold": one.cold, "firsts": list(one.firsts)} for one in spells]
-            tell("spells", rows)
+            tell("spells", {name: [asdict(one) for one in mine] for name, mine in of.items()})
+            tell("ids", {name: cluster.ids for name, cluster in both.items()})
+            tell("engines", {name: [asdict(one) for one in cluster.engines] for name, cluster in both.items()})
 
 
 if __name__ == "__main__":

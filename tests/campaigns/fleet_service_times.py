@@ -15,7 +15,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +25,8 @@ import httpx
 
 from tests.campaigns.fleet_sim import Service
 from tests.support.lora import WORDS, trained, variant
-from tests.support.server import SMALL, Server
+from tests.support.run_delay import ran, slowness
+from tests.support.server import SMALL, Server, descendants
 
 ADAPTERS = 24
 SHORT, LONG = 16, 528
@@ -69,12 +70,10 @@ def first_seconds(http: httpx.Client, names: Sequence[str], length: int = 1, cou
     return statistics.median(firsts[2:])
 
 
-def step_beside(one: httpx.Client, other: httpx.Client, names: Sequence[str], count: int) -> float:
-    """How many times as long a step takes while the other server answers as much."""
-    alone = step_seconds(one, names, count)
+def steps_beside(one: httpx.Client, other: httpx.Client, names: Sequence[str], count: int) -> float:
+    """Seconds between two tokens while the other server answers as much."""
     with ThreadPoolExecutor(2) as pool:
-        both = [*pool.map(lambda http: step_seconds(http, names, count), (one, other))]
-    return statistics.fmean(both) / alone
+        return statistics.fmean(pool.map(lambda http: step_seconds(http, names, count), (one, other)))
 
 
 def service_of(
@@ -85,19 +84,28 @@ def service_of(
     fetch: float,
     other: httpx.Client | None = None,
     door: httpx.Client | None = None,
+    engine: Sequence[int] = (),
 ) -> Service:
     """Of the engine of `one`, which holds fewer adapters than there are names. `other` is a server of the same machine,
-    and `door` the address that clients ask."""
+    and `door` the address that clients ask. What the processes of the `engine` wait for a processor is left out."""
+
+    def alone(measure: Callable[[], float]) -> float:
+        before = ran(engine)
+        seconds = measure()
+        return seconds / (slowness(before, ran(engine)) or 1.0)
+
     hot = names[:4]
     step_seconds(one, hot, 1)  # warm
-    single = statistics.median(step_seconds(one, hot[:1], 1) for _ in range(3))
+    single = statistics.median(alone(lambda: step_seconds(one, hot[:1], 1)) for _ in range(3))
     several = min(seats, 8)
-    many = statistics.median(step_seconds(one, hot, several) for _ in range(3))
-    short, long = (first_seconds(one, hot[:1], length) for length in (SHORT, LONG))
+    many = statistics.median(alone(lambda: step_seconds(one, hot, several)) for _ in range(3))
+    short, long = (alone(lambda length=length: first_seconds(one, hot[:1], length)) for length in (SHORT, LONG))
     prompt = (long - short) / (LONG - SHORT)
-    cold = first_seconds(one, names, SHORT, max(len(names), 24))
-    outside = first_seconds(door or one, hot[:1], SHORT, 24)
+    cold = alone(lambda: first_seconds(one, names, SHORT, max(len(names), 24)))
+    outside = alone(lambda: first_seconds(door or one, hot[:1], SHORT, 24))
     per_answer = max(many - single, 0.0) / (several - 1)
+    both = alone(lambda: steps_beside(one, other, hot, 3)) if other else 0.0
+    beside = both / alone(lambda: step_seconds(one, hot, 3)) if other else 1.0
     return Service(
         step=round(single - per_answer, 6),
         step_per_answer=round(per_answer, 6),
@@ -107,7 +115,8 @@ def service_of(
         seats=seats,
         resident=resident,
         overhead=round(max(outside - SHORT * prompt - single, 0.0), 5),
-        beside=round(max(step_beside(one, other, hot, 3), 1.0), 3) if other else 1.0,
+        beside=round(max(beside, 1.0), 3),
+        on_cpu=True,
     )
 
 
@@ -152,7 +161,9 @@ def measured(seats: int, resident: int) -> dict[str, Any]:
         for number, name in enumerate(names):
             pushed = server.upload(name, variant(alpha, folder / f"adapter-{number}", scale=1 - number / 1000))
             pushed.raise_for_status()
-        service = service_of(server.http, names, seats, resident, fetch_seconds(alpha))
+        service = service_of(
+            server.http, names, seats, resident, fetch_seconds(alpha), engine=[*descendants(server.process.pid)]
+        )
     nbytes = sum(file.stat().st_size for file in alpha.iterdir())
     return {"service": asdict(service), "adapter_bytes": nbytes}
 

@@ -1,9 +1,9 @@
 """A fleet in simulated time: the code that places requests on replicas, beside other policies, on the same requests.
 
-The placement is `serve.fleet`'s own, not a copy. A replica is a model: seats, an engine that loads adapters and
-computes prompts one after the other between its steps, decoding whose steps grow with the answers under way, and room
-for so many adapters, the least recently used of which goes. Its times are those of a measured engine with `--service
-FILE` (by `python -m tests.campaigns.fleet_service_times FILE`), else those of `ASSUMED`, which is no engine.
+The placement is `serve.fleet`'s own, not a copy. A replica is a model: seats, an engine that loads adapters between its
+steps, steps that compute a token of each answer under way and so many tokens of prompts, and room for so many adapters,
+the least recently used of which goes. Its times are those of a measured engine with `--service FILE` (by `python -m
+tests.campaigns.fleet_service_times FILE`), else those of `ASSUMED`, which is no engine.
 
     python -m tests.campaigns.fleet_sim                           the table of docs/benchmarks.md
     python -m tests.campaigns.fleet_sim --adapters 200 --zipf 1.2 --warm 20000
@@ -19,7 +19,7 @@ import math
 import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,8 +44,12 @@ class Service:
     resident: int
     # Between client and engine, for each request.
     overhead: float = 0.0
-    # How many times as long a step and a prompt take while another replica works, which shares the processor.
+    # How many times as long everything takes while another replica works, which shares the processor.
     beside: float = 1.0
+    # Tokens of prompts that a step computes at most, as vLLM has it.
+    step_tokens: int = 2048
+    # Whether a step beside answers takes no more of prompts than `serve.cpu_kernels.prompt_budget` lets it.
+    on_cpu: bool = False
 
     @property
     def answers_per_second(self) -> float:
@@ -92,6 +96,14 @@ class Request:
     tries: int = 0
 
 
+@dataclass(slots=True)
+class Prompt:
+    """A prompt that is computed, and how many of its tokens are not."""
+
+    request: Request
+    left: int
+
+
 @dataclass(eq=False)
 class Server:
     """One replica, as it is modelled."""
@@ -101,11 +113,18 @@ class Server:
     slow: float = 1.0
     alive: bool = True
     running: int = 0
-    free_at: float = 0.0
     waiting: deque[Request] = field(default_factory=deque)
+    # Of those that have a seat: whose adapter's bytes are here, whose prompt is computed, with what is left of it, and
+    # who is answered, by the number of the step that ends it.
+    ready: deque[Request] = field(default_factory=deque)
+    prompts: list[Prompt] = field(default_factory=list)
+    answers: list[tuple[int, int, Request]] = field(default_factory=list)
+    steps: int = 0
+    is_busy: bool = False
     under_way: set[int] = field(default_factory=set)
-    # When each adapter was loaded; below 0, when its bytes are there and it can be.
+    # By adapter: when its bytes are here, whether or not it is in the engine by now.
     held: OrderedDict[str, float] = field(default_factory=OrderedDict)
+    loaded: set[str] = field(default_factory=set)
     in_use: Counter[str] = field(default_factory=Counter)
     bytes_here: set[str] = field(default_factory=set)
 
@@ -317,6 +336,7 @@ class Simulation:
         self.last_place: dict[str, int] = {}
         self.worst: list[float] = []
         self.loads = [0] * load.replicas
+        self.budget = _budget(service) if service.on_cpu else None
         for when, what, place in happenings(load, began, end):
             self._at(when, what, place)
 
@@ -337,9 +357,12 @@ class Simulation:
         heapq.heappush(self.events, (when, next(self.numbers), what, subject, tries))
 
     def _happen(self, now: float, what: str, subject: Any, tries: int) -> None:
-        if what in ("load", "end"):
+        if what == "ready":
             if subject.tries == tries:  # its replica lives
-                (self._prompt if what == "load" else self._ended)(subject, now)
+                self._ready(subject, now)
+        elif what == "stepped":
+            if self.servers[tries] is subject:
+                self._stepped(subject, tries, now)
         elif what in ("slow", "well"):
             self.servers[subject].slow = 4.0 if what == "slow" else 1.0
         elif what == "die":
@@ -371,18 +394,19 @@ class Simulation:
         server.in_use[name] += 1
         if name in server.held:
             server.held.move_to_end(name)
-            self._at(max(now, abs(server.held[name])), "load", request, request.tries)
-            return
-        self.cold += request.counts
-        if request.counts and self.last_place.get(name, request.place) != request.place:
-            self.moved += 1
-        self.last_place[name] = request.place
-        self._make_room(server, request.place)
-        fetched = now + (0 if name in server.bytes_here else server.service.fetch)
-        server.bytes_here.add(name)
-        server.held[name] = -fetched
-        self.holders[name].add(request.place)
-        self._at(fetched, "load", request, request.tries)
+        else:
+            self.cold += request.counts
+            if request.counts and self.last_place.get(name, request.place) != request.place:
+                self.moved += 1
+            self.last_place[name] = request.place
+            self._make_room(server, request.place)
+            server.held[name] = now + (0 if name in server.bytes_here else server.service.fetch)
+            server.bytes_here.add(name)
+            self.holders[name].add(request.place)
+        if server.held[name] > now:
+            self._at(server.held[name], "ready", request, request.tries)
+        else:
+            self._ready(request, now)
 
     def _make_room(self, server: Server, place: int) -> None:
         while len(server.held) >= server.service.resident:
@@ -390,25 +414,70 @@ class Simulation:
             if victim is None:
                 return
             del server.held[victim]
+            server.loaded.discard(victim)
             self.holders[victim].discard(place)
 
-    def _prompt(self, request: Request, now: float) -> None:
-        """Its adapter is loaded, and its prompt computed, when the engine comes to it."""
-        server, service = self.servers[request.place], self.service
-        slow = server.slow
-        if service.beside > 1 and any(other.running for other in self.servers if other is not server):
-            slow *= service.beside
-        at = max(now, server.free_at)
-        if server.held.get(request.name, 0.0) < 0:
-            at += service.load * slow
-            server.held[request.name] = at
-        at = max(at, server.held.get(request.name, at))
-        step = (service.step + service.step_per_answer * server.running) * slow
-        first = at + request.prompt * service.prompt_token * slow + step
-        server.free_at = first - step
-        if request.first < 0:
-            request.first = first - request.came + service.overhead
-        self._at(first + (request.answer - 1) * step, "end", request, request.tries)
+    def _ready(self, request: Request, now: float) -> None:
+        """The bytes of its adapter are here: the engine takes it up with its next step."""
+        server = self.servers[request.place]
+        server.ready.append(request)
+        if not server.is_busy:
+            self._step(server, request.place, now)
+
+    def _step(self, server: Server, place: int, now: float) -> None:
+        """Adapters that are new are loaded, then a step is computed."""
+        service, loads = self.service, 0
+        while server.ready:
+            request = server.ready.popleft()
+            if request.name not in server.loaded:
+                server.loaded.add(request.name)
+                loads += 1
+            server.prompts.append(Prompt(request, request.prompt))
+        server.is_busy = bool(server.prompts or server.answers)
+        if not server.is_busy:
+            return
+        tokens = self._compute(server) if server.prompts else 0
+        seconds = service.load * loads + service.prompt_token * tokens
+        seconds += service.step + service.step_per_answer * len(server.answers)
+        self._at(now + seconds * self._slowness(server, place, now), "stepped", server, place)
+
+    def _compute(self, server: Server) -> int:
+        """Some of the prompts, the first come first; how many tokens."""
+        room = self.service.step_tokens
+        if self.budget and server.answers:
+            server.prompts.sort(
+                key=lambda prompt: prompt.request.came + prompt.request.prompt * self.service.prompt_token
+            )
+            room = min(room, self.budget(len(server.answers), server.prompts))
+        tokens = room
+        for prompt in server.prompts:
+            computed = min(prompt.left, tokens)
+            prompt.left -= computed
+            tokens -= computed
+        return room - tokens
+
+    def _stepped(self, server: Server, place: int, now: float) -> None:
+        server.steps += 1
+        while server.answers and server.answers[0][0] <= server.steps:
+            self._ended(heapq.heappop(server.answers)[2], now)
+        for prompt in server.prompts:
+            request = prompt.request
+            if prompt.left:
+                continue
+            if request.first < 0:
+                request.first = now - request.came + self.service.overhead
+            if request.answer > 1:
+                heapq.heappush(server.answers, (server.steps + request.answer - 1, next(self.numbers), request))
+            else:
+                self._ended(request, now)
+        server.prompts = [prompt for prompt in server.prompts if prompt.left]
+        self._step(server, place, now)
+
+    def _slowness(self, server: Server, place: int, now: float) -> float:
+        """How many times as long as alone everything takes there now."""
+        if self.service.beside > 1 and any(other.is_busy for other in self.servers if other is not server):
+            return server.slow * self.service.beside
+        return server.slow
 
     def _ended(self, request: Request, now: float) -> None:
         server = self.servers[request.place]
@@ -456,6 +525,27 @@ class Simulation:
             "imbalance": round(float(np.mean(self.worst)), 2) if self.worst else 0.0,
             "requests": self.counted,
         }
+
+
+def _budget(service: Service) -> Callable[[int, Sequence[Prompt]], int]:
+    """Of an engine on a processor, which has learned these times."""
+    from serve.cpu_kernels.prompt_budget import PromptBudget
+    from serve.cpu_kernels.step_costs import Piece, StepCosts
+
+    class Known(StepCosts):
+        def alone(self, answers: int) -> float:
+            return service.step + service.step_per_answer * answers
+
+        def unknown(self, answers: int) -> bool:
+            return False
+
+    budget = PromptBudget(None, Known(token=service.prompt_token, kept=1.0))
+
+    def tokens(answers: int, prompts: Sequence[Prompt]) -> int:
+        pieces = [Piece(prompt.request.prompt - prompt.left, prompt.left) for prompt in prompts]
+        return budget.tokens(answers, pieces, len(pieces))
+
+    return tokens
 
 
 def simulate(load: Load, service: Service, policies: Sequence[str] = POLICIES) -> dict[str, dict[str, Any]]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 
 from serve.cpu_kernels.build import MARCH
 from serve.vllm_backend.patches.switches import VARIABLE
@@ -281,6 +282,13 @@ def free_port() -> int:
         _claimed.append(claim)
         return port
     raise RuntimeError("no port is free")
+
+
+def listens(pid: int, port: int) -> bool:
+    """Whether this process does, on this port."""
+    with suppress(psutil.Error):
+        return any(it.status == "LISTEN" and it.laddr.port == port for it in psutil.Process(pid).net_connections())
+    return False
 
 
 def descendants(pid: int) -> set[int]:

@@ -94,9 +94,9 @@ def test_first_come_homes_with_room_then_holders_with_room_then_everybody(loads,
     assert [set(rank) for rank in ranks[:-1]] == [group for group in (free, holding) if group]
 
 
-def test_a_replica_is_crowded_above_the_mean_and_not_while_half_of_its_seats_are_free():
-    assert (bounds(160, 10, seats=16).crowded, bounds(160, 10, seats=16).full) == (20, 32)
-    assert (bounds(1, 10, seats=16).crowded, bounds(1, 10, seats=16).full) == (8, 16)
+def test_a_replica_is_crowded_above_the_mean_and_not_while_three_quarters_of_its_seats_are_free():
+    assert (bounds(160, 10, seats=16).crowded, bounds(160, 10, seats=16).full) == (18, 24)
+    assert (bounds(1, 10, seats=16).crowded, bounds(1, 10, seats=16).full) == (4, 8)
 
 
 PINNED = ["replica-3", "replica-2", "replica-4", "replica-1", "replica-0"]

@@ -108,7 +108,7 @@ def test_a_request_goes_to_a_home_then_to_who_holds_it_then_to_anybody():
     home = placement.homes("tone")[0]
     holder = (home + 1) % 20
     assert placement.ranks("tone", loads, 1.0, holders={holder})[0] == [home]
-    loads[home] = 14.0  # crowded, and not full
+    loads[home] = 7.0  # crowded, and not full
     assert set(placement.ranks("tone", loads, 1.0, holders={holder})[0]) == {home, holder}
     loads[home] = 50.0
     assert placement.ranks("tone", loads, 1.0, holders={home, holder})[0] == [holder]

@@ -71,7 +71,7 @@ def test_a_crowded_home_is_passed_over_for_who_holds_the_adapter_then_for_all(se
     holder = next(key for key in IDLE if key != home)
     told = {key: stats(key.replace("key", "server"), [name] if key == holder else ()) for key in IDLE}
     servers.see(told)
-    assert set(servers.ranks(name, {**IDLE, home: 5.0}, 0.0)[0]) == {holder, home}
+    assert set(servers.ranks(name, {**IDLE, home: 3.0}, 0.0)[0]) == {holder, home}
     ranks = servers.ranks(name, {**IDLE, home: 90.0, holder: 90.0}, 0.0)
     assert set(ranks[-1]) == set(IDLE)
 
