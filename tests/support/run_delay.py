@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,30 +19,29 @@ from pathlib import Path
 LOOK_SECONDS, LEAST_SECONDS = 0.5, 0.02
 
 
-@dataclass(frozen=True, slots=True)
-class Ran:
-    """Nanoseconds on a processor, and waiting for one."""
-
-    ran: int
-    waited: int
+# By thread: nanoseconds on a processor, and waiting for one.
+Ran = Mapping[int, tuple[int, int]]
 
 
 def ran(pids: Iterable[int]) -> Ran:
-    """Of all threads of these processes."""
-    total = [0, 0]
+    """All threads of these processes."""
+    found = {}
     for pid in pids:
         for file in Path(f"/proc/{pid}/task").glob("*/schedstat"):
             with suppress(OSError):
                 spent, waited, _ = map(int, file.read_text().split())
-                total[0] += spent
-                total[1] += waited
-    return Ran(*total)
+                found[int(file.parent.name)] = spent, waited
+    return found
 
 
 def slowness(before: Ran, after: Ran) -> float | None:
-    """How many times as long it took as with a processor free; None, if next to nothing ran."""
-    spent = after.ran - before.ran
-    return 1 + max(after.waited - before.waited, 0) / spent if spent >= LEAST_SECONDS * 1e9 else None
+    """How many times as long the thread took that ran most, as with a processor free: others wait beside it, and their
+    waiting does not add up. None, if it ran next to nothing."""
+    spent = {thread: each[0] - before[thread][0] for thread, each in after.items() if thread in before}
+    most = max(spent, key=spent.__getitem__, default=0)
+    if not spent or spent[most] < LEAST_SECONDS * 1e9:
+        return None
+    return 1 + max(after[most][1] - before[most][1], 0) / spent[most]
 
 
 @dataclass
