@@ -6,14 +6,14 @@ likeliest token are `loradock optimize`'s own measurement. Ours are computed by 
 `llama.cpp` rows by its library. Bits are those of a weight of a layer, scales included.
 
     python -m tests.campaigns.four_bits [--model DIR] [--windows 8] [--calibration 16] [--rescaled] [--only ROW ...]
-        [--llama LLAMA.CPP] [--auto-round PYTHON] [--seed 0] [--finished FILE.jsonl]
+        [--llama LLAMA.CPP] [--auto-round PYTHON] [--llm-compressor PYTHON] [--seed 0] [--finished FILE.jsonl]
 
 `GGUF` rows are files that `loradock optimize` writes, by what their weights are. LLAMA.CPP is its source, built in
-`build` with shared libraries: targets llama-quantize and llama-imatrix. PYTHON has the package auto-round, which gets
-the same calibration windows; the seed draws these, and the package's own lots. `--rescaled` is for the embedded model,
-whose weights were llama.cpp's Q4_1 once: whatever has an offset for each 32 weights gets back what they were. Every
-channel that a layer makes and another reads is multiplied by a random factor of 0.7 to 1.4 and divided by it again
-where it is read, so that the model computes the same with weights that lie on no grid.
+`build` with shared libraries: targets llama-quantize and llama-imatrix. PYTHON has the package auto-round, or
+llmcompressor, which gets the same calibration windows; the seed draws these, and the package's own lots. `--rescaled`
+is for the embedded model, whose weights were llama.cpp's Q4_1 once: whatever has an offset for each 32 weights gets
+back what they were. Every channel that a layer makes and another reads is multiplied by a random factor of 0.7 to 1.4
+and divided by it again where it is read, so that the model computes the same with weights that lie on no grid.
 """
 
 from __future__ import annotations
@@ -72,7 +72,6 @@ FILES = {
 }
 LLAMA = ("BF16", "Q4_0", "Q4_1", "IQ4_XS", "Q4_K_M")
 WEIGHED = ("IQ4_XS", "Q4_K_M")  # also with llama.cpp's importance matrix
-ITERATIONS = 200  # of AutoRound, its default
 Maker = Callable[[], tuple[Any, dict[str, Any]]]
 LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
@@ -150,19 +149,24 @@ def filed(model: Path, options: dict[str, Any], calibration: Drawn, folder: Path
     return pytorch(folder / "dense"), {**file_facts(folder / "model" / gguf_file.FILE), "seconds": seconds}
 
 
-def auto_rounded(
-    python: Path, model: Path, calibration: list[list[int]], group: int, seed: int, folder: Path
+def foreign(
+    script: str, python: Path, model: Path, calibration: list[list[int]], how: tuple[Any, ...], folder: Path
 ) -> tuple[Any, dict[str, Any]]:
+    """A checkpoint that another package makes, in an environment of its own."""
     folder.mkdir()
     windows, out = folder / "windows.json", folder / "model"
     windows.write_text(json.dumps(calibration))
-    script = Path(__file__).with_name("auto_round_library.py")
-    command = [python, script, model, windows, out, group, ITERATIONS, seed]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    command = [python, Path(__file__).with_name(script), model, windows, out, *how]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, env=_alone())
     if done.returncode:
-        raise SystemExit(f"{script.name} failed: {done.stderr[-2000:]}")
+        raise SystemExit(f"{script} failed: {done.stderr[-2000:]}")
     made = next(file.parent for file in sorted(out.rglob("config.json")))
     return pytorch(made), {**facts(made), "seconds": float(done.stdout.splitlines()[-1])}
+
+
+def _alone() -> dict[str, str]:
+    """The environment without this project's packages."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def _run(
@@ -301,6 +305,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="rows of these names, or that begin so, in this order")
     parser.add_argument("--llama", type=Path, help="llama.cpp's source, built")
     parser.add_argument("--auto-round", type=Path, help="a Python that has auto-round")
+    parser.add_argument("--llm-compressor", type=Path, help="a Python that has llmcompressor")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration windows")
     parser.add_argument("--finished", type=Path, help="rows that are done, a JSON line each")
     given = parser.parse_args()
@@ -337,10 +342,17 @@ def main() -> None:
             llama = Llama(given.llama, model, calibration, folder)
             makers |= {f"llama.cpp {kind}": partial(llama.quantized, kind, False) for kind in LLAMA}
             makers |= {f"llama.cpp {kind}, importance": partial(llama.quantized, kind, True) for kind in WEIGHED}
-        if given.auto_round:
-            for group in (32, 64):
-                options = given.auto_round, model, calibration, group, given.seed, folder / f"auto-round-{group}"
-                makers[f"AutoRound, g{group}, {ITERATIONS} iterations"] = partial(auto_rounded, *options)
+        others = {
+            "AutoRound, g{}, 200 iterations": ("auto_round_library.py", given.auto_round, 200),
+            "llm-compressor GPTQ, g{}, mse": ("llm_compressor_library.py", given.llm_compressor, "memoryless_mse"),
+            "llm-compressor GPTQ, g{}": ("llm_compressor_library.py", given.llm_compressor, "memoryless_minmax"),
+        }
+        for title, (script, python, option) in others.items():
+            for group in (32, 64) if python else ():
+                name, how = title.format(group), (group, option, given.seed)
+                makers[name] = partial(
+                    foreign, script, python, model, calibration, how, folder / f"{len(makers)}-other"
+                )
         chosen: list[str] = []
         for wish in given.only:
             chosen += [wish] if wish in makers else [name for name in makers if name.startswith(wish)]
