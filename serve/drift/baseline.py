@@ -37,10 +37,9 @@ from serve.drift.features.features import (
     VECTORS,
 )
 from serve.drift.parameter_strata import ParameterStrata
-from serve.drift.signal import NEEDED, Phase, Signal
+from serve.drift.signal import NEEDED, Phase, Signal, Tolerance
 from serve.drift.state_arrays import below, prefixed
 from serve.drift.thinning import Thinning, inherited
-from serve.drift.tolerance import Tolerance
 from serve.errors import ConfigError
 from serve.files import write_whole
 

@@ -64,6 +64,10 @@ FEW = 3
 LEAST = 0.01
 
 
+# What is said where nothing that has a name is otherwise.
+UNNAMED = "other wording, of which neither language, length nor words stand out"
+
+
 def describe(signal: Signal, profiles: TrafficProfiles, since: str | None) -> dict[str, Any]:
     """What moved of one signal since it began to. `text` is a sentence, the rest depends on the signal.
 
@@ -83,10 +87,16 @@ def describe(signal: Signal, profiles: TrafficProfiles, since: str | None) -> di
     noun = NOUNS.get(signal.kind, "answers")
     share = _share(signal, fields)
     when = f"since {since}, " if since else ""
-    unnamed = "other wording, of which neither language, length nor words stand out"
     part = f"at least {_percent(share)}" if share >= LEAST else "some"
-    text = f"{when}in {part} of the {noun}: {', '.join(parts) or unnamed}"
+    text = f"{when}in {part} of the {noun}: {', '.join(parts) or UNNAMED}"
     return {"text": text, "since": since, "requests": _changed(signal), "share_at_least": share, **fields}
+
+
+def clearer(then: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]:
+    """Of two descriptions of an open alarm the one of now, unless it has lost the cause that the earlier one named: few
+    loops among the latest answers, say, after many."""
+    lost = then is not None and UNNAMED in now["text"] and UNNAMED not in then["text"]
+    return then if then is not None and lost else now
 
 
 def describe_probe(ratio: float) -> dict[str, Any]:

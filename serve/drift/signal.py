@@ -13,6 +13,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -31,7 +32,6 @@ from serve.drift.features.embedding import DIMENSIONS
 from serve.drift.features.features import FOLLOW_UP, LOGPROB, OUTPUT, PROMPT, SIGNALS, Scale, columns, names
 from serve.drift.features.token_surprise import NAMES, SKETCH, TokenSurprise
 from serve.drift.state_arrays import below, prefixed
-from serve.drift.tolerance import Tolerance
 
 # Requests that make a reference; logprobs come of a sample of the traffic only, and follow-ups in blocks.
 NEEDED = {PROMPT: 1000, OUTPUT: 1000, LOGPROB: 300, FOLLOW_UP: 400}
@@ -46,6 +46,22 @@ PRESENT = 64
 class Phase(Enum):
     GATHERING = "gathering"
     WATCHING = "watching"
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Effects that are too small to matter. A share q of foreign requests shifts a rank by q / 2 at most."""
+
+    rank_shift: float = 0.1
+    foreign_share: float = 0.03  # of the requests, at least; of prompts and outputs
+    logprob: float = 0.15  # nat, of the mean logprob that prompt and length do not explain
+    refusal: float = 0.02  # of all answers
+    probe: float = 1.5  # times the probe's noise
+
+    def beyond(self, effects: Mapping[str, float]) -> dict[str, float]:
+        """Those of the effects that are above; signed, where a sign means something."""
+        sizes = {name: value if name == "refusal" else abs(value) for name, value in effects.items()}
+        return {name: effects[name] for name, size in sizes.items() if size > getattr(self, name)}
 
 
 class Signal:

@@ -27,7 +27,7 @@ from serve.drift.answer_facts import (
     spoken,
 )
 from serve.drift.baseline import Baseline, Phase, Tolerance
-from serve.drift.change_description import describe, describe_probe, movement
+from serve.drift.change_description import clearer, describe, describe_probe, movement
 from serve.drift.conversation_blocks import ConversationBlocks
 from serve.drift.features.embedding import Embedding
 from serve.drift.features.features import (
@@ -375,10 +375,11 @@ class WatchedVersion:
         return iso(times[-back] if 0 < back <= len(times) else times[0])
 
     def what_moved(self, kind: str) -> dict[str, Any] | None:
-        """What has moved of a signal that alarmed: as it is now while it is beyond tolerance, else as it was then."""
+        """What has moved of a signal that alarmed: as it is now while it is beyond tolerance and has a name, else as
+        it was then."""
         signal = self.baseline.signals.get(kind)
         if kind in self.alarmed and signal is not None and signal.alarmed and signal.beyond():
-            return describe(signal, self._profiles(kind), self.since(kind))
+            return clearer(self.moved.get(kind), describe(signal, self._profiles(kind), self.since(kind)))
         return self.moved.get(kind)
 
     def _profiles(self, kind: str) -> TrafficProfiles:

@@ -25,7 +25,8 @@ sessions  users who ask five questions of one topic in a row, eight at a time, w
 languages single questions, of which 15 % are German and 5 % Spanish
 dated     single questions behind a system prompt with the date, and another date each 250 requests
 
-`--explanations` asks of 21 changes whether the alarm names the cause, by words that were fixed beforehand.
+`--explanations` asks of 21 changes whether the alarm names the cause, by words that were fixed beforehand, and whether
+the report does 100 requests later.
 `--genres` counts, over 71 changes of texts that nothing was tuned on, how many are seen within 340 requests, with a
 reference of 500, and after how many in the mean: 340 where it is none.
 A change begins when the references are full and 300 more requests came; answers are drawn: 1 % refuse, 0.5 % loop, and
@@ -65,6 +66,8 @@ POOLS = ("general", "german", "finance", "medical", "health", "manuals", "encycl
 MOST = 1500
 # The same of a change of `--genres`, and its reference.
 GENRES_MOST, GENRES_REFERENCE = 340, 500
+# Requests after an alarm of `--explanations` when its report is read again.
+LATER = 100
 
 
 NOUNS = "東京天気料理旅行文章予定会社電車学校病院銀行手紙音楽映画写真家族友達先生言葉時間季節"
@@ -359,11 +362,10 @@ def unchanged(kind: str, seed: int, *, requests: int, reference: int) -> dict[st
         alarms: dict[str, Any] = {}
         while watched.requests < requests and not alarms:
             alarms = watched.step(50)
-        texts = {name: moved.get("text", "") for name, moved in alarms.items()}
-        return {"alarms": texts, "requests": watched.requests, "seen": watched.report()["seen_share"]}
+        return {"alarms": said_of(alarms), "requests": watched.requests, "seen": watched.report()["seen_share"]}
 
 
-def changed(name: str, seed: int, *, reference: int) -> dict[str, Any]:
+def changed(name: str, seed: int, *, reference: int, later: int = 0) -> dict[str, Any]:
     most = GENRES_MOST if name in GENRES else MOST
     kind, usual, change, key = (CHANGES | EXPLAINED | GENRES)[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -380,11 +382,16 @@ def changed(name: str, seed: int, *, reference: int) -> dict[str, Any]:
         began, watched.traffic.begun = watched.requests, 0
         while watched.requests - began < most:
             if alarms := watched.step(5):
-                texts = {signal: moved.get("text", "") for signal, moved in alarms.items()}
-                delay = watched.requests - began
-                named = any(re.search(key, text) for text in texts.values())
-                return {"delay": delay, "conversations": watched.traffic.begun, "alarms": texts, "named": named}
+                delay, begun = watched.requests - began, watched.traffic.begun
+                said = [said_of(alarms), said_of(watched.step(later)) if later else {}]
+                named, named_later = (any(re.search(key, text) for text in texts.values()) for texts in said)
+                found = {"delay": delay, "conversations": begun, "alarms": said[0], "named": named}
+                return found | ({"later": said[1], "named_later": named_later} if later else {})
         return {}
+
+
+def said_of(alarms: dict[str, Any]) -> dict[str, str]:
+    return {signal: moved.get("text", "") for signal, moved in alarms.items()}
 
 
 def code(requests: int, reference: int) -> str:
@@ -443,10 +450,15 @@ def main() -> None:
     reference = GENRES_REFERENCE if chosen.genres else chosen.reference
     names, changes = [name for name in known if name.startswith(tuple(chosen.kinds or [""]))], known is not KINDS
     work = partial(unchanged, requests=chosen.requests, reference=chosen.reference)
-    run_chosen(finished, names, partial(changed, reference=reference) if changes else work, chosen)
+    later = LATER if chosen.explanations else 0
+    run_chosen(finished, names, partial(changed, reference=reference, later=later) if changes else work, chosen)
     print(*table(finished, names, changes=changes), sep="\n")
     if chosen.genres:
         print(mean_delay(finished))
+    if chosen.explanations:
+        rows = [row for name in names for row in finished.of(name)]
+        at_once, then = (sum(row.get(key, False) for row in rows) for key in ("named", "named_later"))
+        print(f"{at_once} of {len(rows)} named by the alarm, {then} in the report {LATER} requests later")
     if not changes:
         print(false_alarms(finished, names, chosen.streams))
 

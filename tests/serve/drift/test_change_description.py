@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 
-from serve.drift.change_description import describe, describe_probe, for_tenant, movement
+from serve.drift.change_description import UNNAMED, clearer, describe, describe_probe, for_tenant, movement
 from serve.drift.features.features import LOGPROB, OUTPUT, PROMPT
 from serve.drift.features.traffic_profile import Prompt, TrafficProfile, TrafficProfiles
 from serve.drift.features.word_counts import hashed
@@ -100,8 +100,17 @@ def test_what_stands_out_nowhere_is_not_made_up():
     signal = moved_signal(rng, PROMPT, prompt_row(0.0), prompt_row(3.0))
     reference, recent = profiles(rng, {"words": ["invoice"]}, {"words": ["invoice"]})
     said = describe(signal, TrafficProfiles(reference, recent), None)
-    assert said["text"].endswith("other wording, of which neither language, length nor words stand out")
+    assert said["text"].endswith(UNNAMED)
     assert 0.2 < said["share_at_least"] <= 1
+
+
+def test_a_cause_that_an_alarm_has_named_is_not_lost_while_it_is_open():
+    rng = np.random.default_rng(2)
+    vague = describe(moved_signal(rng, PROMPT, prompt_row(0.0), prompt_row(3.0)), TrafficProfiles(), None)
+    assert UNNAMED in vague["text"]
+    named = {"text": "more answers that repeat themselves (1 % before, 15 % now)"}
+    assert clearer(named, vague) is named
+    assert clearer(vague, named) is named and clearer(None, vague) is vague and clearer(vague, dict(vague)) is not vague
 
 
 def output_row(tokens=50.0, cut=0.0, refusal=0.02, repeats=0.0):
