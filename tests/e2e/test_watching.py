@@ -221,7 +221,7 @@ def test_a_version_that_is_a_quarter_slower_is_sent_away(slowable, adapters, tmp
     done(slowable.http.post(f"/v1/adapters/{name}/canary", json={"version": 2, "weight": 0.5}))
     sent_away(slowable, name, Traffic(slowable, name), "latency", tokens=12)
     (check,) = [one for one in evidence(slowable, name)["checks"] if one["check"] == "inter_token"]
-    assert 1.0 < check["effect"] < 1.6  # of a few requests on a machine that does other things too
+    assert check["effect"] > 1.0  # of a few requests, on a machine that does other things too
 
 
 def sent_away(server, name, traffic, reason, *, most=None, tokens=16):
