@@ -324,7 +324,7 @@ class _CheckTest:
         sides = [_log_mean(self._bad[side]) for side in self._sides]
         if self.check.unit is Unit.RATE:
             unlike = [_log_mean(self._unlike[side]) for side in self._sides]
-            sides = [min(at_all, beyond / SOME) for at_all, beyond in zip(unlike, sides, strict=True)]
+            sides = [min(at_all, max(beyond, beyond / SOME)) for at_all, beyond in zip(unlike, sides, strict=True)]
         return _log_mean(np.array(sides)) + math.log(self._share)
 
     def log_proof(self) -> float:
@@ -488,7 +488,8 @@ class _CheckTest:
         """
         lifted = ~labels if side == 0 else labels
         k, n = int(labels.sum()), len(labels)
-        ones, score, zeros = int(values.sum()), float(values[labels].sum()), int(lifted.sum() - values[lifted].sum())
+        ones, score = int(values.sum()), float(values[labels].sum())
+        zeros = int(lifted.sum() - values[lifted].sum())
         towards, tolerance = 1 if side == 0 else -1, self.check.tolerance
         bets = (self._bad, towards, tolerance), (self._good, -towards, tolerance), (self._unlike, towards, 0.0)
         for wealth, sign, taken_off in bets:
