@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from serve import files
-from serve.models import cache
+from serve.cpu_kernels.build import cache_folder
 from serve.vllm_backend import import_hooks
 
 # Which this replaces, if it is there.
@@ -57,7 +57,7 @@ def _of_models(scan: Callable[[Any], Any], models: Path) -> Callable[[Any], Any]
 def kept(name: str, inputs: list[tuple[str, int, int]], compute: Callable[[], Any]) -> Any:
     """What `compute` returned for the same inputs, or returns now. Where nothing can be kept it is always computed."""
     key = hashlib.sha256(repr((sys.version, inputs)).encode()).digest()
-    folder = Path(os.environ.get("LORADOCK_CACHE_DIR") or cache.default()) / "imports"
+    folder = cache_folder().with_name("imports")
     with suppress(OSError, EOFError, ValueError, TypeError):
         content = (folder / name).read_bytes()
         if content[:KEY_BYTES] == key:
