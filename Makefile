@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-without-engine test-engine check lint types chaos kills cluster recovery overload watch watch-cost equality socket front-end drift-proof drift-time drift-delays fleet fleet-size fleet-sim fleet-ray upgrade drift-real drift-streams auto mixtures bench monitoring clean setup setup-dev first-hour clients tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits optimize-cost cpu-speed real-models memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base vllm-diff cuda-wheel probe-noise as-on-a-gpu gpu gpu-wheels gpu-torch gpu-torch-wheels arm64
+.PHONY: help serve test test-without-engine test-engine check lint types chaos kills cluster recovery overload watch watch-cost equality socket front-end drift-proof drift-time drift-delays fleet fleet-size fleet-sim fleet-ray upgrade drift-real drift-streams auto mixtures bench monitoring clean setup setup-dev first-hour clients tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits small-llama optimize-cost cpu-speed real-models memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base vllm-diff cuda-wheel probe-noise as-on-a-gpu gpu gpu-wheels gpu-torch gpu-torch-wheels arm64
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -193,6 +193,9 @@ served-quality: setup-dev ## perplexity as served on a CPU with each --cpu-weigh
 
 four-bits: setup-dev ## methods of 4 bits on the same model, text and windows, llama.cpp's formats too (ARGS="--llama DIR"); 30 minutes
 	@$(BIN)/python -m tests.campaigns.four_bits $(ARGS)
+
+small-llama: setup-dev ## trains a small Llama whose weights were never rounded, for four-bits (ARGS="DIR --texts FILE"); 60 minutes
+	@$(BIN)/python -m tests.campaigns.small_llama $(ARGS)
 
 optimize-cost: setup-dev ## processor seconds of quantizing and measuring, by an earlier commit's code and this one's, in turns; 10 minutes
 	@$(BIN)/python -m tests.campaigns.optimize_cost $(ARGS)

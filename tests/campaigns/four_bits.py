@@ -9,11 +9,12 @@ likeliest token are `loradock optimize`'s own measurement. Ours are computed by 
         [--llama LLAMA.CPP] [--auto-round PYTHON] [--llm-compressor PYTHON] [--seed 0] [--finished FILE.jsonl]
 
 `GGUF` rows are files that `loradock optimize` writes, by what their weights are. LLAMA.CPP is its source, built in
-`build` with shared libraries: targets llama-quantize and llama-imatrix. PYTHON has the package auto-round, or
-llmcompressor, which gets the same calibration windows; the seed draws these, and the package's own lots. `--rescaled`
-is for the embedded model, whose weights were llama.cpp's Q4_1 once: whatever has an offset for each 32 weights gets
-back what they were. Every channel that a layer makes and another reads is multiplied by a random factor of 0.7 to 1.4
-and divided by it again where it is read, so that the model computes the same with weights that lie on no grid.
+`build` with shared libraries: targets llama-quantize and llama-imatrix, which begin with such a file in BF16. PYTHON
+has the package auto-round, or llmcompressor, which gets the same calibration windows; the seed draws these, and the
+package's own lots. `make small-llama` trains a model whose weights were never on a grid. `--rescaled` is for the
+embedded one, whose weights were llama.cpp's Q4_1 once: whatever has an offset for each 32 weights gets back what they
+were. Every channel that a layer makes and another reads is multiplied by a random factor of 0.7 to 1.4 and divided by
+it again where it is read, so that the model computes the same with weights that lie on no grid.
 """
 
 from __future__ import annotations
@@ -233,10 +234,8 @@ class Llama:
         headers = [f"-I{source / part}" for part in ("include", "ggml/include")]
         libraries = [f"-L{self.bin}", f"-Wl,-rpath,{self.bin}", "-lllama", "-lggml", "-lggml-base"]
         self._run("c++", "-O2", "-std=c++17", *headers, str(code), *libraries, "-o", str(self.program))
-        self.whole = folder / "BF16.gguf"
-        convert = str(source / "convert_hf_to_gguf.py")
-        path = {"PYTHONPATH": str(source / "gguf-py")}
-        self._run(sys.executable, convert, str(model), "--outtype", "bf16", "--outfile", str(self.whole), **path)
+        _run("gguf", gguf_file.run, model, {"precision": "bf16"}, Drawn(1, 0), folder / "BF16")
+        self.whole = folder / "BF16" / "model" / gguf_file.FILE
         self.text = folder / "calibration.txt"
         self.text.write_text("".join(tokenizer(model).decode(window) for window in calibration))
         self.matrix = folder / "importance.gguf"

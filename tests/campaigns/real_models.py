@@ -9,7 +9,8 @@ xllamacpp, in an environment of its own. Its server can be one compiled for this
 
 `--llama-server` takes several, as NAME=BINARY (ik_llama.cpp's is started alike), and `--mistral-python` a Python that
 has mistralrs. Without any loradock is measured alone. With `--adapters 16` both have the same GGUF adapters of rank 8,
-and streams take turns among them. `--no-speed` leaves out what wants a quiet machine, `--no-quality` all else.
+and streams take turns among them. `--exact` says how far either is from what the file's weights mean. `--no-speed`
+leaves out what wants a quiet machine, `--no-quality` all else.
 
 A table for AVX2 alone, on a processor that has more: loradock's kernels are compiled for an older one, and llama.cpp
 with `-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON`:
@@ -180,6 +181,18 @@ def losses_of_llama(python: Path, file: Path, text: list[list[int]]) -> Iterator
             yield [float(np.logaddexp.reduce(row) - row[token]) for row, token in zip(rows, window[1:], strict=False)]
 
 
+def losses_of_exact_weights(file: Path, text: list[list[int]]) -> Iterator[list[float]]:
+    """By transformers, which widens what the file holds to float32 and computes in that: nothing is rounded."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    whole: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    for window in text:
+        with torch.inference_mode():
+            scores = whole(torch.tensor([window])).logits[0, :-1]
+            yield torch.nn.functional.cross_entropy(scores, torch.tensor(window[1:]), reduction="none").tolist()
+
+
 def perplexity(rows: list[list[float]]) -> float:
     return math.exp(sum(map(sum, rows)) / sum(map(len, rows)))
 
@@ -208,6 +221,10 @@ def compare_quality(up: Up, file: Path, given: argparse.Namespace) -> None:
     if given.llama_python:
         theirs = list(losses_of_llama(given.llama_python, file, text))
         said += f", llama.cpp's {perplexity(theirs):.4f}: {difference(ours, theirs)}"
+    if given.exact:
+        exact = list(losses_of_exact_weights(file, text))
+        said += f"; in float32 {perplexity(exact):.4f}: {difference(ours, exact)}"
+        said += f", llama.cpp's {difference(theirs, exact)}" if given.llama_python else ""
     print(f"{said}\n", flush=True)
 
 
@@ -272,6 +289,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=0, help="speed with so many; for llama.cpp by --llama-server")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--exact", action="store_true", help="perplexity also of the file's weights in float32")
     parser.add_argument("--no-speed", action="store_true")
     parser.add_argument("--no-quality", action="store_true")
     parser.add_argument("--kv-cache", help="of loradock's server, as 1G; else for as many tokens as llama.cpp's")

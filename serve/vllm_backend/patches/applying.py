@@ -121,7 +121,7 @@ def misfit(function: Function, digest_of: DigestOf) -> str:
 def apply(patch: Patch) -> None:
     """Put a patch's replacements in place, once."""
     for function in patch.functions:
-        if function.replacement and current_digest(function) not in function.fixed.values():
+        if function.replacement and not (function.fixed and current_digest(function) in function.fixed.values()):
             _apply(function)
 
 
