@@ -2,7 +2,7 @@
 
     python -m tests.support.ray_replica MODEL [FLAG ...]
 
-serves with such replicas, with room for more of them than this machine has processors.
+serves with such replicas.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
-from functools import partial
 
 from starlette.types import ASGIApp
 
@@ -18,8 +17,6 @@ from serve.config import Config
 from serve.server.ray_serve import Replica
 from tests.support.backend import FakeBackend
 from tests.support.counted_server import stand_in
-
-PROCESSORS = 8
 
 
 class FakeReplica(Replica):
@@ -54,14 +51,11 @@ class CountedReplica(FakeReplica):
 
 
 def main() -> None:
-    import ray
-
     from serve.config import load
     from serve.server import ray_serve
     from tests.support import ray_replica
 
     ray_serve.Replica = ray_replica.CountedReplica  # type: ignore[misc]
-    ray.init = partial(ray.init, num_cpus=PROCESSORS)
 
     def config() -> Config:
         return load([sys.argv[1], "--name", "base", *sys.argv[2:]])
