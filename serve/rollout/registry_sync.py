@@ -74,6 +74,7 @@ class RegistrySync(Collector):
         self._next: asyncio.Task[None] | None = None
         # The look that is under way was waited for in vain.
         self._is_late = False
+        self._is_closed = False
 
     @property
     def problem(self) -> str:
@@ -131,7 +132,8 @@ class RegistrySync(Collector):
             await asyncio.sleep(POLL_SECONDS)
 
     async def close(self) -> None:
-        """Look no more."""
+        """Look no more: who still asks is answered from what was read last."""
+        self._is_closed = True
         self._look_thread.shutdown(wait=False, cancel_futures=True)
 
     async def _look(self, before: asyncio.Task[None] | None) -> None:
@@ -140,6 +142,8 @@ class RegistrySync(Collector):
             await asyncio.wait([before])
         # Who comes from now on needs a look that begins later.
         self._looking, self._next = asyncio.current_task(), None
+        if self._is_closed:
+            return
         began_at, began_on = self._clock(), datetime.now(UTC)
         try:
             loop = asyncio.get_running_loop()

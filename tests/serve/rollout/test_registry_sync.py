@@ -333,6 +333,13 @@ async def test_an_error_that_nobody_foresaw_in_a_look_is_no_requests_error(pair,
     assert (await ask(other, "tone")).status_code == 200
 
 
+async def test_who_asks_a_server_that_stops_does_not_make_it_take_the_registry_for_a_dead_one(pair):
+    follower = pair[0]._transport.app.state.parts.follower
+    await follower.close()
+    await follower.fresh()
+    assert not follower.problem
+
+
 async def test_a_base_that_is_not_served_here_keeps_no_other_change_away(pair, make_adapter):
     one, other, *_ = pair
     told = (await one.post("/v1/adapters", **upload(make_adapter(0), "elsewhere"))).json()
