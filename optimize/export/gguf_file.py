@@ -32,7 +32,7 @@ from optimize.export.gguf_blocks import CALIBRATED, blocks, calibrated, kind_of
 from optimize.job import Job, Progress
 from optimize.steps.calibrated import CalibratedModel, first_readers, windows
 from optimize.steps.merge.merge import Adapter, read
-from optimize.steps.quantize.gptq import damped
+from optimize.steps.quantize.gptq import damped, following
 
 KINDS = {
     "fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q6_k": "Q6_K", "q4_0": "Q4_0", "q4_k_m": "Q4_K",
@@ -127,12 +127,14 @@ def _kind(source: Checkpoint, name: str, precision: str) -> str:
     if len(shape) == 1:
         return "F32"
     wanted, layers = KINDS[precision], int(source.config["num_hidden_layers"])
+    head = name == "lm_head.weight" or (source.tied and name == "model.embed_tokens.weight")
+    sensitive = False
     if precision == "q4_k_m":
         found = _LAYER.search(name)
         layer = int(found[1]) if found and name.endswith(("v_proj.weight", "down_proj.weight")) else -1
-        sensitive = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
-        head = name == "lm_head.weight" or (source.tied and name == "model.embed_tokens.weight")
-        wanted = "Q6_K" if head or (layer >= 0 and sensitive) else wanted
+        sensitive = layer >= 0 and (layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2)
+    if sensitive or (head and precision.startswith("q4")):  # as in llama.cpp's files of these names
+        wanted = "Q6_K"
     return kind_of(wanted, shape[1])
 
 
@@ -142,15 +144,15 @@ def _calibrated(job: Job, source: Checkpoint, progress: Progress) -> Iterator[tu
     progress(0, 1, "loading")
     model = CalibratedModel(source.folder, windows(job), by_layer=True)
     turned = gguf_metadata.ARCHITECTURES[source.config["architectures"][0]][1]
-    begun, full = model.entered(), dict(model.model.named_parameters())
-    vectors = sum(state[..., 0].numel() for state in begun.states)
+    begun, full = model.entered(), model.parameters()
+    whole, vectors = begun, sum(state[..., 0].numel() for state in begun.states)
     for at, layer in enumerate(model.layers):
         progress(at, len(model.layers), f"rounding, layer {at + 1} of {len(model.layers)}")
         with held(layer):
             units = model.units_of(at)
-            hessians = model.hessians(at, first_readers(units), begun)
+            hessians, apart, whole = model.products(at, first_readers(units), begun, whole)
             for unit in units:
-                hessian = hessians.pop(unit)
+                hessian, of_unit = hessians.pop(unit), apart.pop(unit)
                 importance = hessian.diagonal().clone()
                 damped(hessian, vectors)
                 kinds: dict[str, list[str]] = {}
@@ -163,7 +165,7 @@ def _calibrated(job: Job, source: Checkpoint, progress: Progress) -> Iterator[tu
                     if turned:
                         tensors = [_side_by_side(*of, source.config) for of in zip(tensors, names, strict=True)]
                     rows = [len(tensor) for tensor in tensors]
-                    packed = calibrated(torch.cat(tensors), kind, hessian, importance)
+                    packed = calibrated(following(torch.cat(tensors), hessian, of_unit), kind, hessian, importance)
                     back = _read(packed, gguf.GGMLQuantizationType[kind]).split(rows)
                     for name, part, values in zip(names, np.split(packed, np.cumsum(rows)[:-1]), back, strict=True):
                         yield name, part
@@ -172,8 +174,7 @@ def _calibrated(job: Job, source: Checkpoint, progress: Progress) -> Iterator[tu
             begun = through([layer], begun)
             if not all(bool(state.isfinite().all()) for state in begun.states):
                 raise OptimizeError(f"layer {at} gives NaN or infinity on the calibration text: the weights are broken")
-            for name in (f"{name}.weight" for unit in units for name in unit.names):
-                model.set_parameter(name, full[name])
+            model.restore(at, full)
 
 
 def _read(packed: Blocks, kind: gguf.GGMLQuantizationType) -> torch.Tensor:

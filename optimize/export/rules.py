@@ -8,7 +8,7 @@ from optimize.checkpoint import architectures
 from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.errors import Refused
 from optimize.export import gguf_metadata, layout, optimum
-from optimize.steps.planning import Context, Estimate, beyond_low_rank, by_layer, calibrating, passing
+from optimize.steps.planning import Context, Estimate, beyond_low_rank, by_layer, following, passing
 from optimize.steps.quantize.rules import Quantize
 
 # A weight that is multiplied with, and its share of a scale; tables and output layers have 8 bits where it has fewer.
@@ -35,7 +35,7 @@ def estimates(context: Context) -> list[Estimate]:
         seconds = context.machine.opening + 2 * context.machine.scale * context.weights
         memory = context.machine.process + 12 * context.vocabulary * context.hidden
         if export.calibrates:
-            calibrated, hessians = calibrating(context)
+            calibrated, hessians = following(context)
             seconds += context.machine.calibration_text + calibrated
             memory = max(memory, context.machine.process + hessians + passing(context) + context.copied_by_layer)
         return [Estimate("gguf", what, memory, 2 * made + 2 * context.weights, seconds)]

@@ -153,6 +153,15 @@ class CalibratedModel:
         setattr(self.linear(module), part, parameter)
         self.changed = True
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def restore(self, layer: int, parameters: Mapping[str, nn.Parameter]) -> None:
+        """A layer as it was when these were the model's `parameters`; as it is on disk, it takes no memory."""
+        for name, parameter in parameters.items():
+            if name.startswith(f"{self.prefix}.{layer}."):
+                self.set_parameter(name, parameter)
+
     def entered(self, windows: int = 0) -> Entered:
         """What the first layer is called with: for the last `windows` of the calibration text, or for all of it."""
         return entered(self.model, self.ids[-windows:], BATCH)
@@ -183,10 +192,31 @@ class CalibratedModel:
         with products_of(self.dtype), self.observed(readers, _add_products) as sums:
             through([self.layers[layer]], begun)
         for total in sums.values():
-            for start in range(0, len(total), PRODUCTS):
-                end = start + PRODUCTS
-                total[start:end, end:] = total[end:, start:end].T
+            _mirror(total)
         return sums
+
+    def products(
+        self, layer: int, readers: Mapping[K, str], begun: Entered, whole: Entered
+    ) -> tuple[dict[K, torch.Tensor], dict[K, torch.Tensor], Entered]:
+        """`hessians`; the sum of (y - x) xT, (in, in), where y is each reader's input if `whole` enters the layer; and
+        what the layer gives for that. An expert has no such sum: other tokens may reach it."""
+        followed = {key: name for key, name in readers.items() if ".experts." not in name}
+        sums: dict[K, torch.Tensor] = {}
+        apart: dict[K, torch.Tensor] = {}
+        after = []
+        with products_of(self.dtype):
+            for state, of_whole, calls in zip(begun.states, whole.states, begun.calls, strict=True):
+                with self.observed(followed, lambda _, x: x) as meant:
+                    after += through([self.layers[layer]], Entered([of_whole], [calls])).states
+                with self.observed(readers, lambda _, x: x) as given:
+                    through([self.layers[layer]], Entered([state], [calls]))
+                for key, x in given.items():
+                    sums[key] = _add_products(sums.get(key), x)
+                    if (y := meant.pop(key, None)) is not None:
+                        apart[key] = _add_apart(apart.get(key), y, x)
+        for total in sums.values():
+            _mirror(total)
+        return sums, apart, Entered(after, begun.calls)
 
     def log_probabilities(self, ids: torch.Tensor) -> torch.Tensor:
         """(windows, tokens, vocabulary) in float32, of the model as it is now."""
@@ -230,6 +260,21 @@ def _add_products(total: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
         end = start + PRODUCTS
         total[start:, start:end].addmm_(rows[:, start:].T, rows[:, start:end])
     return total
+
+
+def _mirror(total: torch.Tensor) -> None:
+    """Above the diagonal what is below it."""
+    for start in range(0, len(total), PRODUCTS):
+        end = start + PRODUCTS
+        total[start:end, end:] = total[end:, start:end].T
+
+
+def _add_apart(total: torch.Tensor | None, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The sum of (y - x) xT so far."""
+    rows = x.flatten(0, -2)
+    width = rows.shape[1]
+    total = torch.zeros(width, width) if total is None else total
+    return total.addmm_((y.flatten(0, -2) - rows).T, rows)
 
 
 def first_readers(units: Sequence[Unit]) -> dict[Unit, str]:

@@ -184,6 +184,17 @@ def calibrating(context: Context) -> tuple[float, int]:
     return seconds, 4 * sum(width**2 for width in widths) + factor
 
 
+def following(context: Context) -> tuple[float, int]:
+    """The same where the original's text goes through each layer too, with a sum of products with it for each input."""
+    seconds, size = calibrating(context)
+    machine, squares = context.machine, sum(width**2 for width in context.layer_inputs)
+    tokens = context.calibration_tokens
+    seconds += tokens * context.layers_seconds + machine.product * context.layers * tokens * squares
+    seconds += machine.product32 * context.products
+    batch = min(tokens, BATCH * context.recipe.calibration.tokens)
+    return seconds, size + 4 * squares + 4 * tokens * context.hidden + 8 * batch * sum(context.layer_inputs)
+
+
 def passing(context: Context) -> int:
     """Bytes of the hidden states before and after a layer, of what a batch is inside one, and of a layer that is
     changed, of which a matrix is in float32, turned around and its errors."""

@@ -60,6 +60,7 @@ OURS: dict[str, dict[str, Any]] = {
     "AWQ, g32": W4 | {"method": "awq", "group": 32},
     "AWQ, g64": W4 | {"method": "awq", "group": 64},
     "GPTQ, g64": GPTQ | {"group": 64},
+    "GPTAQ, g64": W4 | {"method": "gptaq", "group": 64},
     "AWQ and GPTQ, g64": AWQ_GPTQ | {"group": 64},
     "AWQ and GPTQ, g32": AWQ_GPTQ | {"group": 32},
     "GPTQ, g32": GPTQ | {"group": 32},

@@ -43,6 +43,7 @@ SHAPES = {
 STEPS = {
     "merge": "steps: [{merge: {adapters: [one]}}]",
     "w4a16": "steps: [{quantize: {scheme: w4a16}}]",
+    "gptaq": "steps: [{quantize: {scheme: w4a16, method: gptaq}}]",
     "w8a8": "steps: [{quantize: {scheme: w8a8}}]",
     "zeros": "steps: [{prune: {pattern: 2:4}}]",
     "layers": "steps: [{prune: {layers: 2}}]",

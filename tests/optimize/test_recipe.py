@@ -65,6 +65,7 @@ def test_a_recipe_is_frozen():
         ("steps: [{quantize: {scheme: w4a16, bits: 4.5, budget: 0.1}}]", "give one of them"),
         ("steps: [{quantize: {scheme: w4a16, bits: 3.5}}]", "above 4 and below 16 for w4a16, not 3.5"),
         ("steps: [{quantize: {scheme: w8a8, method: awq-gptq}}]", "go with w4a16, not w8a8"),
+        ("steps: [{quantize: {scheme: w8a8, method: gptaq}}]", "go with w4a16, not w8a8"),
         ("steps: [{quantize: {scheme: w4a16, format: gptq, agreement: 0.9}}]", "knows one precision"),
         ("gate: {min_healed: 0.5}", "needs a heal step"),
         ("gate: {min_speed: 1}\nevaluate: {engine: false}", "measured in the engine"),

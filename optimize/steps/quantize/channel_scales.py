@@ -140,8 +140,9 @@ def _rows(feed: Feed, factor: torch.Tensor) -> torch.Tensor:
 def moved(model: CalibratedModel, factors: Mapping[str, torch.Tensor]) -> float:
     """How far scaling alone moves the logits, relative to their size; the layers run in float32, one at a time.
 
-    The model is scaled meanwhile; OptimizeError where that is more than rounding.
+    A layer is scaled meanwhile; OptimizeError where that is more than rounding.
     """
+    full = model.parameters()
     begun = entered(model.model, model.ids[-1:, :MOVED], 1)
     before = after = begun.states[0].float()
     for at, layer in enumerate(model.layers):
@@ -150,6 +151,7 @@ def moved(model: CalibratedModel, factors: Mapping[str, torch.Tensor]) -> float:
             before = forward(_in_float32(layer), before, call)
             apply(model, at, factors)
             after = forward(_in_float32(layer), after, call)
+            model.restore(at, full)
     if not bool(before.isfinite().all()):
         raise OptimizeError("the layers give NaN or infinity on the calibration text: the weights are broken")
     right, now = (answered(model.model, states.to(model.dtype)).float() for states in (before, after))

@@ -16,6 +16,7 @@ CACHED = 1 << 17  # weights whose scales are searched at a time: they stay in th
 DAMP = 0.01
 SHRUNK = (0.05, 0.14, 0.26)  # shares of the range that are given up, in attempts for both signs
 NARROWEST = 1e-8  # of a group's range, and the scale of zeros
+FOLLOWED = 0.25  # of what the layers before have changed; all of it puts noise of the calibration text into the weights
 REFINED = 2  # so often the best one's integers are taken then
 
 
@@ -74,6 +75,18 @@ def nearest(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tenso
     limit = 2 ** (bits - 1) - 1
     wide = scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1)
     return (weight / wide).round().clamp(-limit - 1, limit).to(torch.int8)
+
+
+def following(weight: torch.Tensor, hessian: torch.Tensor, apart: torch.Tensor) -> torch.Tensor:
+    """(out, in): W moved a part of the way to what gives for the inputs x of now what W gives for y, which they would
+    be if no layer before were rounded (GPTAQ: Li et al., 2025, arXiv 2504.02692).
+
+    The least squares are W + W (sum of (y - x) xT) H^-1; `apart` (in, in) is that sum. H is `damped`.
+    """
+    lower = torch.linalg.cholesky(hessian)
+    if len(weight) > len(hessian):
+        return torch.addmm(weight, weight, torch.cholesky_solve(apart.T, lower).T, alpha=FOLLOWED)
+    return torch.add(weight, torch.cholesky_solve((weight @ apart).T, lower).T, alpha=FOLLOWED)
 
 
 def gptq(

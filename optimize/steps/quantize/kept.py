@@ -20,11 +20,12 @@ SECONDS = 30.0  # between two writes, which take as long as the hidden states ta
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """`layers` are done, and the next one's hidden states are `states`, a batch each."""
+    """`layers` are done, and the next one's hidden states are `states`, a batch each; the original's are `whole`."""
 
     layers: int
     mark: list[dict[str, Any]]
     states: list[torch.Tensor]
+    whole: list[torch.Tensor]
 
 
 class Kept:
@@ -41,19 +42,25 @@ class Kept:
         device = str(torch.get_default_device())
         with safe_open(self._file, "pt", device=device) as opened:
             said = json.loads(opened.metadata()["kept"])
-            if said["choice"] != choice:
+            if said["choice"] != choice or "whole" not in said:  # a release before had none
                 return None
-            states = [opened.get_tensor(f"{at}") for at in range(said["batches"])]
+            states = [opened.get_tensor(f"{at}") for at in range(said["batches"] + said["whole"])]
         print(f"{said['layers']} layers are done already")
-        return Found(said["layers"], said["mark"], states)
+        return Found(said["layers"], said["mark"], states[: said["batches"]], states[said["batches"] :])
 
     def write(
-        self, choice: list[list[str]], layers: int, states: list[torch.Tensor], writer: Writer, last: bool
+        self,
+        choice: list[list[str]],
+        layers: int,
+        states: list[torch.Tensor],
+        whole: list[torch.Tensor],
+        writer: Writer,
+        last: bool,
     ) -> None:
         if not last and time.monotonic() - self._written_at < SECONDS:
             return
-        said = {"choice": choice, "layers": layers, "batches": len(states), "mark": writer.mark}
-        tensors = {f"{at}": state.contiguous() for at, state in enumerate(states)}
+        said = {"choice": choice, "layers": layers, "batches": len(states), "whole": len(whole), "mark": writer.mark}
+        tensors = {f"{at}": state.contiguous() for at, state in enumerate([*states, *whole])}
         with artifact.replaced(self._file) as out:
             save_file(tensors, out.name, {"kept": json.dumps(said)})
         self._written_at = time.monotonic()

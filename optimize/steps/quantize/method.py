@@ -32,13 +32,15 @@ class Method:
 
     `scales(model, group, progress)` are factors of channels that are moved between layers before anything is rounded;
     they are for 4 bits. `estimate(step, context)` is what it takes beside rounding to the nearest, in seconds and
-    bytes; `refuse(step, context)` raises Refused.
+    bytes; `refuse(step, context)` raises Refused. `follows`: at 4 bits `weight` is first moved towards what gives, for
+    the inputs that rounded layers make, what the original gave for its own.
     """
 
     name: str
     round: Round
     scales: Scales | None = None
     calibrates: bool = True
+    follows: bool = False
     estimate: Callable[[Any, Context], tuple[float, int]] = lambda step, context: calibrating(context)
     refuse: Callable[[Any, Context], None] = lambda step, context: None
 

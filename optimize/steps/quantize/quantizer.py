@@ -51,27 +51,29 @@ class Quantizer:
         scaled = {name for name in self.model.scaled(factors) if name in checkpoint.entries}
         begun = self.model.entered()
         choice = [[unit.label, level.name] for unit, level in chosen.items()]
-        found = kept.read(choice, out) or Found(0, [], begun.states)
-        begun = Entered(found.states, begun.calls)
+        found = kept.read(choice, out) or Found(0, [], begun.states, begun.states if self.method.follows else [])
+        begun, whole = Entered(found.states, begun.calls), Entered(found.whole, begun.calls)
         writer = Writer(out, self.model.folder, mark=found.mark)
         if not found.layers:
             for name in (name for name in checkpoint.entries if name not in rounded | scaled):
                 writer.add(name, checkpoint.tensor(name))
             for name, scale in cache.items():
                 writer.add(name, scale)
-        full = dict(self.model.model.named_parameters())
+        full = self.model.parameters()
 
-        def finished(layer: int, after: Entered) -> None:
+        def finished(layer: int, after: Entered, of_whole: Entered) -> None:
             """What is scaled and not rounded is written; then the layer is as it is on disk, and takes no memory."""
             inside = f"{self.model.prefix}.{layer}."
             for name in sorted(name for name in scaled - rounded if name.startswith(inside)):
                 writer.add(name, self.model.model.get_parameter(name).detach().to(checkpoint.tensor(name).dtype))
-            for name, weight in full.items():
-                if name.startswith(inside):
-                    self.model.set_parameter(name, weight)
-            kept.write(choice, layer + 1, after.states, writer, last=layer + 1 == len(self.model.layers))
+            self.model.restore(layer, full)
+            last = layer + 1 == len(self.model.layers)
+            kept.write(choice, layer + 1, after.states, of_whole.states, writer, last)
 
-        for _, layers in self._round_all(chosen, factors, "quantizing", self.method, begun, found.layers, finished):
+        rounded_units = self._round_all(
+            chosen, factors, "quantizing", self.method, begun, whole, found.layers, finished
+        )
+        for _, layers in rounded_units:
             for name, layer in layers.items():
                 for part, tensor in layer.tensors.items():
                     writer.add(f"{name}.{part}", tensor)
@@ -90,7 +92,8 @@ class Quantizer:
         few = all(level.bits >= 8 for level in chosen.values())
         method, windows = (methods()["rtn"], 1) if few else (self.method, TRIED)
         try:
-            for _ in self._round_all(chosen, factors, say, method, self.model.entered(windows)):
+            begun = self.model.entered(windows)
+            for _ in self._round_all(chosen, factors, say, method, begun, begun):
                 pass
             for unit, level in chosen.items():
                 self._round_inputs(unit, level)
@@ -123,11 +126,13 @@ class Quantizer:
         say: str,
         method: Method,
         begun: Entered,
+        whole: Entered,
         first: int = 0,
-        finished: Callable[[int, Entered], None] = lambda *_: None,
+        finished: Callable[[int, Entered, Entered], None] = lambda *_: None,
     ) -> Iterator[tuple[Unit, dict[str, Rounded]]]:
-        """Each unit's integers and scales, layer after layer from the `first`, which is called with `begun`; the model
-        holds the rounded weights afterwards. `finished` hears of each layer, and what it gives the next.
+        """Each unit's integers and scales, layer after layer from the `first`, which is called with `begun`, and in the
+        original with `whole`; the model holds the rounded weights afterwards. `finished` hears of each layer, and what
+        it gives the next.
         """
         model = self.model
         vectors = sum(state[..., 0].numel() for state in begun.states)
@@ -138,11 +143,16 @@ class Quantizer:
                 channel_scales.apply(model, at, factors)
                 widest = self._widest(at, [unit for unit in units if chosen[unit].preset == "NVFP4"], begun)
                 hooks = [hook for unit in units for hook in self._round_inputs(unit, chosen[unit], widest.get(unit))]
-                hessians = model.hessians(at, first_readers(units), begun) if method.calibrates else {}
+                hessians, apart = dict[Unit, torch.Tensor](), dict[Unit, torch.Tensor]()
+                if method.follows:
+                    hessians, apart, whole = model.products(at, first_readers(units), begun, whole)
+                elif method.calibrates:
+                    hessians = model.hessians(at, first_readers(units), begun)
                 for unit in units:
                     rounded = self._round(
-                        unit, chosen[unit], method, hessians.pop(unit, None), widest.get(unit), vectors
-                    )
+                        unit, chosen[unit], method, hessians.pop(unit, None), widest.get(unit), vectors,
+                        apart.pop(unit, None),
+                    )  # fmt: skip
                     for name, result in rounded.items():
                         model.set_weight(name, result.dense)
                     yield unit, rounded
@@ -153,7 +163,7 @@ class Quantizer:
                     )
                 for hook in hooks:
                     hook.remove()
-                finished(at, begun)
+                finished(at, begun, whole)
 
     def _widest(self, layer: int, units: Sequence[Unit], begun: Entered) -> dict[Unit, torch.Tensor]:
         """The largest magnitude in each unit's input."""
@@ -184,6 +194,7 @@ class Quantizer:
         hessian: torch.Tensor | None,
         widest: torch.Tensor | None = None,
         vectors: int = 0,
+        apart: torch.Tensor | None = None,
     ) -> dict[str, Rounded]:
         weights = [self.model.linear(name).weight for name in unit.names]
         stacked = torch.cat(weights).float()
@@ -196,6 +207,8 @@ class Quantizer:
             scale = (stacked.abs().amax(1, keepdim=True).clamp(min=1e-8) / 448.0).bfloat16().float()
             integers = (stacked / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
         else:
+            if level.bits == 4 and hessian is not None and apart is not None:
+                stacked = gptq.following(stacked, gptq.damped(hessian.clone(), vectors), apart)
             group = self.group if level.bits == 4 else stacked.shape[1]
             importance = None if hessian is None else hessian.diagonal()
             scale = gptq.scales(stacked, level.bits, group, importance)

@@ -43,7 +43,8 @@ class Quantize(Step, frozen=True, kw_only=True, tag="quantize"):
     the least share of tokens that stay the likeliest.
 
     `bits` is how many a weight may take on average, scales included, instead of a bound on what is lost. `method` names
-    a module of `methods/`, or another package's; `awq-gptq` is GPTQ with AWQ's scales of channels.
+    a module of `methods/`, or another package's; `gptaq` is GPTQ that makes up for what the layers before have changed,
+    and `awq-gptq` is that with AWQ's scales of channels.
     `format` gptq is for w4a16, and onnxruntime-genai's builder takes it too; `ignore` holds names of layers, their last
     words, or `re:` patterns.
     """
@@ -77,8 +78,8 @@ class Quantize(Step, frozen=True, kw_only=True, tag="quantize"):
     def check(self, where: str) -> None:
         if self.method not in methods():
             raise RecipeError(f"{where}: method takes one of {', '.join(methods())}, not {self.method!r}")
-        if self.scheme != "w4a16" and (self.scales_channels or self.format == "gptq"):
-            raise RecipeError(f"{where}: AWQ and the format gptq go with w4a16, not {self.scheme}")
+        if self.scheme != "w4a16" and (self.scales_channels or methods()[self.method].follows or self.format == "gptq"):
+            raise RecipeError(f"{where}: AWQ, gptaq and the format gptq go with w4a16, not {self.scheme}")
         if self.scales_channels and self.smooth is True:
             raise RecipeError(f"{where}: AWQ scales the channels itself; leave `smooth` out")
         if self.format == "gptq" and (self.mixed or self.kv_cache == "fp8"):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from optimize import cli, recipe
+from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.errors import Refused
 from optimize.export import gguf_file
 from optimize.pipeline import plan
@@ -196,3 +197,11 @@ def test_what_no_file_is_made_of_is_refused(written, more, says, tmp_path):
     read = recipe.load(written(more))
     with pytest.raises(Refused, match=says):
         plan.made(read, Path(read.model), {}, tmp_path / "out", 10**12)
+
+
+@pytest.mark.parametrize("precision", ["q4_0", "q4_k_m"])
+def test_an_output_layer_has_six_bits_where_layers_have_four(precision, model):
+    source = Checkpoint(model)
+    head = "model.embed_tokens.weight" if source.tied else "lm_head.weight"
+    assert gguf_file._kind(source, head, precision) == "Q6_K"
+    assert gguf_file._kind(source, "model.layers.1.self_attn.q_proj.weight", precision).startswith("Q4")

@@ -11,9 +11,9 @@ import torch
 from optimize import processor
 from optimize.checkpoint import artifact, checkpoint, formats
 from optimize.checkpoint.checkpoint import Checkpoint
-from optimize.checkpoint.model import adapted, logits, opened
+from optimize.checkpoint.model import Entered, adapted, logits, opened
 from optimize.errors import OptimizeError
-from optimize.steps.calibrated import CalibratedModel, windows
+from optimize.steps.calibrated import CalibratedModel, first_readers, windows
 from optimize.steps.quantize import channel_scales, gptq, kept, mixed, quantize
 from optimize.steps.quantize.quantizer import Quantizer
 from tests.optimize.conftest import silent
@@ -75,6 +75,15 @@ def test_smoothing_moves_scales_and_changes_no_answer(base, job):
     for at in range(3):
         channel_scales.apply(subject, at, factors)
     assert torch.allclose(logits(subject.model, IDS), before, atol=1e-4)
+
+
+def test_what_scaling_moves_is_measured_without_a_copy_of_the_model(base, job):
+    """Of a model that is larger than the memory a layer at a time is scaled, and is as it is on disk again."""
+    model = CalibratedModel(base, windows(job("quantize")))
+    before = {name: weight.data_ptr() for name, weight in model.model.named_parameters()}
+    factors = channel_scales.smoothing(model, silent).factors
+    assert factors and channel_scales.moved(model, factors) < 0.01
+    assert {name: weight.data_ptr() for name, weight in model.model.named_parameters()} == before
 
 
 def test_an_adapter_is_rewritten_for_the_smoothed_base(base, job, adapter):
@@ -173,12 +182,24 @@ def test_gptq_on_awqs_scales_loses_less_than_either_and_rewrites_adapters(base, 
     ids = torch.tensor(windows(job("quantize", out="text")))
     right = logits(opened(base, torch.float32), ids)
     off, said = {}, {}
-    for method in ("rtn", "awq", "awq-gptq"):
+    for method in ("rtn", "awq", "gptaq", "awq-gptq"):
         made = job("quantize", adapters={"one": adapter()}, scheme="w4a16", method=method, out=method)
         said[method] = quantize.run(made, silent)["adapters"]["one"]
         off[method] = float((logits(opened(made.folder / "model", torch.float32), ids) - right).square().mean())
-    assert off["awq-gptq"] < 0.8 * off["awq"] and off["awq-gptq"] < 0.8 * off["rtn"]
+    assert off["awq-gptq"] < 0.8 * off["awq"] and off["awq-gptq"] < 0.8 * off["rtn"] and off["gptaq"] < 0.8 * off["rtn"]
     assert said["awq-gptq"] == said["awq"] == "rewritten: AWQ scales folded in"
+
+
+def test_nothing_is_apart_where_no_layer_was_rounded(base, job):
+    model = CalibratedModel(base, windows(job("quantize")))
+    readers, begun = first_readers(model.units_of(0)), model.entered()
+    sums, apart, after = model.products(0, readers, begun, begun)
+    same = model.hessians(0, readers, begun)
+    assert list(sums) == list(same) == list(apart) and all(map(torch.equal, sums.values(), same.values()))
+    assert not any(bool(of_unit.any()) for of_unit in apart.values())
+    other = Entered([1.5 * state for state in after.states], begun.calls)
+    _, apart, _ = model.products(1, first_readers(model.units_of(1)), after, other)
+    assert all(bool(of_unit.any()) for of_unit in apart.values())
 
 
 def test_layers_keep_16_bits_until_the_likeliest_tokens_stay(base, job):
@@ -192,16 +213,17 @@ def test_layers_keep_16_bits_until_the_likeliest_tokens_stay(base, job):
 
 
 @pytest.mark.parametrize("left", [1, 2, 3])
-def test_layers_that_a_killed_run_has_rounded_are_not_rounded_again(left, base, job, monkeypatch):
+@pytest.mark.parametrize("method", ["gptq", "gptaq"])
+def test_layers_that_a_killed_run_has_rounded_are_not_rounded_again(method, left, base, job, monkeypatch):
     """Killed with one of three layers done, with two, and with all when the file is half made: the bytes are those of
     an undisturbed run."""
     monkeypatch.setattr(kept, "SECONDS", 0.0)
     calls, original = [], gptq.gptq
     monkeypatch.setattr(gptq, "gptq", lambda *given: calls.append(1) or original(*given))
-    whole = job("quantize", scheme="w4a16", out="whole")
+    whole = job("quantize", scheme="w4a16", method=method, out="whole")
     quantize.run(whole, silent)
     assert len(calls) == 12  # four units in each of three layers
-    subject = job("quantize", scheme="w4a16", out="killed")
+    subject = job("quantize", scheme="w4a16", method=method, out="killed")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(gptq, "gptq", killing_at(len(calls) + 4 * left + 1, calls, original))
         patched.setattr(checkpoint, "write_shard", half_made)

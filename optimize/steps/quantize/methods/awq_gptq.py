@@ -1,8 +1,8 @@
-"""GPTQ with AWQ's scales of channels."""
+"""GPTAQ with AWQ's scales of channels."""
 
 from __future__ import annotations
 
 from optimize.steps.quantize.method import Method
-from optimize.steps.quantize.methods import awq, gptq
+from optimize.steps.quantize.methods import awq, gptaq, gptq
 
-METHOD = Method("awq-gptq", gptq.round_, awq.scales)
+METHOD = Method("awq-gptq", gptq.round_, awq.scales, follows=True, estimate=gptaq.estimate)
