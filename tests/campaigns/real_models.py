@@ -7,8 +7,8 @@ xllamacpp, in an environment of its own. Its server can be one compiled for this
     python -m venv llama && llama/bin/pip install xllamacpp
     make real-models DIR=models ARGS="--llama-python llama/bin/python --llama-server llama.cpp/build/bin/llama-server"
 
-`--llama-server` takes several, as NAME=BINARY, `--ik-server` that of ik_llama.cpp, and `--mistral-python` a Python that
-has mistralrs. Without any loradock is measured alone. With `--adapters 16` all have the same adapters of rank 8, and
+`--llama-server` takes several, as NAME=BINARY, also that of `ik_llama.cpp`, and `--mistral-python` a Python that has
+mistralrs. Without any loradock is measured alone. With `--adapters 16` all have the same adapters of rank 8, and
 streams take turns among them; ik_llama.cpp, where an adapter is the server's and not a request's, has one or is left
 out. With `--one-stream` servers have one slot, and the first token of 4,096 is measured instead of 16 streams.
 ik_llama.cpp as 0.1.5 of PyPI has it ends with several slots unless it has `-no-fa` (its issue 809): give a script that
@@ -71,6 +71,7 @@ QUESTIONS = (
     "Write a Python function that reverses the words of a sentence.",
     "Explain in two sentences why the sky is blue.",
 )
+IK = "ik_llama.cpp"
 SCRIPTS, LLAMA, MISTRAL = Path(__file__).parent, "llama_library.py", "mistral_library.py"
 
 
@@ -261,10 +262,11 @@ def compare_speed(every: list[Choice], up: dict[str, Up], rounds: int, cases: tu
 
 
 def peers(file: Path, adapters: list[Path], given: argparse.Namespace, folder: Path) -> Iterator[Choice]:
-    ik = [f"ik_llama.cpp={given.ik_server}"] if given.ik_server and len(adapters) <= 1 else []
     slots = 1 if given.one_stream else STREAMS
-    for word in [*given.llama_server, *ik]:
+    for word in given.llama_server:
         name, _, binary = word.rpartition("=")
+        if name == IK and len(adapters) > 1:
+            continue
         start = partial(llama, Path(binary), file, adapters, folder, slots)
         yield Choice(name or "llama.cpp", start, llama=True, compared=True)
     if given.llama_python and not given.llama_server:
@@ -303,7 +305,6 @@ def main() -> None:
     parser.add_argument(
         "--llama-server", nargs="*", default=[], metavar="[NAME=]BINARY", help="llama.cpp's server, for the speed"
     )
-    parser.add_argument("--ik-server", help="ik_llama.cpp's server, for the speed")
     parser.add_argument("--mistral-python", type=Path, help="a Python that has mistralrs, for the speed")
     parser.add_argument("--adapters", type=int, default=0, help="speed with so many; for llama.cpp by --llama-server")
     parser.add_argument("--one-stream", action="store_true", help=f"no others, and prompts of {LONGER:,}")

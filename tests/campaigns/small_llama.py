@@ -1,7 +1,7 @@
 """`make small-llama`: trains a small Llama from nothing, so that there is a model whose weights were never rounded.
 
 What can be had without a hub's account often comes in 4 bits already: methods that know that grid get back what the
-weights were. This one has 20.9 million weights in float32, trained by AdamW with bfloat16 products, and is stored in
+weights were. This one has 21 million weights in float32, trained by AdamW with bfloat16 products, and is stored in
 bfloat16. Its channels are multiples of 256, so that llama.cpp's formats take every layer. `make four-bits
 ARGS="--model DIR"` measures on it.
 

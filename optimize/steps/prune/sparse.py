@@ -37,11 +37,11 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         if name not in linears:
             writer.add(name, checkpoint.tensor(name))
     zeros = total = 0
-    begun = model.entered()
+    begun, full = model.entered(), model.parameters()
     for at, layer in enumerate(model.layers):
         progress(at, len(model.layers), f"{method}, layer {at + 1} of {len(model.layers)}")
         with held(layer):
-            units, full = model.units_of(at), {}
+            units = model.units_of(at)
             sums = {} if method == "magnitude" else model.hessians(at, first_readers(units), begun)
             for unit in units:
                 for name in unit.names:
@@ -51,11 +51,9 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
                         raise OptimizeError(f"pruning {name} gives NaN or infinity: the weights or the text are broken")
                     writer.add(f"{name}.weight", made.to(checkpoint.tensor(f"{name}.weight").dtype))
                     zeros, total = zeros + int((made == 0).sum()), total + made.numel()
-                    full[name] = model.linear(name).weight
                     model.set_weight(name, made)
             begun = through([layer], begun)
-            for name, weight in full.items():  # as it is on disk again, which takes no memory
-                model.set_parameter(f"{name}.weight", weight)
+            model.restore(at, full)
     writer.close(checkpoint.config)
     return {
         "zeros": round(zeros / total, 4),

@@ -83,7 +83,9 @@ def following(weight: torch.Tensor, hessian: torch.Tensor, apart: torch.Tensor) 
 
     The least squares are W + W (sum of (y - x) xT) H^-1; `apart` (in, in) is that sum. H is `damped`.
     """
-    lower = torch.linalg.cholesky(hessian)
+    lower, bad = torch.linalg.cholesky_ex(hessian)
+    if bad:
+        lower = _factor(hessian.clone())
     if len(weight) > len(hessian):
         return torch.addmm(weight, weight, torch.cholesky_solve(apart.T, lower).T, alpha=FOLLOWED)
     return torch.add(weight, torch.cholesky_solve((weight @ apart).T, lower).T, alpha=FOLLOWED)
@@ -131,16 +133,22 @@ def _unit_lower(hessian: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     ordered = torch.empty_like(hessian)
     for some, rows in zip(ordered.split(BLOCK), order.split(BLOCK), strict=True):
         torch.index_select(hessian[rows], 1, order, out=some)
-    diagonal = ordered.diagonal()
+    lower = _factor(ordered)
+    return lower.div_(lower.diagonal().clone())
+
+
+def _factor(hessian: torch.Tensor) -> torch.Tensor:
+    """Cholesky's factor of H, which is damped in place until there is one."""
+    diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1  # of a channel that was never active
     own = diagonal.clone()
     mean = diagonal.mean()
     damp = DAMP
     while True:
         diagonal.copy_(own + damp * mean)
-        lower, bad = torch.linalg.cholesky_ex(ordered)
+        lower, bad = torch.linalg.cholesky_ex(hessian)
         if not bad:
-            return lower.div_(lower.diagonal().clone())
+            return lower
         del lower  # a matrix of a wide layer is a gigabyte
         damp *= 10
 

@@ -42,7 +42,7 @@ class Kept:
         device = str(torch.get_default_device())
         with safe_open(self._file, "pt", device=device) as opened:
             said = json.loads(opened.metadata()["kept"])
-            if said["choice"] != choice or "whole" not in said:  # a release before had none
+            if said["choice"] != choice:
                 return None
             states = [opened.get_tensor(f"{at}") for at in range(said["batches"] + said["whole"])]
         print(f"{said['layers']} layers are done already")

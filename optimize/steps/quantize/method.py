@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from optimize import plugins
-from optimize.steps.planning import Context, calibrating
+from optimize.steps.planning import Context, calibrating, following
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +41,14 @@ class Method:
     scales: Scales | None = None
     calibrates: bool = True
     follows: bool = False
-    estimate: Callable[[Any, Context], tuple[float, int]] = lambda step, context: calibrating(context)
+    estimate: Callable[[Any, Context], tuple[float, int]] | None = None
     refuse: Callable[[Any, Context], None] = lambda step, context: None
+
+    def estimated(self, step: Any, context: Context) -> tuple[float, int]:
+        """By `estimate`, or what its calibration takes."""
+        if self.estimate is not None:
+            return self.estimate(step, context)
+        return following(context) if self.follows else calibrating(context)
 
 
 def methods() -> Mapping[str, Method]:

@@ -108,7 +108,7 @@ class Quantize(Step, frozen=True, kw_only=True, tag="quantize"):
 
 def estimate(step: Quantize, context: Context) -> Estimate:
     base, calibrated = context.base, context.calibration_tokens
-    calibrating, memory = methods()[step.method].estimate(step, context)
+    calibrating, memory = methods()[step.method].estimated(step, context)
     machine = context.machine
     rounding = context.linears * (machine.scale if step.scheme == "w4a16" else 0)
     rounding += PASSES * machine.number * context.linears

@@ -63,6 +63,8 @@ def test_a_weight_follows_what_the_layers_before_have_changed(problem):
 
     assert lost(moved) < 0.75 * lost(weight)
     assert torch.equal(following(weight, damped(x.T @ x, len(x)), torch.zeros(128, 128)), weight)
+    one = 1000 * torch.ones(128, 1) @ torch.ones(1, 128)  # of one vector, and not damped: it has no factor
+    assert bool(following(weight, one, one.clone()).isfinite().all())
 
 
 def test_without_correlation_gptq_is_rounding_to_the_nearest(problem):

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from optimize.steps.quantize.method import Method
-from optimize.steps.quantize.methods import awq, gptaq, gptq
+from optimize.steps.quantize.methods import awq, gptq
 
-METHOD = Method("awq-gptq", gptq.round_, awq.scales, follows=True, estimate=gptaq.estimate)
+METHOD = Method("awq-gptq", gptq.round_, awq.scales, follows=True)
