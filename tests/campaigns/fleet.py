@@ -347,13 +347,13 @@ def canary_judged(stage: Stage) -> dict[str, Any]:
         return server.http.get(f"/v1/adapters/{name}").raise_for_status().json()["canary"] is None
 
     with ThreadPoolExecutor(8) as pool:
-        for rated in range(0, MOST_RATINGS, 40):
-            list(pool.map(rate, range(rated, rated + 40)))
+        for first in range(0, MOST_RATINGS, 40):
+            list(pool.map(rate, range(first, first + 40)))
             time.sleep(1.0)  # answers are compared in groups
             if has_ended(stage.servers[0]):
                 break
     until(lambda: all(has_ended(server) for server in stage.servers), 10.0)
-    return {"ratings": rated + 40}
+    return {"ratings": first + 40}
 
 
 def loop_step(stage: Stage) -> dict[str, Any]:
