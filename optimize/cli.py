@@ -117,7 +117,8 @@ def _optimize_command(embedded: Embedded, served: Served) -> Callable[..., None]
             return
         if not recipe:
             raise RecipeError("name a recipe: a YAML file, or one of those that `loradock optimize --list` shows")
-        read = recipes.load(recipe, _overrides(model, adapter or [], set_ or []))
+        overrides = dict(_pair(word, "--set") for word in set_ or [])
+        read = recipes.load(recipe, overrides, model=_model(model), adapters=_adapters(adapter or []))
         where = (out or Path(read.output or f"./{Path(read.model).name}-optimized")).expanduser().resolve()
         read = recipes.changed(read, output=str(where))
         if plan:
@@ -213,16 +214,15 @@ def _show_verification(found: Any) -> None:
         typer.echo(f"  {note}")
 
 
-def _overrides(model: str, adapters: Sequence[str], settings: Sequence[str]) -> dict[str, str]:
-    """What the command line says of the recipe, by the recipe's own keys."""
-    overrides = dict(_pair(word, "--set") for word in settings)
-    if model:
-        relative = not Path(model).is_absolute() and Path(model).exists()
-        overrides["model"] = str(Path(model).resolve()) if relative else model
-    for word in adapters:
-        name, folder = _pair(word, "--adapter")
-        overrides[f"adapters.{name}"] = str(Path(folder).expanduser().resolve())
-    return overrides
+def _model(model: str) -> str:
+    """A folder here as its whole path; a recipe's own paths begin elsewhere."""
+    return str(Path(model).resolve()) if model and Path(model).exists() else model
+
+
+def _adapters(words: Sequence[str]) -> dict[str, str]:
+    """name -> folder of what `--adapter` names."""
+    pairs = (_pair(word, "--adapter") for word in words)
+    return {name: str(Path(folder).expanduser().resolve()) for name, folder in pairs}
 
 
 def _planned(
@@ -274,6 +274,11 @@ def find(model: str, embedded: Embedded) -> Path:
     """The directory of the model: a path, one that comes along, or a hub id."""
     if Path(model).is_dir():
         return Path(model)
+    if Path(model).is_file():
+        raise Refused(
+            f"{model} is a file, and a recipe begins with a checkpoint's directory, which has a config.json and "
+            "safetensors; for a GGUF file name the model that it was made of"
+        )
     if model.startswith(("/", ".")):
         raise Refused(f"there is no model directory {model}")
     if "/" not in model:

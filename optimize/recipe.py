@@ -53,34 +53,50 @@ class Recipe(Part, frozen=True, kw_only=True):
         return self.export.rounds or any(step.quantizes for step in self.steps)
 
 
-def load(source: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
-    """The recipe in a YAML file, or the one that comes along under this name."""
+def load(source: str | Path, overrides: Mapping[str, str] | None = None, **instead: Any) -> Recipe:
+    """The recipe in a YAML file, or the one that comes along under this name. `instead`: as `made` takes it."""
     path = Path(source)
-    if not path.suffix and not path.exists():
+    if not path.suffix and not path.is_file():  # a folder may have the name: what an earlier run made of it
         file = resources.files("optimize") / "recipes" / f"{source}.yaml"
         if not file.is_file():
             near = _nearest(str(source), shipped())
             raise RecipeError(
                 f"there is no recipe {source!r}{near}; `loradock optimize --list` shows those that come along"
             )
-        return parse(file.read_text(), Path.cwd(), overrides)
+        return parse(file.read_text(), Path.cwd(), overrides, **instead)
     try:
         written = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"the recipe {source} cannot be read: {error}") from error
-    return parse(written, path.resolve().parent, overrides)
+    return parse(written, path.resolve().parent, overrides, **instead)
 
 
-def parse(written: str, folder: Path, overrides: Mapping[str, str] | None = None) -> Recipe:
-    """A recipe from its YAML; `folder` is where its relative paths begin, and `overrides` are `key: value` on top."""
+def parse(written: str, folder: Path, overrides: Mapping[str, str] | None = None, **instead: Any) -> Recipe:
+    """A recipe from its YAML."""
     try:
-        read = yaml.safe_load(written) or {}
+        read = yaml.load(written, _Once) or {}
     except yaml.YAMLError as error:
         raise RecipeError(f"the recipe is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(read, dict):
         raise RecipeError("a recipe holds `key: value` lines, such as `model:` and `steps:`")
+    return made(read, folder, overrides, **instead)
+
+
+def made(
+    read: dict[str, Any],
+    folder: Path,
+    overrides: Mapping[str, str] | None = None,
+    model: str = "",
+    adapters: Mapping[str, str] | None = None,
+) -> Recipe:
+    """A recipe of what its YAML says; `folder` is where its relative paths begin. On top lie `overrides`, dotted keys
+    with their YAML, a model and adapters, whose names and paths may have any letters."""
     for dotted, value in (overrides or {}).items():
         _set(read, dotted, value)
+    if model:
+        read["model"] = model
+    if adapters:
+        read["adapters"] = {**_mapping(read.get("adapters"), "adapters"), **adapters}
     _known(read, Recipe, "the recipe")
     fields: dict[str, Any] = {key: value for key, value in read.items() if key not in ("steps", *SECTIONS)}
     if "adapters" in fields:
@@ -123,6 +139,18 @@ def step_kinds() -> Mapping[str, Any]:
 def changed(recipe: Recipe, **changes: Any) -> Recipe:
     """The recipe with some of its fields changed."""
     return msgspec.structs.replace(recipe, **changes)
+
+
+class _Once(yaml.SafeLoader):
+    """A key that is there twice is an error: of two values YAML takes the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise RecipeError(f"the recipe has {key.value!r} twice, again in line {key.start_mark.line + 1}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _step(step: Any, at: int, folder: Path) -> Part:
@@ -202,10 +230,15 @@ def _set(read: dict[str, Any], dotted: str, value: str) -> None:
     """`evaluate.engine=false` on the command line."""
     *path, last = dotted.split(".")
     for key in path:
-        read = read.setdefault(key, {})
+        if read.get(key) is None:  # absent, or a key with nothing behind it
+            read[key] = {}
+        read = read[key]
         if not isinstance(read, dict):
             raise RecipeError(f"--set {dotted}: {key} is not a section")
-    read[last] = yaml.safe_load(value)
+    try:
+        read[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {dotted}: {value!r} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def _text(value: str, folder: Path) -> str:

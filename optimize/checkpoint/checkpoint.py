@@ -91,9 +91,18 @@ class Checkpoint:
     @cached_property
     def files(self) -> list[str]:
         index = self.folder / INDEX
-        if index.is_file():
-            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return [SINGLE]
+        if not index.is_file():
+            return [SINGLE]
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise Refused(f"{index} does not say which file has which weight ({error!r}): fetch it again") from error
+        if missing := [name for name in files if not (self.folder / name).is_file()]:
+            raise Refused(
+                f"{self.folder} lacks {missing[0]}, one of the {len(files)} files that its {INDEX} names: fetch the "
+                "model again"
+            )
+        return files
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -324,23 +333,33 @@ def copy_side_files(source: Path, folder: Path) -> None:
 
 def adapter_config(folder: Path) -> dict[str, Any]:
     """The config of the adapter in a PEFT folder."""
-    read: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text())
+    read = json.loads((folder / ADAPTER_CONFIG).read_text())
+    if not isinstance(read, dict):
+        raise ValueError("it is no JSON object")
     return read
 
 
 def header(path: Path) -> dict[str, Entry]:
-    """The tensors of one safetensors file, from its header alone."""
+    """The tensors of one safetensors file, from its header alone. Refused: it is none, or not all of it is there."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= 100 << 20:
                 raise ValueError("its header has no sensible length")
             read = json.loads(file.read(length))
-    except (OSError, ValueError) as error:
+            data = os.fstat(file.fileno()).st_size - 8 - length
+        read.pop("__metadata__", None)
+        entries = {
+            name: Entry(path.name, item["dtype"], tuple(item["shape"]), end - begin, 8 + length + begin)
+            for name, item in read.items()
+            for begin, end in [item["data_offsets"]]
+        }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise Refused(f"{path} is no safetensors file: {error}") from error
-    read.pop("__metadata__", None)
-    return {
-        name: Entry(path.name, item["dtype"], tuple(item["shape"]), end - begin, 8 + length + begin)
-        for name, item in read.items()
-        for begin, end in [item["data_offsets"]]
-    }
+    whole = max((entry.start + entry.bytes for entry in entries.values()), default=8 + length)
+    if whole - 8 - length > data:
+        there = 8 + length + data
+        raise Refused(
+            f"{path} has {there} of the {whole} bytes that its header names: it was cut short, fetch it again"
+        )
+    return entries

@@ -42,7 +42,6 @@ def documents(part: Text | Evaluate, held_out: bool) -> list[Any]:
             rows += _rows(path, part.column)
         except (OSError, ValueError) as error:
             raise Refused(f"the text {path} cannot be read: {error}") from error
-    rows = [row for row in rows if row and (isinstance(row, list) or str(row).strip())]
     if not rows:
         raise Refused(f"the text {part.text} holds nothing in its column {part.column!r}")
     return rows
@@ -161,27 +160,61 @@ def _paragraphs(text: Any) -> list[tuple[str, str]]:
 
 
 def _rows(path: Path, column: str) -> list[Any]:
+    """The texts of a file that hold something, as `documents` has them; ValueError says what is wrong, and where."""
     if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        return [row if isinstance(row, str) else _cell(row, column) for row in rows]
-    if path.suffix == ".txt":
-        return re.split(r"\n{3,}", path.read_text())
-    if path.suffix == ".parquet":
+        # Only \n ends a line: JSON may have U+2028 and others, which end lines elsewhere, within a text.
+        lines = path.read_text("utf-8-sig").split("\n")
+        rows = ((f"line {number}", _cell(line, column, number)) for number, line in enumerate(lines, 1) if line.strip())
+    elif path.suffix == ".txt":
+        rows = ((f"text {number}", text) for number, text in enumerate(_texts(path), 1))
+    elif path.suffix == ".parquet":
         from pyarrow import parquet
 
         table = parquet.read_table(path)
         if column not in table.column_names:
             raise ValueError(f"it has no column {column!r}, but {', '.join(table.column_names)}")
-        rows = table.column(column).to_pylist()
-        return rows
-    raise ValueError("it is not .jsonl, .txt or .parquet")
+        rows = ((f"row {number}", row) for number, row in enumerate(table.column(column).to_pylist(), 1))
+    else:
+        raise ValueError("it is not .jsonl, .txt or .parquet")
+    return [row for where, row in rows if _holds_text(row, where)]
 
 
-def _cell(row: dict[str, Any], column: str) -> Any:
+def _texts(path: Path) -> list[str]:
+    return re.split(r"\n{3,}", path.read_text("utf-8-sig"))
+
+
+def _cell(line: str, column: str, number: int) -> Any:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        where = f" at character {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f"line {number} is no JSON: {getattr(error, 'msg', error)}{where}") from error
+    if isinstance(row, str):
+        return row
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number} is neither an object with {column!r} or `messages`, nor a text")
     for name in (column, "messages"):
         if name in row:
             return row[name]
-    raise ValueError(f"a line has no {column!r}, but {', '.join(row)}")
+    raise ValueError(f"line {number} has no {column!r}, but {', '.join(row)}")
+
+
+def _holds_text(row: Any, where: str) -> bool:
+    """Whether there is something in it. ValueError: it is neither a text nor messages, or has half a character."""
+    if row is None or row == []:
+        return False
+    if isinstance(row, list):
+        if not all(isinstance(turn, dict) and isinstance(turn.get("role"), str) for turn in row):
+            raise ValueError(f"{where} is a list, but not of chat messages, each with a `role` and a `content`")
+    elif not isinstance(row, str):
+        raise ValueError(f"{where} is of the type {type(row).__name__}, and a text or a list of chat messages is taken")
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} has half of a character (a lone surrogate, {error.object[error.start]!a})"
+        ) from error
+    return bool(row if isinstance(row, list) else row.strip())
 
 
 def _fetched() -> bytes:

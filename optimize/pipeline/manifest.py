@@ -15,6 +15,7 @@ from typing import Any
 
 from optimize import processor
 from optimize.checkpoint import artifact
+from optimize.errors import Refused
 from optimize.options import plain
 from optimize.pipeline import step_code
 from optimize.pipeline.facts import Done, Facts
@@ -87,9 +88,22 @@ def write(folder: Path, facts: Facts) -> None:
 def of(folder: Path) -> dict[str, Any]:
     """The manifest of an export, or nothing."""
     try:
-        read: dict[str, Any] = json.loads((folder / NAME).read_text())
+        read = json.loads((folder / NAME).read_text())
     except (OSError, ValueError):
         return {}
+    return read if isinstance(read, dict) else {}
+
+
+def whole(folder: Path) -> dict[str, Any]:
+    """The same, or Refused where a file of that name is no manifest of ours."""
+    if not (folder / NAME).exists():
+        return {}
+    read = of(folder)
+    if missing := [name for name in schema()["required"] if name not in read]:
+        raise Refused(
+            f"{folder / NAME} is none that `loradock optimize` wrote, or not all of it: it lacks {missing[0]}. "
+            "Fetch the export again; if it is another program's, move it away and say --model and --expect"
+        )
     return read
 
 

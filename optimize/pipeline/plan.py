@@ -6,6 +6,7 @@ beside the step (`steps/*/rules.py`); those of the whole recipe are here.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -69,6 +70,7 @@ def made(
     configs = {name: _adapter(name, folder, base) for name, folder in adapters.items()}
     context = Context(recipe, base, configs, memory)
     _refuse(context)
+    place = _place(out)
     inputs = {
         "model": artifact.contents(model),
         "adapters": {name: artifact.contents(folder) for name, folder in adapters.items()},
@@ -84,7 +86,7 @@ def made(
     gpu = processor.gpu() if recipe.device != device.CPU else None
     key = artifact.key([settings, names, inputs, processor.arithmetic(), code, *([gpu.name] if gpu else [])])
     plan = Plan(model, adapters, texts, estimates, inputs, key, base.bytes, machine.note)
-    _room(plan, out, memory)
+    _room(plan, place, memory)
     return plan
 
 
@@ -190,16 +192,24 @@ def _adapter(name: str, folder: Path, base: Checkpoint) -> dict[str, Any]:
     return config
 
 
-def _room(plan: Plan, out: Path, memory: int) -> None:
+def _place(out: Path) -> Path:
+    """The folder, of those above the output, that is there; Refused where nothing can be made in it."""
+    where = out.parent
+    while not where.exists():
+        where = where.parent
+    if not where.is_dir() or not os.access(where, os.W_OK | os.X_OK):
+        why = "is a file" if where.is_file() else "cannot be written to"
+        raise Refused(f"{out} cannot be made: {where} {why}; name another place with --out")
+    return where
+
+
+def _room(plan: Plan, where: Path, memory: int) -> None:
     if plan.memory > memory:
         need = max(plan.steps, key=lambda step: step.memory)
         raise Refused(
             f"{need.kind} needs about {need.memory / 1e9:.1f} GB of memory and has {memory / 1e9:.1f} GB; "
             "free some, or say --memory if you know better"
         )
-    where = out.parent
-    while not where.exists():
-        where = where.parent
     free = shutil.disk_usage(where).free
     if plan.disk > free:
         raise Refused(

@@ -280,17 +280,18 @@ class Run:
     def working(self) -> Iterator[None]:
         """The work folder, for one run at a time; what an earlier run left is kept for --resume and swept otherwise.
         Signals of the terminal and of supervisors reach the steps' processes meanwhile."""
-        self.work.parent.mkdir(parents=True, exist_ok=True)
-        with self.signals, lock.held(self.out):
-            if not self.resume:
-                shutil.rmtree(self.work, ignore_errors=True)
-            self.work.mkdir(exist_ok=True)
-            try:
-                yield
-            except OSError as error:
-                raise OptimizeError(sentence(error)) from error
-            finally:
-                self.resident.close()
+        try:
+            self.work.parent.mkdir(parents=True, exist_ok=True)
+            with self.signals, lock.held(self.out):
+                if not self.resume:
+                    shutil.rmtree(self.work, ignore_errors=True)
+                self.work.mkdir(exist_ok=True)
+                try:
+                    yield
+                finally:
+                    self.resident.close()
+        except OSError as error:
+            raise OptimizeError(sentence(error)) from error
 
 
 def _keep_only_partial(aside: Path) -> None:

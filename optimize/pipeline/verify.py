@@ -7,7 +7,6 @@ carries out the whole recipe again: then the bytes are compared too, and the sco
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -111,9 +110,9 @@ class Verify:
 
     def __call__(self, rebuild: bool = False, key: Path | None = None) -> Verification:
         """Refused when the original or a text is not there, or is another one."""
-        found, read = Verification(), manifest.of(self.folder)
         if not self.folder.is_dir():
             raise Refused(f"there is no folder {self.folder}")
+        found, read = Verification(), manifest.whole(self.folder)
         if key is not None:
             signature.check(self.folder, key)
             found.notes.append(f"signed by the owner of {key.name}")
@@ -164,7 +163,7 @@ class Verify:
                 raise Refused(f"{self.folder} has no manifest.json: name the model that it came from with --model")
             form = "onnx" if list(self.folder.glob("model.onnx*")) else "vllm"
             made: dict[str, Any] = {"export": {"format": form}}
-            return recipes.parse(json.dumps(made | {"model": self._model(made)}), Path.cwd(), self.settings)
+            return recipes.made(made | {"model": self._model(made)}, Path.cwd(), self.settings)
         if self.settings:
             raise Refused("the manifest says what the export was measured on: --set is for exports of others")
         made = {**read["recipe"]}
@@ -190,7 +189,7 @@ class Verify:
         made["adapters"] = self._adapters(read)
         made["model"] = self._model(read["recipe"])
         made["gate"] = {"max_size": made["gate"].get("max_size")}  # what was allowed is allowed again
-        recipe = recipes.parse(json.dumps(made | {"steps": steps}), Path.cwd())
+        recipe = recipes.made(made | {"steps": steps}, Path.cwd())
         if whole:
             return recipe
         deciding = [at for at, step in enumerate(recipe.steps, 1) if step.makes or isinstance(step, Merge)]
@@ -253,7 +252,7 @@ class Verify:
         # The card says whether a gate was passed, and this run has none.
         other = [name for name, digest in read["files"].items() if there.get(name) != digest and name != "README.md"]
         now = manifest.of(again)
-        if other and now["arithmetic"] == read["arithmetic"] and now["versions"] == read["versions"]:
+        if other and now["arithmetic"] == read.get("arithmetic") and now["versions"] == read["versions"]:
             found.problems += [f"{name} came out otherwise" for name in other]
         elif other:
             found.notes.append(

@@ -74,6 +74,8 @@ def test_a_recipe_is_frozen():
         ("calibration: {samples: 0}", "samples is at least 1"),
         ("[1, 2]", "holds `key: value` lines"),
         ("a: [", "not YAML"),
+        ("gate: {min_top1: 0.9}\nseed: 1\ngate: {max_kl: 0.1}", "the recipe has 'gate' twice, again in line 3"),
+        ("steps: [{prune: {layers: 1, layers: 2}}]", "the recipe has 'layers' twice, again in line 1"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(text, says):
@@ -85,6 +87,20 @@ def test_what_is_wrong_is_said_in_a_sentence(text, says):
 def test_an_unknown_recipe_names_the_nearest():
     with pytest.raises(RecipeError, match="did you mean int8-cpu?"):
         load("int8-cup")
+
+
+def test_a_folder_of_a_recipes_name_is_not_read_as_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "int8-cpu").mkdir()
+    (tmp_path / "mine").mkdir()
+    assert load("int8-cpu").gate.min_top1 == 0.91
+    with pytest.raises(RecipeError, match="there is no recipe 'mine'"):
+        load("mine")
+
+
+def test_a_file_of_windows_is_read_as_any_other(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes("model: ./m\r\nsteps:\r\n  - quantize\r\n".encode("utf-8-sig"))
+    assert [step.kind for step in load(tmp_path / "mine.yaml").steps] == ["quantize"]
 
 
 def test_a_key_on_the_command_line_lies_over_the_file():

@@ -33,6 +33,12 @@ def test_jsonl_text_and_parquet_are_read_alike(tmp_path):
     [
         ("a.csv", "x", "not .jsonl, .txt or .parquet"),
         ("a.jsonl", "{", "cannot be read"),
+        ("a.jsonl", '{"text": "a"}\n\n{"text": b}', "line 3 is no JSON: Expecting value at character 10"),
+        ("a.jsonl", '{"text": "a"}\n5', "line 2 is neither an object with 'text' or `messages`, nor a text"),
+        ("a.jsonl", '[{"text": "a"}]', "line 1 is neither an object"),
+        ("a.jsonl", '{"text": 5}', "line 1 is of the type int, and a text or a list of chat"),
+        ("a.jsonl", '{"messages": ["hello"]}', "line 1 is a list, but not of chat messages"),
+        ("a.jsonl", '"\\ud83d"', "line 1 has half of a character"),
         ("a.jsonl", '{"other": "x"}', "no 'text', but other"),
         ("a.txt", " \n", "holds nothing"),
         ("a.jsonl", '{"text": ""}', "holds nothing"),
@@ -42,6 +48,15 @@ def test_what_cannot_be_read_is_a_sentence(name, content, says, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(Refused, match=says):
         text.documents(Text(text=str(tmp_path / name)), False)
+
+
+def test_only_a_line_feed_ends_a_line_and_a_mark_of_byte_order_is_no_text(tmp_path):
+    rows = ["one \u2028 text", "\u0085 another\x0b", "a third"]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "a.jsonl").write_bytes(f"{lines}\r\n\r\n".encode("utf-8-sig"))
+    assert text.documents(Text(text=str(tmp_path / "a.jsonl")), False) == rows
+    (tmp_path / "a.txt").write_bytes("one\r\n\r\n\r\ntwo".encode("utf-8-sig"))
+    assert text.documents(Text(text=str(tmp_path / "a.txt")), False) == ["one", "two"]
 
 
 def test_windows_are_whole_and_drawn_with_the_seed(tokenizer):

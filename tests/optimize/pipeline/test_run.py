@@ -136,6 +136,69 @@ def test_what_cannot_be_done_is_refused_before_any_work(steps, says, written, tm
     assert not list(tmp_path.glob("*out*"))
 
 
+@pytest.mark.parametrize("out", ["out", "deeper/out"])
+def test_a_place_where_nothing_can_be_made_is_refused_before_any_work(out, written, tmp_path, capsys):
+    (tmp_path / "a file").write_text("precious")
+    recipe = written("steps: [quantize]")
+    for more in (["--plan"], []):
+        optimize(recipe, "--out", tmp_path / "a file" / out, *more, expect=2)
+        assert "is a file; name another place with --out" in capsys.readouterr().err
+    assert (tmp_path / "a file").read_text() == "precious"
+
+
+def test_a_disk_that_takes_no_folder_is_a_sentence(written, capsys, monkeypatch):
+    roomy = plan.shutil.disk_usage("/tmp")
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: roomy)
+    monkeypatch.setattr(plan.os, "access", lambda *_: True)
+    optimize(written("steps: [quantize]"), "--out", "/proc/out", expect=1)
+    assert "loradock: FileNotFoundError: " in capsys.readouterr().err
+
+
+def broken(folder: Path, how: str) -> Path:
+    """The model with something wrong of its weights."""
+    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if how == "cut short":
+        os.truncate(weights, weights.stat().st_size - 100)
+        return folder
+    weight_map: Any = {"model.norm.weight": "model-00001-of-00002.safetensors", "x": "model-00002-of-00002.safetensors"}
+    weights.rename(folder / "model-00001-of-00002.safetensors")
+    index.write_text("{" if how == "no index" else json.dumps({"weight_map": 5 if how == "no map" else weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("cut short", "bytes that its header names: it was cut short, fetch it again"),
+        ("a shard", "lacks model-00002-of-00002.safetensors, one of the 2 files that its"),
+        ("no index", "does not say which file has which weight"),
+        ("no map", "does not say which file has which weight"),
+    ],
+)
+def test_a_model_that_is_not_whole_is_refused_before_any_work(how, says, written, base, tmp_path, capsys):
+    model = broken(shutil.copytree(base, tmp_path / "model"), how)
+    for more in (["--plan"], []):
+        optimize(written("steps: [quantize]"), "--model", model, "--out", tmp_path / "out", *more, expect=2)
+        assert says in capsys.readouterr().err
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_file_is_no_model_and_says_what_is(written, tmp_path, capsys):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    optimize(written("steps: [quantize]"), "--model", tmp_path / "model.gguf", "--out", tmp_path / "out", expect=2)
+    assert "is a file, and a recipe begins with a checkpoint's directory" in capsys.readouterr().err
+
+
+def test_names_and_paths_on_the_command_line_may_have_any_letters(written, base, tmp_path, capsys, adapter: Adapter):
+    strange = tmp_path / "a: b #1 [x] {y}"
+    model, tone = shutil.copytree(base, strange / "2026"), shutil.copytree(adapter(), strange / "é 模")
+    optimize(written("steps: [quantize]"), "--model", model, "--adapter", f"tone.v1={tone}", "--out",
+             tmp_path / "out", "--plan")  # fmt: skip
+    assert "2026 to" in capsys.readouterr().out
+    optimize(written("steps: [quantize]"), "--set", "gate.max_kl={", "--out", tmp_path / "out", expect=2)
+    assert "--set gate.max_kl: '{' is not YAML" in capsys.readouterr().err
+
+
 def test_an_adapter_for_another_base_is_refused(written, tmp_path, capsys, adapter: Adapter):
     from safetensors.torch import load_file, save_file
 

@@ -49,7 +49,7 @@ def exported(
     tone, other = adapter(seed=1), adapter(seed=2)
     recipe = written(f"adapters: {{tone: {tone}, other: {other}}}\n{STEPS}")
     out = tmp_path / "out"
-    command(recipe, "--out", out)
+    command(recipe, "--out", out, "--set", 'evaluate.prompts=["the river \U0001f6a4"]')
     sources = ["--model", base, "--adapter", f"tone={tone}", "--adapter", f"other={other}"]
     return out, [out, *sources, "--data", texts["evaluation"].parent]
 
@@ -81,6 +81,13 @@ def test_a_changed_file_a_wrong_figure_and_a_new_file_are_found(exported, capsys
     assert sorted(found["problems"]) == [
         "generation_config.json is not the file of the manifest", "more.txt is not in the manifest",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("manifest", ["{}", "[1]", '{"files": {', '{"manifest_version": 3, "short_name": "x"}'])
+def test_a_manifest_of_another_program_or_half_of_one_is_no_claim(manifest, tmp_path, capsys):
+    (tmp_path / "manifest.json").write_text(manifest)
+    command("verify", tmp_path, expect=2)
+    assert "is none that `loradock optimize` wrote, or not all of it: it lacks " in capsys.readouterr().err
 
 
 def test_another_original_adapter_or_text_is_refused(exported, adapter, base, tmp_path, texts, capsys):
