@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.errors import ConfigError
-from serve.models.gguf.names import SUFFIX, model_name
+from serve.models.gguf.names import MAGIC, SUFFIX, model_name
 
 EMBEDDED = "smollm2"
 EMBEDDED_ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -56,7 +56,15 @@ def gguf_file(model: str) -> Path | None:
     if model.startswith(HUB):
         return _fetched(model)
     file = Path(model).expanduser()
-    return file if file.suffix == SUFFIX and file.is_file() else None
+    with suppress(OSError):  # Ollama's files have no ending, and others' have one in capitals
+        if file.is_file() and (file.suffix == SUFFIX or _begins(file, MAGIC)):
+            return file
+    return None
+
+
+def _begins(file: Path, letters: bytes) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(letters)) == letters
 
 
 def default_name(model: str) -> str:

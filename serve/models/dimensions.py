@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.errors import ConfigError
-from serve.models.gguf.names import SUFFIX
+from serve.models.checkpoint import gguf_file
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # vLLM fills vocabularies up to a multiple of so many.
@@ -117,7 +117,7 @@ KNOWN: dict[str, Dimensions] = {
 
 def dimensions(model: str) -> Dimensions:
     """Of a checkpoint's directory, a GGUF file, or a hub id whose last part is in the table; or ConfigError."""
-    if model.endswith(SUFFIX) and Path(model).is_file():
+    if gguf_file(model) is not None:
         from serve.models.gguf.families import plan
         from serve.models.gguf.file import GGUF
 

@@ -6,6 +6,7 @@ A file that was replaced is another one, by its size and time; what was made of 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 
@@ -27,6 +29,7 @@ NOTE = "gguf.json"
 REVISION = 2  # counts up when the conversion changes
 REFUSED = 200  # the exit of a conversion that says why; below are numbers of the system's errors
 BESIDE = 64 << 20  # bytes of everything but weights
+_held: dict[Path, int] = {}  # open files of the checkpoints that this process uses
 
 
 class Form(StrEnum):
@@ -37,10 +40,13 @@ class Form(StrEnum):
 
 
 def ensure(path: Path, cache: Path, progress: Callable[[str], None], form: Form = Form.BFLOAT16) -> Path:
-    """The checkpoint of this file, made where it is absent. ConfigError: why it cannot be."""
-    stem = f"gguf-{_plain(model_name(path.name))[:60]}-{_key(path)}"
+    """The checkpoint of this file, made where it is absent. ConfigError: why it cannot be.
+
+    As long as this process lives, no other removes it.
+    """
+    stem = _stem(path)
     folder = cache / f"{stem}{'-kept' * (form is Form.KEPT)}-r{REVISION}"
-    if (folder / NOTE).is_file():
+    if _used(folder):
         return folder
     tensors = GGUF.open(path).tensors.values()
     nbytes = BESIDE + sum(tensor.nbytes if form is Form.KEPT else 2 * tensor.weights for tensor in tensors)
@@ -55,8 +61,9 @@ def ensure(path: Path, cache: Path, progress: Callable[[str], None], form: Form 
                 readable(made)
                 fsync_tree(made)
                 rename(made, folder)
-            _forget_earlier(path, stem, cache)
+            _forget_earlier(path, cache)
             progress(f"{path.name}: ready in {folder}")
+        _used(folder)
     return folder
 
 
@@ -98,15 +105,51 @@ def convert(path: Path, folder: Path, progress: Callable[[str], None], form: For
         raise ConfigError(f"{path.name} could not be read: {last[:300] or f'exit {process.returncode}'}")
 
 
-def _forget_earlier(path: Path, stem: str, cache: Path) -> None:
+def _used(folder: Path) -> bool:
+    """Whether the checkpoint is there; then it stays, as long as this process and those that it forks hold the lock."""
+    try:
+        note = os.open(folder / NOTE, os.O_RDONLY)
+    except OSError:
+        return False
+    with suppress(OSError):  # no locks on this disk
+        fcntl.flock(note, fcntl.LOCK_SH)
+    before = _held.pop(folder, None)
+    if before is not None:
+        os.close(before)
+    if not (folder / NOTE).is_file():  # it was removed before it was locked
+        os.close(note)
+        return False
+    _held[folder] = note
+    return True
+
+
+def _forget_earlier(path: Path, cache: Path) -> None:
+    """Remove what was made of this file as it was before, but what another server has: its engine may start again.
+
+    A file may have several names, by links: what was made by each of them is of the file as it is.
+    """
     for other in cache.glob("gguf-*"):
         try:
-            said = json.loads((other / NOTE).read_text())["path"]
+            note = json.loads((other / NOTE).read_text())
+            if note["path"] != str(path.resolve()) or _is_of(other, Path(note["file"])):
+                continue
+            with (other / NOTE).open() as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(other, ignore_errors=True)
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        now = re.fullmatch(rf"{re.escape(stem)}(-kept)?-r{REVISION}", other.name)
-        if not now and said == str(path.resolve()):
-            shutil.rmtree(other, ignore_errors=True)
+
+
+def _is_of(folder: Path, path: Path) -> bool:
+    """Whether the folder's checkpoint was made of the file that is there now."""
+    try:
+        return re.fullmatch(rf"{re.escape(_stem(path))}(-kept)?-r{REVISION}", folder.name) is not None
+    except OSError:
+        return False
+
+
+def _stem(path: Path) -> str:
+    return f"gguf-{_plain(model_name(path.name))[:60]}-{_key(path)}"
 
 
 def _key(path: Path) -> str:
@@ -120,8 +163,13 @@ def _key(path: Path) -> str:
 
 def parts_of(path: Path) -> list[Path]:
     """The file, or all parts of its model that are there."""
-    stem = path.name.removesuffix(SUFFIX)
-    return sorted(path.parent.glob(f"{PART.sub('', stem)}-*-of-*{SUFFIX}")) if PART.search(stem) else [path]
+    part = PART.search(path.name.removesuffix(SUFFIX))
+    if part is None:
+        return [path]
+    count = int(part[1])
+    before = path.name[: part.start()]
+    named = (path.with_name(f"{before}-{number:05d}-of-{count:05d}{SUFFIX}") for number in range(1, count + 1))
+    return [file for file in named if file.is_file()]
 
 
 def _plain(name: str) -> str:

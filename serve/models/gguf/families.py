@@ -186,7 +186,8 @@ def _config(file: GGUF, name: str, family: Family) -> dict[str, Any]:
         **family.fixed,
     }
     for which, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        config[f"{which}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        number = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        config[f"{which}_token_id"] = number if isinstance(number, int) and 0 <= number < words.shape[0] else None
     biases = "blk.0.attn_q.bias" in file.tensors
     if family.model_type in ("llama", "granite", "qwen3"):
         config["attention_bias"] = biases

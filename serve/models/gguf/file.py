@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from serve.errors import ConfigError
+from serve.models.gguf.names import MAGIC
 
-MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 # The most of a file. 128k words and 400k merges are many.
 TENSORS = 100_000

@@ -1,4 +1,4 @@
-"""What GGUF files are called."""
+"""What GGUF files are called, and begin with."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import re
 from pathlib import PurePath
 
 SUFFIX = ".gguf"
-PART = re.compile(r"-\d{5}-of-\d{5}$")
+MAGIC = b"GGUF"  # its first bytes, whatever the file is called
+PART = re.compile(r"-\d{5}-of-(\d{5})$")
 _QUANTIZED = re.compile(r"[-._](i1-)?(iq|q|f|bf|tq)\d\w*$", re.IGNORECASE)
 
 
 def model_name(path: str) -> str:
     """A file's name, or a folder's, without `.gguf` and the number of its part."""
-    return PART.sub("", PurePath(path).name.removesuffix(SUFFIX))
+    name = PurePath(path).name
+    return PART.sub("", name[: -len(SUFFIX)] if name.lower().endswith(SUFFIX) else name)
 
 
 def original_name(path: str) -> str:

@@ -51,6 +51,9 @@ def save(file: GGUF, folder: Path) -> None:
     vocabulary = {word: number for number, word in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
         raise ConfigError(f"{file.path.name} has a word twice in its vocabulary")
+    rows = file.tensors["token_embd.weight"].shape[0] if "token_embd.weight" in file.tensors else len(tokens)
+    if len(tokens) > rows:
+        raise ConfigError(f"{file.path.name} has {len(tokens)} words and an embedding of {rows}: fetch it again")
     model = file.text("tokenizer.ggml.model")
     if model == "gpt2":
         made = _byte_level(file, vocabulary)

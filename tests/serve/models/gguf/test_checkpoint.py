@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -13,7 +15,7 @@ from serve.errors import ConfigError
 from serve.models import checkpoint, engine_memory
 from serve.models.dimensions import dimensions
 from serve.models.gguf import conversion
-from serve.models.gguf.checkpoint import Form, ensure, to_train
+from serve.models.gguf.checkpoint import Form, ensure, parts_of, to_train
 from serve.models.gguf.families import FAMILIES
 from serve.models.gguf.kept import METHOD, SCALES
 from tests.support.gguf_files import HEAD, HEADS, HIDDEN, INNER, KEYS, WORDS, write
@@ -119,6 +121,7 @@ def _with_factors(path: Path, values: np.ndarray) -> Path:
         ({"extra": {"llama.expert_count": 4.0}}, "llama.expert_count, which is not understood"),
         ({"extra": {"llama.rope.scaling.type": "dynamic"}}, "rope.scaling"),
         ({"rule": "a-new-rule"}, "rule 'a-new-rule'"),
+        ({"resized": {"token_embd.weight": (len(WORDS) - 1, 256)}}, "96 words and an embedding of 95"),
         ({"resized": {"blk.1.ffn_down.weight": (256, 256)}}, "'blk.1.ffn_down.weight' .* has the sizes"),
         ({"resized": {"blk.2.ffn_down.weight": (256, 512)}}, "layer too many"),
         ({"resized": {"blk.0.unknown.weight": (256, 256)}}, "'blk.0.unknown.weight' is not one"),
@@ -130,15 +133,70 @@ def test_what_would_be_served_wrong_is_refused(given, sentence, tmp_path):
     assert not list((tmp_path / "cache").glob("gguf-*/config.json"))
 
 
+def made_elsewhere(path: Path, cache: Path) -> Path:
+    """By a process that is gone afterwards."""
+    code = "import sys; from tests.serve.models.gguf.test_checkpoint import *; print(made(*map(Path, sys.argv[1:])))"
+    return Path(subprocess.check_output([sys.executable, "-c", code, str(path), str(cache)], text=True).strip())
+
+
 def test_a_file_is_made_once_and_anew_when_it_was_replaced(tmp_path):
     file, cache = write(tmp_path / "tiny-q8_0.gguf"), tmp_path / "cache"
-    first = made(file, cache)
+    first = made_elsewhere(file, cache)
     (first / "mark").touch()
-    assert made(file, cache) == first and (first / "mark").exists()
+    assert made_elsewhere(file, cache) == first and (first / "mark").exists()
     write(file, seed=1)
     os.utime(file, ns=(1, 1))
     second = made(file, cache)
     assert second != first and not first.exists()
+
+
+def test_what_a_server_has_stays_when_another_finds_the_file_replaced(tmp_path):
+    file, cache = write(tmp_path / "tiny-q8_0.gguf"), tmp_path / "cache"
+    served = made(file, cache)
+    write(file, seed=1)
+    os.utime(file, ns=(1, 1))
+    other = made_elsewhere(file, cache)
+    assert other != served and (served / "model.safetensors").is_file()
+
+
+def test_a_link_and_its_file_do_not_remove_what_was_made_of_each_other(tmp_path):
+    file, cache = write(tmp_path / "tiny-q8_0.gguf"), tmp_path / "cache"
+    (link := tmp_path / "latest.gguf").symlink_to(file)
+    first, second = made_elsewhere(file, cache), made_elsewhere(link, cache)
+    assert first.name.startswith("gguf-tiny-q8_0-") and second.name.startswith("gguf-latest-")
+    assert first.is_dir() and second.is_dir()
+    write(file, seed=1)
+    os.utime(file, ns=(1, 1))
+    made_elsewhere(file, cache)
+    assert not first.exists() and not second.exists()
+
+
+def test_a_name_of_any_letters_is_the_files_and_its_parts_are_no_others(tmp_path):
+    for name in ("model [q4] * ?", "модель 模型", "a b"):
+        parts = [tmp_path / f"{name}-{part:05d}-of-00002.gguf" for part in (1, 2)]
+        for path in (*parts, tmp_path / f"{name}-v2-00001-of-00002.gguf", tmp_path / f"{name}-00001-of-00003.gguf"):
+            path.touch()
+        assert parts_of(parts[0]) == parts
+    file = write(tmp_path / "модель [q4] b.gguf")
+    folder = made(file, tmp_path / "cache")
+    assert checkpoint.default_name(str(file)) == "модель [q4] b" and (folder / "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["sha256-0a1b", "Tiny.Q8_0.GGUF"])
+def test_a_file_is_known_by_its_first_bytes_whatever_it_is_called(name, tmp_path):
+    file = write(tmp_path / name)
+    assert (Path(checkpoint.find(str(file), tmp_path / "cache")) / "model.safetensors").is_file()
+    assert checkpoint.default_name(str(file)) == name.removesuffix(".GGUF")
+    assert dimensions(str(file)).hidden == HIDDEN
+    (tmp_path / "other").write_text("not one")
+    with pytest.raises(ConfigError, match="there is no model at"):
+        checkpoint.find(str(tmp_path / "other"), tmp_path / "cache")
+
+
+def test_special_tokens_beyond_the_vocabulary_are_none(tmp_path):
+    folder = made(write(tmp_path / "a.gguf", extra={"tokenizer.ggml.bos_token_id": 3e9}), tmp_path / "cache")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["bos_token_id"] is None and config["eos_token_id"] == WORDS.index("<|end|>")
 
 
 def test_all_parts_of_a_model_are_one(tmp_path):
