@@ -8,7 +8,6 @@ restarts what dies, routes to whoever has least to do, or with `fleet: homes` to
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import math
 import os
@@ -64,6 +63,8 @@ SURGE_PERCENT = 1
 # Between two times that a replica says what it holds.
 STATS_SECONDS = 1.0
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
+# What changes how many replicas there are, and nothing that they do.
+OF_SIZE = ("replicas", "max_replicas", "target_queue", "target_first_token")
 _HANGUP = threading.Event()
 
 
@@ -72,7 +73,11 @@ class _Stop(Exception):
 
 
 def serve(config: Config, reload: Callable[[], Config]) -> int:
-    """Serve until SIGTERM; the exit code. SIGHUP replaces the replicas one by one, with the settings of that moment."""
+    """Serve until SIGTERM; the exit code.
+
+    SIGHUP replaces the replicas one by one, with the settings of that moment. Those that run stay where only their
+    number is another.
+    """
     log_to_stderr(config.log_level)
     hardware.listen(config.host, config.port).close()
     if config.fleet == "homes":
@@ -82,14 +87,19 @@ def serve(config: Config, reload: Callable[[], Config]) -> int:
         try:
             config = shared(config, several=several)
             _start(config)
-            _deploy(config, 0)
-            for turn in itertools.count(1):
+            _deploy(config, version := secrets.token_hex(8))
+            while True:
                 log.info("ready: %s:%d/v1 answers as %s", config.host, config.port, config.name)
                 _until_hangup()
-                log.info("replacing the replicas, one after the other")
                 try:
-                    config = shared(reload(), several=several)
-                    _deploy(config, turn)
+                    wanted = shared(reload(), several=several)
+                    if only_resized(config, wanted):
+                        log.info("replicas come or go, those that run stay: %s", _numbers(wanted))
+                    else:
+                        log.info("replacing the replicas, one after the other")
+                        version = secrets.token_hex(8)
+                    _deploy(wanted, version)
+                    config = wanted
                 except ConfigError as error:
                     log.error("the replicas are not replaced, those from before go on: %s", error)
         except _Stop:
@@ -164,12 +174,22 @@ def shared(config: Config, *, several: bool) -> Config:
     )
 
 
-def _deploy(config: Config, turn: int) -> None:
-    """Start the replicas, or replace them one by one: those that answer stay until others do."""
+def only_resized(before: Config, after: Config) -> bool:
+    """Whether nothing but how many replicas there are to be differs."""
+    return before != after and replace(before, **{name: getattr(after, name) for name in OF_SIZE}) == after
+
+
+def _numbers(config: Config) -> str:
+    least, most = config.replicas, config.max_replicas
+    return str(least) if most <= least else f"{least} to {most}"
+
+
+def _deploy(config: Config, version: str) -> None:
+    """Start the replicas, or replace one by one those of another version: those that answer stay until others do."""
     from ray import serve as ray_serve
 
     try:
-        ray_serve.run(_application(config, turn), name=NAME, route_prefix="/")
+        ray_serve.run(_application(config, version), name=NAME, route_prefix="/")
     except RuntimeError as error:
         raise ConfigError(f"the replicas do not start, their log above says why: {error}") from error
 
@@ -181,10 +201,10 @@ def application(settings: Mapping[str, Any]) -> Any:
     own `http_options` say, so `host` and `port` there must be the same.
     """
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    return _application(shared(load(["--ray", *flags]), several=True), 0)
+    return _application(shared(load(["--ray", *flags]), several=True))
 
 
-def _application(config: Config, turn: int) -> Any:
+def _application(config: Config, version: str | None = None) -> Any:
     from ray import serve as ray_serve
 
     deployment = ray_serve.deployment(ray_serve.ingress()(Replica))
@@ -206,7 +226,10 @@ def _application(config: Config, turn: int) -> Any:
         # Ray stops a replica before it starts the one in its place, unless it may have one more. Where there is no
         # room for that, the new one would wait for ever.
         options["max_surge_percent"] = SURGE_PERCENT
-    return deployment.options(name=NAME, **options).bind(config, os.environ.get(OMP), turn)
+    ours = deployment.options(name=NAME, **options)
+    # By it Ray knows replicas that run already. Without, it makes one up for each deployment.
+    ours._version = version
+    return ours.bind(config, os.environ.get(OMP))
 
 
 def _routing(config: Config) -> dict[str, Any]:
@@ -287,7 +310,7 @@ def by_load(target_queue: float, target_first_token: float) -> Callable[[Any], t
 class Replica:
     """One server of many, in a process that Ray started: the same app as alone, ready before Ray sends it anything."""
 
-    def __init__(self, config: Config, threads: str | None, turn: int) -> None:
+    def __init__(self, config: Config, threads: str | None) -> None:
         os.environ.pop(OMP, None)
         if threads:
             os.environ[OMP] = threads

@@ -17,7 +17,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -56,7 +56,7 @@ DELETED_SECONDS = 60.0
 LOOP_SECONDS = 90.0
 # By then usage is in the registry.
 LEDGER_SECONDS = 17.0
-# By then Ray has replaced all replicas, one after the other. Their own ports follow the proxy's.
+# By then Ray has replaced a replica, or has started one more. Their own ports follow the proxy's.
 REPLACED_SECONDS, MOST_REPLICAS = 400.0, 9
 
 
@@ -228,18 +228,20 @@ class RayStage(Stage):
         return self.places[0].database, self.places[0].store
 
     def _resize(self, count: int) -> None:
-        """By SIGHUP, which also replaces those that there are."""
+        """By SIGHUP; those that there are stay, or as many of them as there are to be."""
         before = {replica.id for replica in self.servers if isinstance(replica, Replica)}
         self._configure(count)
         self.head.process.send_signal(signal.SIGHUP)
-        self._meet(count, self.ways, before)
+        self._meet(count, self.ways)
+        now = {replica.id for replica in self.servers if isinstance(replica, Replica)}
+        assert len(now & before) == min(len(now), len(before)), (before, now)
 
     def _configure(self, count: int) -> None:
         file = self.work / "loradock.yaml"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"replicas": count}))
 
-    def _meet(self, count: int, ways: tuple[Proxy, Proxy], before: Collection[str] = ()) -> None:
-        """Once so many replicas answer, which all list as many and none from before."""
+    def _meet(self, count: int, ways: tuple[Proxy, Proxy]) -> None:
+        """Once so many replicas answer, which all list as many."""
         found: list[tuple[Replica, set[str]]] = []
 
         def have_met() -> bool:
@@ -249,7 +251,7 @@ class RayStage(Stage):
                     replica = Replica(self.head, number)
                     found.append((replica, {row["id"] for row in replicas(replica) if row["phase"] == "ready"}))
             ids = {replica.id for replica, _ in found}
-            return len(ids) == count and not ids & {*before} and all(listed == ids for _, listed in found)
+            return len(ids) == count and all(listed == ids for _, listed in found)
 
         until(have_met, REPLACED_SECONDS)
         self.places[:] = [Place(replica, *ways) for replica, _ in found]

@@ -24,6 +24,7 @@ from serve.server.ray_serve import (
     _routing,
     application,
     by_load,
+    only_resized,
     shared,
     take_over,
 )
@@ -66,6 +67,16 @@ def test_what_replicas_share_travels_and_is_in_the_data_directory_unless_said_ot
     assert one.registry == f"sqlite:///{tmp_path}/registry.sqlite"
     assert one.blobs == f"file://{tmp_path}/blobs"
     assert one.bases[0].engine == {"max_loras": "4"}
+
+
+def test_replicas_that_run_stay_where_only_their_number_is_another(tmp_path):
+    def of(*flags):
+        return shared(load(["--ray", "--data-dir", str(tmp_path), "--replicas", "2", *flags]), several=False)
+
+    for flags in (["--replicas", "3"], ["--max-replicas", "8"], ["--target-first-token", "1.5", "--target-queue", "4"]):
+        assert only_resized(of(), of(*flags)), flags
+    for flags in ([], ["--name", "other"], ["--replicas", "3", "--max-loras", "4"]):
+        assert not only_resized(of(), of(*flags)), flags
 
 
 @pytest.mark.parametrize(
