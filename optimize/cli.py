@@ -264,6 +264,8 @@ def _carry_out(recipe: Recipe, embedded: Embedded, served: Served, memory_gb: fl
         typer.echo("  not judged: the recipe has no `gate:`, and nothing was held against the result")
     if recipe.export.format == "vllm":
         typer.echo(f"  loradock serve {result}")
+    elif recipe.export.format == "gguf":
+        typer.echo(f"  loradock serve {result / 'model.gguf'}")
     elif recipe.export.format == "adapter":
         typer.echo(f"  loradock adapters push NAME {result}")
     else:

@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ PACKAGE = "gensim==4.4.0"
 MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
 SHORTEST = 2000  # characters of an article worth having
+LONGEST = 1 << 20  # characters that become tokens at once; a tokenizer takes 200 bytes for each
+ENOUGH = 8 << 20  # characters that windows are drawn from, or 64 for each token that is asked for
 REVISION = 1  # counts up when the cleaning changes, so that old cache files are not taken
 
 
@@ -55,7 +58,7 @@ def windows(tokenizer: Any, texts: Sequence[Any], samples: int, tokens: int, see
     begin = beginning(tokenizer)
     whole: list[list[int]] = []
     joined: list[int] = []
-    for text in texts:
+    for text in enough(texts, samples * tokens, seed):
         ids = tokens_of(tokenizer, text)
         if len(ids) < tokens - len(begin):
             joined += ids
@@ -66,6 +69,34 @@ def windows(tokenizer: Any, texts: Sequence[Any], samples: int, tokens: int, see
             f"the text gives {len(whole)} windows of {tokens} tokens, not {samples}: give more text or ask for less"
         )
     return random.Random(seed).sample(whole, samples)
+
+
+def enough(texts: Sequence[Any], tokens: int, seed: int) -> Sequence[Any]:
+    """The texts, or of much more than `tokens` a part, drawn with `seed`: in their order, long ones in pieces."""
+    characters = max(ENOUGH, 64 * tokens)
+    if sum(map(_size, texts)) <= characters:
+        return texts
+    parts = [part for text in texts for part in ([text] if isinstance(text, list) else pieces(text))]
+    order = random.Random(seed).sample(range(len(parts)), len(parts))
+    sums = accumulate(_size(parts[at]) for at in order)
+    count = next(number for number, size in enumerate(sums, 1) if size >= characters)
+    return [parts[at] for at in sorted(order[:count])]
+
+
+def pieces(text: str) -> Iterator[str]:
+    """The text, or pieces that begin at the end of a line, or at a space, and are no longer than LONGEST."""
+    begin = 0
+    while len(text) - begin > LONGEST:
+        middle, end = begin + LONGEST // 2, begin + LONGEST
+        ends = (text.rfind(mark, middle, end) for mark in "\n ")
+        end = next((at for at in ends if at >= 0), end)
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+def _size(text: Any) -> int:
+    return len(text if isinstance(text, str) else str(text))
 
 
 def cut(ids: list[int], tokens: int, begin: list[int]) -> list[list[int]]:
@@ -149,12 +180,15 @@ def tokens_of(tokenizer: Any, text: Any) -> list[int]:
         if not tokenizer.chat_template:
             raise Refused("the text holds chat messages and the model has no chat template: give plain text")
         text = tokenizer.apply_chat_template(text, tokenize=False)
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    ids: list[int] = []
+    for piece in pieces(text):
+        ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
     return ids
 
 
 def _paragraphs(text: Any) -> list[tuple[str, str]]:
-    parts = [str(turn.get("content")) for turn in text] if isinstance(text, list) else str(text).split("\n")
+    parts = [str(turn.get("content")) for turn in text] if isinstance(text, list) else text.split("\n")
+    parts = [piece for part in parts for piece in pieces(part)]
     words = [" ".join(part.lower().split()) for part in parts]
     return [(hashlib.sha256(part.encode()).hexdigest(), part) for part in words if len(part) >= 64]
 

@@ -72,14 +72,16 @@ def reading(words: Any, part: Text | Evaluate, held_out: bool) -> float:
     start = time.thread_time()
     try:
         documents = text.documents(part, held_out)
-        sizes = list(accumulate(len(str(document)) for document in documents))
+        drawn = text.enough(documents, part.samples * part.tokens, 0)
+        sizes = list(accumulate(len(str(document)) for document in drawn))
         few = next((at for at, size in enumerate(sizes, 1) if size >= READ), len(sizes))
         begun = time.thread_time()
-        for document in documents[:few]:
-            text.tokens_of(words, document)
+        for document in drawn[:few]:
+            text.tokens_of(words, document if isinstance(document, list) else document[:READ])
     except OptimizeError:  # the step says what is wrong with it
         return time.thread_time() - start
-    return begun - start + (time.thread_time() - begun) * sizes[-1] / sizes[few - 1]
+    read = sum(min(READ, len(str(document))) for document in drawn[:few])
+    return begun - start + (time.thread_time() - begun) * sizes[-1] / read
 
 
 def layer(folder: Path, tokens: int) -> dict[str, Any]:

@@ -91,6 +91,7 @@ def _repaired(
 def _all_windows(words: Any, texts: list[Any], tokens: int, seed: int, samples: int) -> list[list[int]]:
     """Every window that the text gives, or `samples` of them, in an order that the seed decides."""
     begin = text.beginning(words)
+    texts = list(text.enough(texts, samples * tokens, seed)) if samples else texts
     whole = [row for document in texts for row in text.cut(text.tokens_of(words, document), tokens, begin)]
     if len(whole) < HELD:
         raise OptimizeError(f"the text gives {len(whole)} windows of {tokens} tokens; healing needs at least {HELD}")

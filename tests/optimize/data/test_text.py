@@ -68,6 +68,23 @@ def test_windows_are_whole_and_drawn_with_the_seed(tokenizer):
         text.windows(tokenizer, texts, 99, 16, seed=1)
 
 
+def test_a_long_text_becomes_tokens_in_pieces_and_much_of_it_is_drawn_from(tokenizer, monkeypatch):
+    line = "the river ran past a small town " * 300
+    whole = text.windows(tokenizer, [line], 5, 16, seed=1)
+    monkeypatch.setattr(text, "LONGEST", 1000)
+    pieces = list(text.pieces(line))
+    assert "".join(pieces) == line and max(map(len, pieces)) <= 1000 and all(piece[0] == " " for piece in pieces[1:])
+    assert list(text.pieces("x" * 2500)) == ["x" * 1000, "x" * 1000, "x" * 500]
+    assert text.windows(tokenizer, [line], 5, 16, seed=1) == whole
+    assert text.overlap([line], [line])
+    monkeypatch.setattr(text, "ENOUGH", 3000)
+    texts = [f"{name} {line}" for name in "abcdefgh"]
+    drawn = text.enough(texts, 1, seed=1)
+    assert 3000 <= sum(map(len, drawn)) <= 4000 and drawn != text.enough(texts, 1, seed=2)
+    assert text.enough(texts, 3000, seed=1) is texts
+    assert [len(window) for window in text.windows(tokenizer, texts, 5, 8, seed=1)] == [8] * 5
+
+
 def test_a_shared_paragraph_is_found_however_it_is_spaced():
     mine, theirs = LONG.format("mine"), LONG.format("theirs")
     assert text.overlap([mine], [theirs]) == []
