@@ -26,6 +26,8 @@ from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
+from vllm.renderers import ChatParams
+from vllm.renderers.chat_utils import load_chat_template
 from vllm.sampling_params import SamplingParams
 from vllm.tool_parsers import ToolParserManager
 from vllm.usage.usage_lib import UsageContext
@@ -43,6 +45,7 @@ from serve.models import engine_memory, hardware
 from serve.names import response_owner
 from serve.vllm_backend import announce, building, first_error, forkserver, gpu_memory
 from serve.vllm_backend.adapter_tokenizers import AdapterTokenizers, BaseTokens
+from serve.vllm_backend.chat_template import check_ends
 from serve.vllm_backend.classification import Classifications, parameters, read_head, scores
 from serve.vllm_backend.coalescing import Coalescing
 from serve.vllm_backend.detokenizer import TokenTexts
@@ -253,6 +256,8 @@ class VLLMBackend:
             answer_unknown_paths(app, self.name, tasks)
             # Where vLLM's error handler would ask for the server's end once the engine is dead.
             app.state.server = SimpleNamespace(should_exit=False)
+            if self._generates:
+                await check_ends(llm.renderer, self._chat_params(), self.name)
             await init_app_state(llm, app.state, self.args, tasks)
             if self._generates:
                 self._tokenizers = AdapterTokenizers(llm.renderer)
@@ -279,6 +284,14 @@ class VLLMBackend:
             freeze_gc_heap()
         await self._rpc("loradock_settle")
         pages.release()
+
+    def _chat_params(self) -> ChatParams:
+        """With which a template is rendered unless a request says otherwise, as vLLM has them."""
+        return ChatParams(
+            chat_template=load_chat_template(self.args.chat_template),
+            chat_template_content_format=self.args.chat_template_content_format,
+            chat_template_kwargs=self.args.default_chat_template_kwargs or {},
+        )
 
     def _take_outputs(self, llm: Engine) -> None:
         """Have what the engine says come by us."""
