@@ -61,6 +61,11 @@ class Step(Part, frozen=True, kw_only=True):
         return ()
 
     @property
+    def rounds_inputs(self) -> bool:
+        """Whether the layers' inputs are rounded too, beside the weights."""
+        return False
+
+    @property
     def retired_sentences(self) -> list[str]:
         """What it says in vain."""
         fields = {field.name: field.default for field in msgspec.structs.fields(type(self))}

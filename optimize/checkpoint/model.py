@@ -236,8 +236,8 @@ def round_activations(x: torch.Tensor, float8: bool = False) -> torch.Tensor:
     limit = 448.0 if float8 else 127.0
     scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-8) / limit
     steps = wide / scale
-    near = steps.to(torch.float8_e4m3fn).float() if float8 else steps.round().clamp(-128, 127)
-    return (near * scale).to(x.dtype)
+    near = steps.to(torch.float8_e4m3fn).float() if float8 else steps.round_().clamp_(-128, 127)
+    return near.mul_(scale).to(x.dtype)
 
 
 def rounding(group: dict[str, Any], global_scale: torch.Tensor | None = None) -> Any:

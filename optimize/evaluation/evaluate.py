@@ -6,6 +6,7 @@ adapter still does on the new base, and some answers side by side.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -39,6 +40,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     by_layer = planning.by_layer(
         planning.weight_bytes() * sum(map(math.prod, Checkpoint(reference).shapes.values())), job.memory
     )
+    base_loss = _base_loss(Path(job.base), text.original, by_layer) if job.base != job.reference else None
     old = opened(reference, by_layer=by_layer)
     scores: dict[str, Any] = {}
     if in_onnx:
@@ -48,7 +50,9 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         session = Session(Path(job.model))
         ask: Ask = session.logits
     else:
-        new = opened(Path(job.model), by_layer=by_layer)
+        # An adapter is put around each of them, and around one model it would be there twice.
+        same = job.model == job.reference and not job.adapters
+        new = old if same else opened(Path(job.model), by_layer=by_layer)
         ask = partial(logits, new)
     living = sorted(job.adapters)
     total = len(rows) + 2 * len(living) * min(ADAPTED, len(rows))
@@ -60,8 +64,9 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     if kept is not None:
         scores |= _in_old_tokens(partial(logits, old), text.original, rows, scores["perplexity"])
         scores["intervals"].pop("perplexity_increase", None)  # of other windows
-    if job.base != job.reference:
-        scores |= _against_base(Path(job.base), text.original, by_layer, scores["perplexity"])
+    if base_loss is not None:
+        increase = math.expm1(math.log(scores["perplexity"]) - base_loss)
+        scores |= {"perplexity_base": round(math.exp(base_loss), 4), "perplexity_base_increase": round(increase, 5)}
     effects = {}
     done = len(rows)
     for name in living:
@@ -180,11 +185,11 @@ def _interval(
     return {name: [round(made_of(end), 5) for end in (interval.low, interval.high)]}
 
 
-def _against_base(base: Path, rows: list[torch.Tensor], by_layer: bool, perplexity: float) -> dict[str, float]:
-    """What adapters that were merged changed: the base by itself, where it is not what the result is compared with."""
+def _base_loss(base: Path, rows: list[torch.Tensor], by_layer: bool) -> float:
+    """Of the base without the adapters that were merged, which is gone before the other two models are opened."""
     loss = _loss(_answers(opened(base, by_layer=by_layer), rows, by_layer), rows)
-    increase = math.expm1(math.log(perplexity) - loss)
-    return {"perplexity_base": round(math.exp(loss), 4), "perplexity_base_increase": round(increase, 5)}
+    gc.collect()  # hooks that read a layer know it
+    return loss
 
 
 def _seen(ask: Ask, kept: torch.Tensor | None) -> Ask:

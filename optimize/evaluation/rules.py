@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from optimize.errors import Refused
+from optimize.options import Step
 from optimize.steps.planning import Context, Estimate, by_layer, weight_bytes
 
 IMPORTS = 15.0  # seconds of lm-eval's own
@@ -47,9 +48,22 @@ def _seconds(context: Context) -> float:
     compared = PASSES * machine.number * context.vocabulary * (tokens + own)
     step = context.layers * machine.answering + machine.reading * context.vocabulary * context.hidden
     answers = ANSWER * step * (2 + living) if recipe.evaluate.prompts else 0.0
-    read = LOADED * machine.number * (context.copied / 2 or (context.linears if _quantizes(context) else 0))
-    begun = machine.evaluation_text + (2 + AROUND * living) * machine.opening + read
-    return begun + context.token_seconds * (2 * tokens + own) + compared + answers
+    merged = any(_merges(step) for step in recipe.steps)  # the base alone is measured too
+    models = (1 if _same(context) else 2) + merged
+    read = LOADED * machine.number * (models * context.copied / 4 + _quantizes(context) * context.linears)
+    begun = machine.evaluation_text + (models + AROUND * living) * machine.opening + read
+    rounded = any(step.rounds_inputs for step in recipe.steps) * context.inputs * machine.rounded_input
+    read_text = context.token_seconds * ((2 + merged) * tokens + own)
+    return begun + read_text + rounded * (tokens + own / 2) + compared + answers
+
+
+def _merges(step: Step) -> bool:
+    return bool(step.consumed) and not step.makes
+
+
+def _same(context: Context) -> bool:
+    """Whether the result is what it is compared with: adapters were merged, or nothing was done."""
+    return not context.living and context.recipe.export.format == "vllm" and all(map(_merges, context.recipe.steps))
 
 
 def _quantizes(context: Context) -> bool:
@@ -69,7 +83,7 @@ def _weights(context: Context, tokens: int) -> int:
         outside = 2 * weight_bytes() * context.outside_layers if context.copied else 0
         return int(onnx) + (layer if quantizes or context.copied else 0) + outside + 8 * tokens * context.hidden
     if context.copied:  # the original, and the result unless ONNX Runtime holds it
-        return int(onnx) + context.copied * (1 if onnx else 2)
+        return int(onnx) + context.copied * (1 if onnx or _same(context) else 2)
     return int(onnx) + (weight_bytes() * context.linears if quantizes else 0)
 
 

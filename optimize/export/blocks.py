@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from optimize.export.rules import HELD
+
 BLOCK = 32  # weights that share a scale
-HELD = 1 << 25  # weights that are in memory at a time
 DOMAIN = "com.microsoft"
 TABLE_BITS = 8
 Put = Callable[..., Any]  # writes numbers: `put(name, kind, shape, parts)` gives the tensor that says where they are

@@ -13,6 +13,11 @@ from optimize.steps.quantize.rules import Quantize
 
 # A weight that is multiplied with, and its share of a scale; tables and output layers have 8 bits where it has fewer.
 BYTES = {"fp32": 4.0, "fp16": 2.0, "int8": 1.125, "int4": 0.625}
+# A graph takes so many times as long as torch takes to trace a layer, for its beginning and for each layer, and leaves
+# so many bytes of Python's objects.
+STARTED, TRACED = 15, 12
+GRAPH, GRAPH_OF_LAYER = 100_000_000, 8_000_000
+HELD = 1 << 25  # weights that are rounded at a time
 # Of GGUF files.
 GGUF_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "q8_0": 1.0625, "q6_k": 0.82, "q4_0": 0.5625, "q4_k_m": 0.65}
 
@@ -48,7 +53,8 @@ def estimates(context: Context) -> list[Estimate]:
 
 def _graph(context: Context) -> float:
     """Seconds of exporting the graph, which goes by its layers, of rounding and of the comparison."""
-    return 15 + 1.5 * context.layers + 20 * context.machine.number * context.weights
+    machine = context.machine
+    return machine.tracing * (STARTED + TRACED * context.layers) + 20 * machine.number * context.weights
 
 
 def _onnx(context: Context) -> tuple[int, int]:
@@ -66,7 +72,9 @@ def _onnx(context: Context) -> tuple[int, int]:
     whole = 4 * weights
     # PyTorch's logits, of the whole model or of a layer at a time, come when ONNX Runtime's are there.
     check = 8 * context.largest_layer + 4 * context.outside_layers if by_layer(whole, context.memory) else whole
-    memory = context.machine.process + max(made, check)
+    written = 8 * min(table, HELD) + 2 * int(BYTES["int8"] * table)  # some rows, and all that they become
+    graph = GRAPH + GRAPH_OF_LAYER * context.layers
+    memory = context.machine.process + graph + max(made, check, written)
     return (memory + whole, whole + made) if export.precision == "fp16" else (memory, made)
 
 

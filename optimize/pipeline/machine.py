@@ -24,8 +24,9 @@ def measured(recipe: Recipe, model: Path, resident: Resident) -> Machine:
         return Machine()
     with TemporaryDirectory(prefix="loradock-probe-") as folder:
         trained = next((plain(step) for step in recipe.steps if isinstance(step, Tune)), {})
+        options = {"tune": trained, "format": recipe.export.format}
         job = Job(
-            kind="probe", options=trained, model=str(model), base="", reference="", adapters=dict(recipe.adapters),
+            kind="probe", options=options, model=str(model), base="", reference="", adapters=dict(recipe.adapters),
             originals={}, calibration=recipe.calibration, evaluate=recipe.evaluate, seed=recipe.seed,
             target=recipe.target, out=folder,
         )  # fmt: skip

@@ -26,6 +26,7 @@ from optimize.checkpoint.model import (
     entered,
     for_few_rows,
     layers,
+    round_activations,
     settle,
     skeleton,
     skeleton_of,
@@ -61,8 +62,10 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         "calibration_text": reading(words, job.calibration, False),
         "evaluation_text": reading(words, job.evaluate, True),
     }
-    if job.options:
+    if job.options["tune"]:
         found |= learning(folder, job)
+    if job.options["format"] == "onnx":
+        found |= tracing(folder)
     with torch.inference_mode():
         return found | layer(folder, job.calibration.tokens) | matrices(folder)
 
@@ -117,7 +120,7 @@ def learning(folder: Path, job: Job) -> dict[str, Any]:
     from optimize.steps.tune.packing import row
     from optimize.steps.tune.settings import ROW, settled
 
-    options = job.options
+    options = job.options["tune"]
     kind = {name: options[name] for name in ("targets", "rslora", "dora", "dtype")}
     start = Start(base=folder, parent=None, seed=job.seed, device="cpu", **kind)
     parent = adapter_config(Path(job.adapters[options["adapter"]])) if options["adapter"] else None
@@ -137,6 +140,17 @@ def learning(folder: Path, job: Job) -> dict[str, Any]:
         return {"note": f"training is planned by a forward pass: no layer learns alone ({sentence(error)})"}
     each = max(0.0, many - few) / (ROW - FEW)
     return {"learning": each, "updating": max(0.0, few - FEW * each)}
+
+
+@torch.no_grad()
+def tracing(folder: Path) -> dict[str, Any]:
+    """Seconds in which torch makes a graph of a layer, or a note that says why not."""
+    inputs = {"input_ids": torch.zeros(1, FEW, dtype=torch.long), "use_cache": False}
+    try:
+        model = one_layer(folder).float()
+        return {"tracing": taken(lambda: torch.export.export(model, (), inputs, strict=False))}
+    except Exception as error:
+        return {"note": f"the graph is planned by another machine's time: no layer is traced alone ({sentence(error)})"}
 
 
 def one_layer(folder: Path) -> nn.Module:
@@ -180,6 +194,7 @@ def matrices(folder: Path) -> dict[str, float]:
         / ROWS
         / columns,
         "number": taken(lambda: log_softmax(wide, -1)) / wide.numel(),
+        "rounded_input": taken(lambda: round_activations(head[:ROWS])) / ROWS / width,
     }
 
 

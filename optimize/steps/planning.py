@@ -61,6 +61,7 @@ class Machine:
     answering: float = 0.001  # a layer, for the next token of some answers
     learning: float = 0.0  # a layer there and back, for each token that an adapter learns from; 0 goes by `layer`
     updating: float = 0.01  # the same for an optimizer's step, however few its tokens are
+    tracing: float = 0.15  # a graph of one layer
     head: float = 5e-12  # a multiplication of the output layer over a window
     reading: float = 3e-10  # a weight of the output layer for the next token
     product: float = 8e-12  # a multiplication of a Hessian
@@ -68,6 +69,7 @@ class Machine:
     scale: float = 2.5e-8  # a weight whose 4-bit scale is searched
     round: float = 4.5e-8  # a weight that GPTQ rounds
     number: float = 8e-10  # a number of a softmax
+    rounded_input: float = 5e-9  # a number of a linear layer's input that is rounded to 8 bits
     note: str = ""  # why a time is not the model's own
 
 
@@ -155,6 +157,11 @@ class Context:
     def products(self) -> int:
         """Multiplications of every linear layer in the decoder's layers with a matrix as wide as its input is."""
         return sum(math.prod(shape) * shape[1] for name, shape in self.base.shapes.items() if linear(name, shape))
+
+    @property
+    def inputs(self) -> int:
+        """Numbers that every linear layer in the decoder's layers reads for a token."""
+        return sum(shape[1] for name, shape in self.base.shapes.items() if linear(name, shape))
 
     @property
     def outside_layers(self) -> int:

@@ -116,7 +116,7 @@ def measured(name: str, recipe: Path, out: Path, limit: float, kill: bool) -> No
                 found = done[step["kind"]]
                 print(
                     f"| {name} | {step['kind']} | {step['memory'] / 1e9:.2f} | {found['memory'] / 1e9:.2f} "
-                    f"| {step['seconds']:.0f} | {found['seconds']:.0f} | {found['cpu_seconds']:.0f} |",
+                    f"| {step['seconds']:.1f} | {found['seconds']:.1f} | {found['cpu_seconds']:.1f} |",
                     flush=True,
                 )
         print(group.said, file=sys.stderr)

@@ -32,6 +32,8 @@ WANTS = {
     "mxfp4": "wants Blackwell; older GPUs keep the weights small and do not round activations",
 }
 PASSES = 20  # over each weight that is rounded, packed and written
+SCALED = 15  # over each weight whose channels are scaled
+GRID, TRIED_SCALE = 20, 10  # tries of AWQ, and passes of each
 PROBED = 256  # tokens that sensitivity is measured on
 TRIED = 8  # windows that a choice of levels is tried on
 MIXES = 3  # that are tried, as a rule, where the lowest level is not enough
@@ -65,6 +67,10 @@ class Quantize(Step, frozen=True, kw_only=True, tag="quantize"):
     agreement: float = 0.0
     bits: float = 0.0
     ignore: tuple[str, ...] = ("lm_head",)
+
+    @property
+    def rounds_inputs(self) -> bool:
+        return not self.scheme.endswith("a16")
 
     @property
     def mixed(self) -> bool:
@@ -112,12 +118,15 @@ def estimate(step: Quantize, context: Context) -> Estimate:
     machine = context.machine
     rounding = context.linears * (machine.scale if step.scheme == "w4a16" else 0)
     rounding += PASSES * machine.number * context.linears
-    rounding += calibrated * context.layers_seconds  # what the rounded layers give
+    passes = 1 + methods()[step.method].calibrates  # what the rounded layers give, and what Hessians are made of
+    rounding += calibrated * context.layers_seconds
+    rounding += passes * calibrated * context.inputs * machine.rounded_input if step.rounds_inputs else 0.0
     scaling = _scaling(step, context)
     seconds = machine.calibration_text + machine.opening + calibrating + rounding + scaling
     memory += context.machine.process + passing(context)
     if scaling:  # logits before and after, with what they are compared by
-        memory = max(memory, machine.process + 8 * context.largest_layer + 20 * MOVED * context.vocabulary)
+        moving = max(8 * context.largest_layer, 12 * MOVED * context.vocabulary)
+        memory = max(memory, machine.process + moving)
     memory += context.copied if step.mixed else context.copied_by_layer
     if step.mixed:
         memory += base.bytes
@@ -127,11 +136,19 @@ def estimate(step: Quantize, context: Context) -> Estimate:
 
 
 def _scaling(step: Quantize, context: Context) -> float:
-    """Seconds that scales of channels take: the text goes through each layer once to smooth, and AWQ searches too."""
+    """Seconds that scales of channels take: the text goes through each layer once, and weights are scaled, twice; what
+    that moves is seen in float32. AWQ makes Hessians, with which it multiplies each of its tries."""
+    machine, tokens = context.machine, context.calibration_tokens
     smooths = step.scheme == "w8a8" or (step.mixed and context.recipe.target == "cpu")
+    if not step.scales_channels and not (smooths and _smooth(step, context)):
+        return 0.0
+    seconds = tokens * context.layers_seconds
+    seconds += (SCALED * machine.number + 2 * MOVED * machine.product32) * context.linears
     if step.scales_channels:
-        return 2 * context.calibration_tokens * context.layers_seconds
-    return context.calibration_tokens * context.layers_seconds if smooths and _smooth(step, context) else 0.0
+        squares = sum(width**2 for width in context.layer_inputs)
+        seconds += tokens * context.layers_seconds + machine.product * context.layers * tokens * squares / 2
+        seconds += GRID * (machine.product32 * context.products + TRIED_SCALE * machine.number * context.linears)
+    return seconds
 
 
 def _smooth(step: Quantize, context: Context) -> bool:

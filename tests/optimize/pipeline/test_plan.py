@@ -203,19 +203,24 @@ def test_a_head_is_trained_for_an_adapter_alone_and_its_labels_are_those_of_trai
 STEPS = {
     "quantize": "steps: [{quantize: {smooth: false}}]",
     "prune": "steps: [{prune: {layers: 1}}]",
-    "evaluate": "steps: []",
+    "evaluate": "steps: [{prune: {pattern: 2:4}}]",
+    "merged": "steps: [{merge: {adapters: [one]}}]",
     "tune": "steps: [{tune: {train: TRAIN}}]\nexport: {format: adapter}",
 }
 
 
-@pytest.mark.parametrize(("kind", "copies"), [("quantize", 1), ("prune", 1), ("evaluate", 2), ("tune", 0.5)])
+@pytest.mark.parametrize(
+    ("made", "copies"), [("quantize", 1), ("prune", 1), ("evaluate", 2), ("merged", 1), ("tune", 0.5)]
+)
 def test_without_bfloat16_instructions_the_plan_counts_the_weights_that_are_copied(
-    kind, copies, written, tmp_path, base, monkeypatch
+    made, copies, written, tmp_path, base, adapter, monkeypatch
 ):
     """All weights are copied to float32 there, and the plan said a third or a fourth of what was used."""
+    kind = "evaluate" if made == "merged" else made
+    adapters = f"adapters: {{one: {adapter()}}}\n" if made == "merged" else ""
     train = tmp_path / "train.jsonl"
     train.write_text("".join(json.dumps({"prompt": f"{at}", "completion": "yes"}) + "\n" for at in range(20)))
-    recipe = load(written(STEPS[kind].replace("TRAIN", str(train))))
+    recipe = load(written(adapters + STEPS[made].replace("TRAIN", str(train))))
 
     def planned(sets: str) -> int:
         monkeypatch.setattr(processor, "instruction_sets", lambda: sets)

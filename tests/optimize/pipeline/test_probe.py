@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from optimize import cli
+from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.errors import Refused
 from optimize.pipeline import machine, plan, probe
 from optimize.pipeline.resident import Resident
@@ -72,6 +73,7 @@ STEPS = {
     "prune": "steps: [{prune: {layers: 1}}]",
     "zeros": "steps: [{prune: {pattern: 2:4}}]",
     "evaluate": "steps: []",
+    "onnx": "export: {format: onnx, precision: int4}",
 }
 
 
@@ -92,6 +94,25 @@ def test_on_a_slower_machine_each_step_is_planned_to_take_longer(kind, written, 
     )
     assert seconds[1] == pytest.approx(10 * seconds[0], rel=0.01)
     assert memory[1] - memory[0] == 9 * usual.process
+
+
+@pytest.mark.parametrize(("scheme", "quantizing", "evaluating"), [("w8a8", 2, 1), ("w4a16", 0, 0)])
+def test_the_time_in_which_inputs_are_rounded_is_planned(scheme, quantizing, evaluating, written, tmp_path):
+    """Of 135M weights it took a third of the 8 bits' step, and was not counted."""
+    recipe = load(written(f"steps: [{{quantize: {{scheme: {scheme}}}}}]"))
+    shapes = Checkpoint(Path(recipe.model)).shapes
+    read = sum(shape[1] for name, shape in shapes.items() if name.endswith("_proj.weight"))
+
+    def seconds(kind, each):
+        machine = Machine(rounded_input=each)
+        made = plan.made(recipe, Path(recipe.model), {}, tmp_path / "out", 10**12, lambda: machine).steps
+        return next(step.seconds for step in made if step.kind == kind)
+
+    for kind, passes, text in (
+        ("quantize", quantizing, recipe.calibration),
+        ("evaluate", evaluating, recipe.evaluate),
+    ):
+        assert seconds(kind, 1.0) - seconds(kind, 0.0) == pytest.approx(passes * text.samples * text.tokens * read)
 
 
 def tuning(written, tmp_path, count, **options):
@@ -119,6 +140,14 @@ def test_a_layer_that_learns_is_measured_for_training_alone(options, written, tm
     with closing(Resident()) as resident:
         found = machine.measured(recipe, Path(recipe.model), resident)
     assert not found.note and found.learning > 0 and found.updating not in (0, Machine().updating)
+
+
+def test_how_long_torch_traces_a_layer_is_measured_for_a_graph_alone(written):
+    """135M took 142 s of a processor and was planned at 63: seconds of another machine's Python."""
+    recipe = load(written("export: {format: onnx}"))
+    with closing(Resident()) as resident:
+        found = machine.measured(recipe, Path(recipe.model), resident)
+    assert not found.note and found.tracing not in (0, Machine().tracing)
 
 
 def test_a_step_of_healing_and_an_adapter_that_is_measured_have_a_cost_of_their_own(written, tmp_path, adapter):
