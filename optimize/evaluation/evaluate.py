@@ -120,10 +120,12 @@ def _answers(model: Any, rows: list[torch.Tensor], by_layer: bool) -> Iterator[t
         yield from map(partial(logits, model), rows)
         return
     for state in last_states(model, rows, lambda _: None):
-        # Whoever reads this generator is not inside of the mode meanwhile.
-        with torch.inference_mode():
-            answer = answered(model, state).float()
-        yield answer
+        yield _answered(model, state)
+
+
+@torch.inference_mode()
+def _answered(model: Any, state: torch.Tensor) -> torch.Tensor:
+    return answered(model, state).float()
 
 
 def compared(
@@ -135,10 +137,14 @@ def compared(
     """Scores of `new` logits against `old` over windows of tokens, (1, tokens) each, one window at a time; `intervals`
     are where they lie for all windows like these."""
     losses: tuple[list[float], ...] = ([], [], [], [])
-    for done, (row, right_logits, logits_now) in enumerate(zip(rows, old, new, strict=True)):
+    before, after = iter(old), iter(new)
+    for done, row in enumerate(rows):
+        right_logits, logits_now = next(before), next(after)
         scored = zip(losses, _scores(right_logits[0, :-1], logits_now[0, :-1], row[0, 1:]), strict=True)
         for of_windows, of_tokens in scored:
             of_windows.append(float(of_tokens.mean()))
+        # Neither is there while the next are made; in a tuple of zip's they would be.
+        del right_logits, logits_now
         progress(done + 1)
     losses_old, losses_new, divergences, same = losses
     count = len(rows)

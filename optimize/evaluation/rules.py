@@ -51,6 +51,7 @@ def _seconds(context: Context) -> float:
     merged = any(_merges(step) for step in recipe.steps)  # the base alone is measured too
     models = (1 if _same(context) else 2) + merged
     read = LOADED * machine.number * (models * context.copied / 4 + _quantizes(context) * context.linears)
+    read += models * context.base.bytes / 1e9
     begun = machine.evaluation_text + (models + AROUND * living) * machine.opening + read
     rounded = any(step.rounds_inputs for step in recipe.steps) * context.inputs * machine.rounded_input
     read_text = context.token_seconds * ((2 + merged) * tokens + own)

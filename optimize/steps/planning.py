@@ -19,6 +19,7 @@ from optimize.checkpoint.linears import input_widths, linear
 from optimize.recipe import Recipe
 
 MOVED = 128  # tokens whose logits are compared before channels are scaled and after
+GRID = 20  # tries of AWQ
 BATCH = 4  # windows that go through a layer at a time
 # Bytes of a step before it has done anything, and seconds until it begins: for steps of other packages.
 PROCESS, STARTING = 300_000_000, 0.5

@@ -18,7 +18,7 @@ SORTED = 250  # passes over the weights that the cheapest of each four take
 WATCHED = 16  # windows that influence is measured on
 TRIED = 4  # windows that a choice is tried on
 SPARE = 3  # candidates beyond the layers to drop
-COMPARED = 4  # passes over the logits of a try
+COMPARED = 6  # passes over the logits of a try
 ZEROS = (
     "zeros buy neither size nor speed in today's vLLM: the checkpoint stays dense, and its kernels for 2:4 are gone; "
     "`layers`, `mlp` and `vocabulary` make a model smaller and faster"

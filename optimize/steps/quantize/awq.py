@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from optimize.steps.quantize.rules import GRID
+from optimize.steps.planning import GRID
 
 
 def factors(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: int) -> torch.Tensor:

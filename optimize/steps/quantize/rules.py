@@ -12,7 +12,7 @@ from optimize.checkpoint.linears import group, ignored, linear, undivided
 from optimize.errors import RecipeError, Refused
 from optimize.options import Step
 from optimize.steps.kind import StepKind
-from optimize.steps.planning import MOVED, Context, Estimate, beyond_low_rank, passing
+from optimize.steps.planning import GRID, MOVED, Context, Estimate, beyond_low_rank, passing
 from optimize.steps.quantize.method import methods
 
 # What vLLM 0.32 has no kernel for on a CPU; it emulates most of it, too slowly to use.
@@ -33,7 +33,7 @@ WANTS = {
 }
 PASSES = 20  # over each weight that is rounded, packed and written
 SCALED = 15  # over each weight whose channels are scaled
-GRID, TRIED_SCALE = 20, 10  # tries of AWQ, and passes of each
+TRIED_SCALE = 10  # over each weight in a try of AWQ
 PROBED = 256  # tokens that sensitivity is measured on
 TRIED = 8  # windows that a choice of levels is tried on
 MIXES = 3  # that are tried, as a rule, where the lowest level is not enough
