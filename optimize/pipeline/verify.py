@@ -24,6 +24,7 @@ from optimize.pipeline import manifest, signature
 from optimize.pipeline import plan as plans
 from optimize.pipeline.child import Tell
 from optimize.pipeline.run import Run, State, texts
+from optimize.pipeline.worker import sentence
 from optimize.recipe import Recipe
 from optimize.steps.merge.rules import Merge
 
@@ -135,8 +136,7 @@ class Verify:
                 measured = self._rebuilt(recipes.changed(recipe, output=str(out)), run, read, found)
             else:
                 with run.working():
-                    scores = self._measured(run)
-                    measured = run.scored() | scores
+                    measured = self._measured_or_said(run, found)
         found.figures = list(_figures(claimed, _flat(measured)))
         if not read:
             found.notes.append("there is no manifest.json: nothing is claimed but by --expect")
@@ -215,6 +215,17 @@ class Verify:
                 if read["texts"].get(name, digest) != digest:
                     raise Refused(f"the {name} text is not the export's: put its files into a folder and say --data")
         return plan
+
+    def _measured_or_said(self, run: Run, found: Verification) -> dict[str, Any]:
+        """The scores; a note where files are not those of the manifest and nothing can be made of them."""
+        try:
+            scores = self._measured(run)
+        except Exception as error:  # of libraries that read what is broken
+            if not found.problems:
+                raise
+            found.notes.append(f"its figures cannot be measured: {sentence(error)}")
+            return {}
+        return run.scored() | scores
 
     def _measured(self, run: Run) -> dict[str, Any]:
         """The scores of the export as it lies there."""

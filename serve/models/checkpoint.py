@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from typing import Any
 
 from serve.errors import ConfigError
 from serve.models.gguf.names import MAGIC, SUFFIX, model_name
+
+log = logging.getLogger("loradock")
 
 EMBEDDED = "smollm2"
 EMBEDDED_ORIGINAL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -119,22 +122,37 @@ def _bare(name: str) -> str:
 
 def verify(model: str) -> None:
     """ConfigError, if the checkpoint's own manifest says that it is not what lies there."""
-    folder = Path(model)
+    for _, why in _differences(Path(model)):
+        raise ConfigError(why)
+
+
+def verify_weights(model: str) -> None:
+    """The same of its weights; of what somebody may have changed on purpose a warning."""
+    for name, why in _differences(Path(model)):
+        if name.endswith(".safetensors"):
+            raise ConfigError(why)
+        log.warning(why)
+
+
+def _differences(folder: Path) -> Iterator[tuple[str, str]]:
+    """(file, in what it is not what the manifest says), one after the other."""
     if not (folder / MANIFEST).is_file():
         return
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"the {MANIFEST} of {model} cannot be read ({error}): export the model again") from error
+        yield MANIFEST, f"the {MANIFEST} of {folder} cannot be read ({error}): export the model again"
+        return
     for name, wanted in _files(manifest):
         file = folder / name
         if not file.is_file():
-            raise ConfigError(f"{model} lacks {name}, which its {MANIFEST} names: copy or export it again")
+            yield name, f"{folder} lacks {name}, which its {MANIFEST} names: copy or export it again"
+            continue
         size, digest = wanted.get("bytes", wanted.get("size")), wanted.get("sha256")
         if size is not None and file.stat().st_size != size:
-            raise ConfigError(f"{name} in {model} has {file.stat().st_size} bytes and {MANIFEST} says {size}")
-        if digest is not None and _sha256(file) != digest:
-            raise ConfigError(f"{name} in {model} is not the file that its {MANIFEST} names: copy or export it again")
+            yield name, f"{name} in {folder} has {file.stat().st_size} bytes and {MANIFEST} says {size}"
+        elif digest is not None and _sha256(file) != digest:
+            yield name, f"{name} in {folder} is not the file that its {MANIFEST} names: copy or export it again"
 
 
 def folder_of(model: str) -> Path:

@@ -25,7 +25,7 @@ from serve.config import ADAPTERS, Base, Config, kv_cache, whole
 from serve.cpu_kernels.build import keeps_gguf
 from serve.errors import ConfigError, LoradockError
 from serve.models import engine_memory, gpus, hardware
-from serve.models.checkpoint import EMBEDDED, find
+from serve.models.checkpoint import EMBEDDED, find, verify_weights
 from serve.server import gpu_defaults
 from serve.server.connection import KEEP_ALIVE, guarded, raise_descriptor_limit
 from serve.server.front_ends import FrontEnds, how_many
@@ -78,7 +78,9 @@ def resolved(config: Config) -> Config:
 
 def _found(config: Config, base: Base) -> str:
     kept = keeps_gguf(config.lora_kernels, config.cpu_weights, base.engine)
-    return find(base.model, config.cache_dir, keeps_gguf=kept)
+    model = find(base.model, config.cache_dir, keeps_gguf=kept)
+    verify_weights(model)
+    return model
 
 
 def _with_defaults(config: Config, base: Base, environ: Mapping[str, str], before: int) -> tuple[Base, int]:

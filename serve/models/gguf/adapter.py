@@ -76,7 +76,7 @@ def write_peft(path: Path, base: Path, config: Path, weights: Path) -> None:
 
 
 def _family(file: GGUF) -> Family:
-    kind, form = file.text("general.type"), file.metadata.get("adapter.type", "none")
+    kind, form = file.metadata.get("general.type", "model"), file.metadata.get("adapter.type", "none")
     if kind != "adapter":
         raise ConfigError(f"{file.path.name} is a {kind}, not an adapter: serve it with `loradock serve`")
     if form != "lora":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,15 @@ def test_a_changed_file_a_wrong_figure_and_a_new_file_are_found(exported, capsys
     assert sorted(found["problems"]) == [
         "generation_config.json is not the file of the manifest", "more.txt is not in the manifest",
     ]  # fmt: skip
+
+
+def test_weights_that_cannot_be_read_any_more_are_what_was_found(exported, capsys):
+    out, words = exported
+    os.truncate(out / "model.safetensors", 5000)
+    found = verified(capsys, *words, expect=3)
+    assert found["problems"] == ["model.safetensors is not the file of the manifest"]
+    assert "its figures cannot be measured: " in " ".join(found["notes"])
+    assert set(results(found).values()) == {"not repeated"}
 
 
 @pytest.mark.parametrize("manifest", ["{}", "[1]", '{"files": {', '{"manifest_version": 3, "short_name": "x"}'])

@@ -91,9 +91,10 @@ def test_what_is_no_plain_lora_of_a_known_family_is_refused(given, sentence, tin
 
 
 def test_a_model_is_no_adapter(tiny_model, tmp_path):
-    file = gguf_files.write(tmp_path / "model.gguf", extra={"general.type": "model"})
-    with pytest.raises(ConfigError, match="is a model, not an adapter"):
-        written(file, tiny_model, tmp_path / "out")
+    for said in ({"general.type": "model"}, {}):  # older converters say nothing
+        file = gguf_files.write(tmp_path / "model.gguf", extra=said)
+        with pytest.raises(ConfigError, match="is a model, not an adapter"):
+            written(file, tiny_model, tmp_path / f"out{len(said)}")
 
 
 def test_no_mutated_file_ends_in_anything_but_a_sentence(tiny_model, make_adapter, tmp_path):

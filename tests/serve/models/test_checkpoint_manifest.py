@@ -1,0 +1,54 @@
+"""An export that is not what its manifest says does not start; what is no weight may be changed on purpose."""
+
+import hashlib
+import json
+import logging
+
+import pytest
+
+from serve.config import load
+from serve.errors import ConfigError
+from serve.models.checkpoint import verify, verify_weights
+from serve.server.launch import resolved
+
+
+@pytest.fixture
+def export(tmp_path):
+    files = {"config.json": b"{}", "model.safetensors": b"weights", "README.md": b"a card"}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    said = {"files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}}
+    (tmp_path / "manifest.json").write_text(json.dumps(said))
+    return tmp_path
+
+
+def test_an_export_as_it_was_made_is_taken_without_a_word(export, caplog):
+    verify(str(export))
+    verify_weights(str(export))
+    assert not caplog.records
+
+
+def test_other_weights_are_refused_and_so_are_none(export):
+    (export / "model.safetensors").write_bytes(b"Weights")
+    with pytest.raises(ConfigError, match="model.safetensors in .* is not the file that its manifest.json names"):
+        verify_weights(str(export))
+    with pytest.raises(ConfigError, match="is not the file that its manifest.json names: copy or export it again"):
+        resolved(load([str(export)], {}))
+    (export / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="lacks model.safetensors"):
+        verify_weights(str(export))
+
+
+def test_another_card_is_a_warning_at_the_start_and_stops_a_swap(export, caplog):
+    (export / "README.md").write_text("mine")
+    with caplog.at_level(logging.WARNING, "loradock"):
+        verify_weights(str(export))
+    assert "README.md in" in caplog.text
+    with pytest.raises(ConfigError, match="README.md in"):
+        verify(str(export))
+
+
+@pytest.mark.parametrize("manifest", ["{", "[]", '{"files": 5}'])
+def test_a_manifest_that_cannot_be_read_stops_no_start(manifest, export):
+    (export / "manifest.json").write_text(manifest)
+    verify_weights(str(export))
