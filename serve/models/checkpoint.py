@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.errors import ConfigError
+from serve.files import write_whole
 from serve.models.gguf.names import MAGIC, SUFFIX, model_name
 
 log = logging.getLogger("loradock")
@@ -126,12 +127,38 @@ def verify(model: str) -> None:
         raise ConfigError(why)
 
 
-def verify_weights(model: str) -> None:
-    """The same of its weights; of what somebody may have changed on purpose a warning."""
-    for name, why in _differences(Path(model)):
+def verify_weights(model: str, cache: Path) -> None:
+    """The same of its weights; of what somebody may have changed on purpose a warning.
+
+    Below `cache` is kept what was found right: its bytes are read again only when one of its files is another.
+    """
+    folder = Path(model)
+    if not (folder / MANIFEST).is_file():
+        return
+    known, state = cache / "verified" / _hashed(str(folder.resolve())), _state(folder)
+    with suppress(OSError):
+        if known.read_text() == state:
+            return
+    right = True
+    for name, why in _differences(folder):
+        right = False
         if name.endswith(".safetensors"):
             raise ConfigError(why)
         log.warning(why)
+    if right:
+        with suppress(OSError):  # a cache that cannot be written
+            known.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(known, state.encode())
+
+
+def _state(folder: Path) -> str:
+    """Of its files, without reading them."""
+    seen = ((file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file())
+    return _hashed("\n".join(f"{name} {at.st_size} {at.st_mtime_ns} {at.st_ctime_ns} {at.st_ino}" for name, at in seen))
+
+
+def _hashed(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _differences(folder: Path) -> Iterator[tuple[str, str]]:

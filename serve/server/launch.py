@@ -79,7 +79,7 @@ def resolved(config: Config) -> Config:
 def _found(config: Config, base: Base) -> str:
     kept = keeps_gguf(config.lora_kernels, config.cpu_weights, base.engine)
     model = find(base.model, config.cache_dir, keeps_gguf=kept)
-    verify_weights(model)
+    verify_weights(model, config.cache_dir)
     return model
 
 
