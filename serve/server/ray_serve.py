@@ -204,7 +204,7 @@ def application(settings: Mapping[str, Any]) -> Any:
     return _application(shared(load(["--ray", *flags]), several=True))
 
 
-def _application(config: Config, version: str | None = None) -> Any:
+def _application(config: Config, version: str = "") -> Any:
     from ray import serve as ray_serve
 
     deployment = ray_serve.deployment(ray_serve.ingress()(Replica))
@@ -226,10 +226,10 @@ def _application(config: Config, version: str | None = None) -> Any:
         # Ray stops a replica before it starts the one in its place, unless it may have one more. Where there is no
         # room for that, the new one would wait for ever.
         options["max_surge_percent"] = SURGE_PERCENT
-    ours = deployment.options(name=NAME, **options)
-    # By it Ray knows replicas that run already. Without, it makes one up for each deployment.
-    ours._version = version
-    return ours.bind(config, os.environ.get(OMP))
+    if version:
+        # By it Ray knows replicas that run already. Without, it makes one up for each deployment.
+        options |= {"version": version, "_internal": True}
+    return deployment.options(name=NAME, **options).bind(config, os.environ.get(OMP))
 
 
 def _routing(config: Config) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def test_what_replicas_share_travels_and_is_in_the_data_directory_unless_said_ot
 
 def test_replicas_that_run_stay_where_only_their_number_is_another(tmp_path):
     def of(*flags):
-        return shared(load(["--ray", "--data-dir", str(tmp_path), "--replicas", "2", *flags]), several=False)
+        return shared(load(["--ray", "--data-dir", str(tmp_path), "--replicas", "2", *flags], {}), several=False)
 
     for flags in (["--replicas", "3"], ["--max-replicas", "8"], ["--target-first-token", "1.5", "--target-queue", "4"]):
         assert only_resized(of(), of(*flags)), flags
