@@ -97,6 +97,12 @@ def made(
         read["model"] = model
     if adapters:
         read["adapters"] = {**_mapping(read.get("adapters"), "adapters"), **adapters}
+    for key in read:
+        step = difflib.get_close_matches(str(key), step_kinds(), n=1, cutoff=0.75)
+        if step and key not in Recipe.__struct_fields__:
+            raise RecipeError(
+                f"the recipe has the key {key!r} at its top; {step[0]} is a step: `steps: [{{{step[0]}: ...}}]`"
+            )
     _known(read, Recipe, "the recipe")
     fields: dict[str, Any] = {key: value for key, value in read.items() if key not in ("steps", *SECTIONS)}
     if "adapters" in fields:
