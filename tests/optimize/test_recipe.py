@@ -48,7 +48,7 @@ def test_a_recipe_is_frozen():
     ("text", "says"),
     [
         ("modle: x", "no key 'modle'; did you mean model?"),
-        ("quantise: {scheme: w8a8}", "key 'quantise' at its top; quantize is a step: `steps: .{quantize: ...}.`"),
+        ("quantise: {scheme: w8a8}", "key 'quantise' at its top; quantize is a step: `steps: [{quantize: ...}]`"),
         ("merge: {adapters: [one]}", "key 'merge' at its top; merge is a step"),
         ("steps: [{quantise: {}}]", "'quantise', which is not a step; did you mean quantize?"),
         ("steps: [{quantize: {sheme: w8a8}}]", "step 1, quantize has no key 'sheme'; did you mean scheme?"),
