@@ -321,6 +321,9 @@ class Replica:
         self._first_tokens = FirstTokens()
         self._failure: LoradockError | None = None
         self._app: FastAPI | None = None
+        # Of this replica's own address, and all that runs beside what Ray sends.
+        self._own: Server | None = None
+        self._beside: list[asyncio.Future[None]] = []
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         config = resolved(self._config)
@@ -335,7 +338,7 @@ class Replica:
             replica=f"{hardware.node()}-{self._number}-{secrets.token_hex(3)}",
             observers=[self._first_tokens.take],
         )
-        return Ready(self._app, self._wait)
+        return Ready(self._app, self._wait, self._leave)
 
     def _backends(self, config: Config) -> list[Backend]:
         if hardware.on_cpu():
@@ -370,8 +373,15 @@ class Replica:
             if self._failure:
                 return str(self._failure)
             await asyncio.sleep(0.1)
-        self._beside = asyncio.gather(self._listen(self._app), self._take_over())
+        self._beside = [asyncio.ensure_future(work) for work in (self._listen(self._app), self._take_over())]
         return ""
+
+    async def _leave(self) -> None:
+        """Take no more at its own address, and finish what came there: Ray, which waits for what it sent, knows nothing
+        of that."""
+        if self._own is not None:
+            self._own.ask_to_stop()
+            await self._beside[0]
 
     async def _take_over(self) -> None:
         """What replicas left behind that are gone for good."""
@@ -387,9 +397,11 @@ class Replica:
         except ConfigError as error:
             log.warning("this replica has no address of its own: %s", error)
             return
-        quiet = {"log_level": "warning", "access_log": False, "lifespan": "off"}
+        quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off"}
+        quiet["timeout_graceful_shutdown"] = max(1, round(self._config.grace_period))
         secure = {"ssl_certfile": self._config.ssl_certfile or None, "ssl_keyfile": self._config.ssl_keyfile or None}
-        await Server(uvicorn.Config(app, **quiet, **secure)).serve(sockets=[sock])  # type: ignore[arg-type]
+        self._own = Server(uvicorn.Config(app, **quiet, **secure))  # type: ignore[arg-type]
+        await self._own.serve(sockets=[sock])
 
     def _address(self, config: Config) -> str:
         """Where other replicas reach this one: its own port."""
@@ -452,11 +464,15 @@ class FirstTokens:
 
 
 class Ready:
-    """An app whose start is over once `wait` says so, with what was wrong or nothing: nobody is sent to it before."""
+    """An app whose start is over once `wait` says so, with what was wrong or nothing: nobody is sent to it before.
 
-    def __init__(self, app: ASGIApp, wait: Callable[[], Awaitable[str]]) -> None:
+    It is told to stop once `leave` is over.
+    """
+
+    def __init__(self, app: ASGIApp, wait: Callable[[], Awaitable[str]], leave: Callable[[], Awaitable[None]]) -> None:
         self._app = app
         self._wait = wait
+        self._leave = leave
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
@@ -468,4 +484,10 @@ class Ready:
                 message = {"type": "lifespan.startup.failed", "message": wrong}
             await send(message)
 
-        await self._app(scope, receive, hold)
+        async def told() -> Message:
+            message = await receive()
+            if message["type"] == "lifespan.shutdown":
+                await self._leave()
+            return message
+
+        await self._app(scope, told, hold)

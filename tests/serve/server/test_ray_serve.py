@@ -140,8 +140,27 @@ async def test_a_replica_is_ready_when_its_engine_is(wrong, said):
     async def send(message):
         order.append(message["type"])
 
-    await Ready(app, wait)({"type": "lifespan"}, None, send)
+    async def leave():
+        pass
+
+    await Ready(app, wait, leave)({"type": "lifespan"}, None, send)
     assert order == ["engine", f"lifespan.startup.{said}"]
+
+
+async def test_a_replica_stops_once_it_has_answered_what_came_to_its_own_address():
+    order = []
+
+    async def app(scope, receive, send):
+        order.append((await receive())["type"])
+
+    async def receive():
+        return {"type": "lifespan.shutdown"}
+
+    async def leave():
+        order.append("answered")
+
+    await Ready(app, None, leave)({"type": "lifespan"}, receive, None)
+    assert order == ["answered", "lifespan.shutdown"]
 
 
 @pytest.mark.parametrize(
