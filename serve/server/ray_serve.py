@@ -381,7 +381,7 @@ class Replica:
         of that."""
         if self._own is not None:
             self._own.ask_to_stop()
-            await self._beside[0]
+            await asyncio.wait(self._beside[:1])
 
     async def _take_over(self) -> None:
         """What replicas left behind that are gone for good."""

@@ -66,9 +66,11 @@ def test_weights_are_read_once_and_again_when_a_file_is_another(export, monkeypa
 
 def test_a_cache_that_cannot_be_written_stops_no_start(export):
     verify_weights(str(export), export / "README.md")
+    assert (export / "README.md").read_bytes() == b"a card"
 
 
 @pytest.mark.parametrize("manifest", ["{", "[]", '{"files": 5}'])
 def test_a_manifest_that_cannot_be_read_stops_no_start(manifest, export):
     (export / "manifest.json").write_text(manifest)
     verify_weights(str(export), export / "cache")
+    assert (export / "cache").exists() == (manifest != "{")  # what could not be read is not remembered as right
