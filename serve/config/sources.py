@@ -14,7 +14,7 @@ import yaml
 from serve.config.checks import checked
 from serve.config.engine_options import REFUSED, engine_options, is_switch
 from serve.config.settings import SETTINGS, Base, Config
-from serve.config.values import converted
+from serve.config.values import converted, read_yaml
 from serve.errors import ConfigError
 from serve.models.checkpoint import default_name
 from serve.telemetry.tracing.tracing_settings import TracingSettings
@@ -99,7 +99,7 @@ def _from_environ(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def _from_file(file: str) -> dict[str, Any]:
     try:
-        read = yaml.safe_load(Path(file).read_text()) or {}
+        read = read_yaml(Path(file).read_text()) or {}
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the config file {file} cannot be read: {error}") from error
     except yaml.YAMLError as error:
@@ -107,9 +107,22 @@ def _from_file(file: str) -> dict[str, Any]:
     if not isinstance(read, dict):
         raise ConfigError(f"the config file {file} must hold `setting: value` lines")
     more = [_base(entry, file) for entry in _entries(read.pop("engines", None) or [], file)]
-    flat = {**read, **_section(read.pop("engine", None) or {}, file)}
-    settings = {_name(str(key), "the key"): value for key, value in flat.items() if key != "engine"}
+    engine = _named(_section(read.pop("engine", None) or {}, file), file)
+    settings = _named(read, file)
+    if both := sorted(settings.keys() & engine.keys()):
+        raise ConfigError(f"{both[0]} is in {file} twice, at the top and under `engine:`: keep one of them")
+    settings |= engine
     return {**settings, "engines": tuple(more)} if more else settings
+
+
+def _named(values: Mapping[Any, Any], file: str) -> dict[str, Any]:
+    """Settings under their names; one that is written in two ways, as max-loras and max_loras, is an error."""
+    named: dict[str, Any] = {}
+    for key, value in values.items():
+        if (name := _name(str(key), "the key")) in named:
+            raise ConfigError(f"{name} is in {file} twice, once as {str(key)!r}: keep one of them")
+        named[name] = value
+    return named
 
 
 def _entries(engines: Any, file: str) -> list[dict[str, Any]]:
@@ -124,7 +137,7 @@ def _base(entry: dict[str, Any], file: str) -> Base:
     if unknown or not isinstance(entry.get("model"), str):
         odd = f"{unknown[0]!r} is not known there" if unknown else "it needs a `model:`"
         raise ConfigError(f"an entry of `engines:` in {file} takes name, model and engine: {odd}")
-    options = {_name(str(key), "the key"): value for key, value in _section(entry.get("engine") or {}, file).items()}
+    options = _named(_section(entry.get("engine") or {}, file), file)
     if ours := sorted(set(options) & set(SETTINGS)):
         raise ConfigError(f"{ours[0]!r} is the whole server's setting, not an engine's: move it to the top of {file}")
     model = entry["model"]

@@ -111,7 +111,22 @@ def _text(value: Any) -> str:
 
 
 def _mapping(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda value: parse(yaml.safe_load(value) if isinstance(value, str) else value)
+    return lambda value: parse(read_yaml(value) if isinstance(value, str) else value)
+
+
+def read_yaml(text: str) -> Any:
+    """What a YAML holds. A key that is there twice is an error: of two values YAML takes the last without a word."""
+    return yaml.load(text, _Once)
+
+
+class _Once(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise ConfigError(f"the settings have {key.value!r} twice, again in line {key.start_mark.line + 1}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _passed(kind: type, value: Any) -> Any:

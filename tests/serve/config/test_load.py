@@ -136,6 +136,29 @@ def test_a_file_that_is_none_is_a_sentence(tmp_path, text):
         load(["--config", str(file)], {})
 
 
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("port: 1\nhost: a\nport: 2", "the settings have 'port' twice, again in line 3"),
+        ("policies: {tone: {worse: rollback}, tone: {}}", "the settings have 'tone' twice"),
+        ("engine: {max_loras: 1}\nengine: {max_model_len: 64}", "the settings have 'engine' twice"),
+        ("max-loras: 1\nmax_loras: 2", "max_loras is in .* twice"),
+        ("max_loras: 1\nengine: {max_loras: 2}", "max_loras is in .* twice, at the top and under `engine:`"),
+        ("engines: [{model: ./b, engine: {max-loras: 1, max_loras: 2}}]", "max_loras is in .* twice"),
+    ],
+)
+def test_a_setting_that_is_in_the_file_twice_is_a_sentence(tmp_path, text, says):
+    file = tmp_path / "loradock.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        load(["--config", str(file)], {})
+
+
+def test_a_key_that_is_twice_in_a_variables_yaml_is_a_sentence():
+    with pytest.raises(ConfigError, match="the settings have 'tone' twice"):
+        load([], {"LORADOCK_POLICIES": "{tone: {worse: rollback}, tone: {}}"})
+
+
 @pytest.mark.parametrize("setting", ["API_KEYS", "ADMIN_KEYS", "METRICS_KEYS"])
 def test_a_key_that_can_be_guessed_is_not_taken_where_others_can_reach_the_server(setting):
     environ = {"LORADOCK_ADMIN_KEYS": A} | {f"LORADOCK_{setting}": f"{B},secret"}
