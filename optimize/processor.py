@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 from dataclasses import dataclass
@@ -46,6 +47,13 @@ def multiplies_bfloat16() -> bool:
 def has_tiles() -> bool:
     """Whether bfloat16 matrices are multiplied by AMX."""
     return "amx_bf16" in instruction_sets().split()
+
+
+def release() -> None:
+    """Have the C library give back what is freed, where it has a way: it would keep it for later."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def arithmetic() -> dict[str, int | str]:

@@ -26,6 +26,7 @@ from optimize.checkpoint.checkpoint import Checkpoint, Schemes
 from optimize.errors import OptimizeError, Refused
 
 FEW = 64  # rows of a product
+LEFT = 1 << 27  # bytes of weights that are made before what is freed beside them is given back
 SHARED = 4_000_000  # bytes of a weight that are worth a thread when few rows are multiplied with it
 
 
@@ -123,7 +124,7 @@ def opened(folder: Path, dtype: torch.dtype | None = None, rounds: bool = True, 
         for layer in range(len(layers(model))):
             _read_when_called(model, layer, checkpoint, dtype)
     read = formats.dense(checkpoint, lambda name: not (by_layer and name.startswith(inside)))
-    weights = experts.fused({name: tensor.to(dtype) for name, tensor in read})
+    weights = experts.fused(_kept(read, dtype))
     if hasattr(model, "lm_head") and "embed_out.weight" in weights:  # GPT-NeoX's name on the disk
         weights["lm_head.weight"] = weights.pop("embed_out.weight")
     _, unexpected = model.load_state_dict(weights, strict=False, assign=True)
@@ -147,6 +148,20 @@ def opened(folder: Path, dtype: torch.dtype | None = None, rounds: bool = True, 
                 module.__class__ = _Tiled
     model.requires_grad_(False)
     return model.eval()
+
+
+def _kept(read: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights by their names. What making each of them took lies between them, and is given back by and by: the
+    allocator would keep a quarter more than the weights have."""
+    weights: dict[str, torch.Tensor] = {}
+    made = 0
+    for name, tensor in read:
+        weights[name] = tensor.to(dtype)
+        made += weights[name].nbytes
+        if made >= LEFT:
+            processor.release()
+            made = 0
+    return weights
 
 
 class _Tiled(nn.Linear):

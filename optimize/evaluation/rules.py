@@ -55,6 +55,11 @@ def _seconds(context: Context) -> float:
     begun = machine.evaluation_text + (models + AROUND * living) * machine.opening + read
     rounded = any(step.rounds_inputs for step in recipe.steps) * context.inputs * machine.rounded_input
     read_text = context.token_seconds * ((2 + merged) * tokens + own)
+    if recipe.export.format == "onnx":  # reads all with the result's weights, and answers one prompt after another
+        weights = context.linears + context.vocabulary * context.hidden
+        begun += machine.onnx_opening * weights
+        read_text += (machine.onnx_reading * weights - context.token_seconds) * tokens
+        answers += ANSWER * len(recipe.evaluate.prompts) * machine.onnx_answering * weights
     return begun + read_text + rounded * (tokens + own / 2) + compared + answers
 
 

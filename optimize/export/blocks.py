@@ -88,6 +88,27 @@ def _product(node: Any, weight: torch.Tensor, bits: int, once: _Once) -> Any:
     )  # fmt: skip
 
 
+def product(weight: torch.Tensor, bits: int) -> bytes:
+    """A graph that multiplies `x` (rows, in) with a matrix (out, in) of so many bits alone, or of fp32 for 0."""
+    from onnx import TensorProto, helper
+
+    def put(name: str, kind: int, shape: tuple[int, ...], held: list[torch.Tensor]) -> Any:
+        return helper.make_tensor(name, kind, shape, held[0].numpy().tobytes(), raw=True)
+
+    columns, width = weight.shape
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, width])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, columns])
+    graph = helper.make_graph([], "product", [x], [y], [])
+    node = helper.make_node("MatMul", ["x", "weight"], ["y"])
+    if bits:
+        node = _product(node, weight, bits, _Once(graph, put))
+    else:
+        graph.initializer.append(put("weight", TensorProto.FLOAT, (width, columns), [weight.T.contiguous()]))
+    graph.node.append(node)
+    versions = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=versions, ir_version=10).SerializeToString()
+
+
 def _blocks(weight: torch.Tensor, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Integers (out, blocks, bytes) and scales (out, blocks) of a matrix (out, in)."""
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer

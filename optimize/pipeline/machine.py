@@ -24,7 +24,7 @@ def measured(recipe: Recipe, model: Path, resident: Resident) -> Machine:
         return Machine()
     with TemporaryDirectory(prefix="loradock-probe-") as folder:
         trained = next((plain(step) for step in recipe.steps if isinstance(step, Tune)), {})
-        options = {"tune": trained, "format": recipe.export.format}
+        options = {"tune": trained, "format": recipe.export.format, "precision": recipe.export.precision}
         job = Job(
             kind="probe", options=options, model=str(model), base="", reference="", adapters=dict(recipe.adapters),
             originals={}, calibration=recipe.calibration, evaluate=recipe.evaluate, seed=recipe.seed,

@@ -65,7 +65,7 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     if job.options["tune"]:
         found |= learning(folder, job)
     if job.options["format"] == "onnx":
-        found |= tracing(folder)
+        found |= tracing(folder) | in_onnx(folder, job)
     with torch.inference_mode():
         return found | layer(folder, job.calibration.tokens) | matrices(folder)
 
@@ -151,6 +151,24 @@ def tracing(folder: Path) -> dict[str, Any]:
         return {"tracing": taken(lambda: torch.export.export(model, (), inputs, strict=False))}
     except Exception as error:
         return {"note": f"the graph is planned by another machine's time: no layer is traced alone ({sentence(error)})"}
+
+
+def in_onnx(folder: Path, job: Job) -> dict[str, Any]:
+    """Seconds in which ONNX Runtime opens a weight, and multiplies with one over a window and for one token."""
+    from onnxruntime import InferenceSession
+
+    from optimize.export import blocks
+    from optimize.export.onnx import BITS
+
+    weight = torch.full((4 * ROWS, int(configured(folder).hidden_size)), 0.01)
+    graph, count = blocks.product(weight, BITS.get(job.options["precision"], 0)), weight.numel()
+    session = InferenceSession(graph, providers=["CPUExecutionProvider"])
+    window = torch.ones(job.evaluate.tokens, weight.shape[1]).numpy()
+    return {
+        "onnx_opening": taken(lambda: InferenceSession(graph, providers=["CPUExecutionProvider"])) / count,
+        "onnx_reading": taken(lambda: session.run(None, {"x": window})) / count / len(window),
+        "onnx_answering": taken(lambda: session.run(None, {"x": window[:1]})) / count,
+    }
 
 
 def one_layer(folder: Path) -> nn.Module:

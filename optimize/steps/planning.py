@@ -71,6 +71,9 @@ class Machine:
     round: float = 4.5e-8  # a weight that GPTQ rounds
     number: float = 8e-10  # a number of a softmax
     rounded_input: float = 5e-9  # a number of a linear layer's input that is rounded to 8 bits
+    onnx_opening: float = 4e-9  # a weight of an ONNX graph
+    onnx_reading: float = 5e-11  # a multiplication of it over a window
+    onnx_answering: float = 1e-10  # and for the next token
     note: str = ""  # why a time is not the model's own
 
 

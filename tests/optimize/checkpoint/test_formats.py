@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from optimize.steps import calibrated
 from optimize.steps.merge import merge
 from optimize.steps.quantize import awq, quantize
 from tests.optimize.conftest import silent
+from tests.support import quantized
 from tests.support.foreign import exports
 
 IDS = torch.arange(2, 34).view(2, 16)
@@ -310,3 +313,37 @@ def test_llm_compressors_checkpoint_with_zero_points_and_patterns_is_read_as_its
     ours = opened(folder, torch.float32).state_dict()
     for name, weight in right.items():
         assert torch.allclose(ours[name], weight, atol=1e-6), name
+
+
+def test_a_quantized_model_that_is_opened_takes_its_weights_and_not_what_making_them_took(tokenizer, tmp_path):
+    """Between the weights lay what had been freed: a quarter more memory than the plan had counted."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=2048, num_hidden_layers=16,
+        num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=True,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    scheme = quantized.Scheme("pack-quantized", group=64)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"architectures": ["LlamaForCausalLM"], "quantization_config": scheme.config()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shapes = {f"self_attn.{name}_proj": (512, 512) for name in "qkvo"}
+    shapes |= {"mlp.gate_proj": (2048, 512), "mlp.up_proj": (2048, 512), "mlp.down_proj": (512, 2048)}
+    tensors = {"model.embed_tokens.weight": torch.ones(len(tokenizer), 512), "model.norm.weight": torch.ones(512)}
+    for layer in (f"model.layers.{at}." for at in range(16)):
+        tensors |= {
+            f"{layer}{norm}.weight": torch.ones(512) for norm in ("input_layernorm", "post_attention_layernorm")
+        }
+        for name, shape in shapes.items():
+            tensors |= {f"{layer}{name}.{part}": it for part, it in scheme.rounded(torch.randn(shape)).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    program = (
+        "import sys, os, torch; from pathlib import Path\n"
+        "from optimize.checkpoint.model import opened; from optimize.pipeline.child import resident_bytes\n"
+        "folder = Path(sys.argv[1]); model = opened(folder, torch.float32); first = resident_bytes(os.getpid())\n"
+        "again = opened(folder, torch.float32)\n"
+        "size = sum(it.nbytes for it in again.parameters())\n"
+        "print((resident_bytes(os.getpid()) - first) / size)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert 0.9 < float(out.stdout) < 1.15

@@ -164,3 +164,14 @@ def test_a_step_of_healing_and_an_adapter_that_is_measured_have_a_cost_of_their_
     adapters = f"adapters: {{one: {adapter()}}}"
     quick, slow = (seconds(adapters, "evaluate", Machine(opening=each)) for each in (0.1, 1.1))
     assert slow - quick == pytest.approx(2 + 3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_onnx_runtime_is_measured_with_a_matrix_of_the_exports_own_precision(precision, written):
+    """What read an ONNX export was planned as PyTorch's: 1.7 s for 4.8."""
+    recipe = load(written(f"export: {{format: onnx, precision: {precision}}}"))
+    with closing(Resident()) as resident:
+        found = machine.measured(recipe, Path(recipe.model), resident)
+    assert not found.note and found.onnx_reading != Machine().onnx_reading
+    assert found.onnx_reading > 0 and found.onnx_answering > 0
+    assert found.onnx_opening != Machine().onnx_opening
