@@ -7,6 +7,7 @@ reach, and where it goes. `--list` shows the recipes that come along.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping
 from importlib import resources
@@ -185,9 +186,16 @@ def _step(step: Any, at: int, folder: Path) -> Part:
 def _part(options: dict[str, Any], made: type[Part], where: str) -> Part:
     _known(options, made, where)
     try:
-        return msgspec.convert(options, made, strict=True)
+        part: Part = msgspec.convert(options, made, strict=True)
     except msgspec.ValidationError as error:
         raise RecipeError(f"{where}: {_in_words(error)}") from error
+    for name in options:
+        value = getattr(part, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            # No bound of NaN holds, and no weight of it computes.
+            if isinstance(number, float) and not math.isfinite(number):
+                raise RecipeError(f"{where}: {name} takes finite numbers, not {number}")
+    return part
 
 
 def _convert(fields: dict[str, Any]) -> Recipe:
@@ -273,9 +281,7 @@ def _check(recipe: Recipe) -> None:
             raise RecipeError(f"{where}: the new adapter needs a plain name of its own, not {step.makes!r}")
         adapters |= {step.makes} if step.makes else set()
         step.check_order(where, recipe.steps[: at - 1], recipe.steps[at:])
-    for name, part in (("calibration", recipe.calibration), ("evaluate", recipe.evaluate)):
-        if part.samples < 1 or part.tokens < 8:
-            raise RecipeError(f"{name}: samples is at least 1 and tokens at least 8")
+    _check_counts(recipe)
     if unknown := sorted(set(recipe.evaluate.adapter_texts) - adapters):
         raise RecipeError(f"evaluate: adapter_texts has {unknown[0]!r}, and there is no such adapter"
                           f"{_nearest(unknown[0], adapters)}")  # fmt: skip
@@ -286,6 +292,16 @@ def _check(recipe: Recipe) -> None:
         raise RecipeError(f"export: genai is made in fp32 or int4, not {recipe.export.precision}")
     if recipe.export.format == "adapter" and not any(step.makes for step in recipe.steps):
         raise RecipeError("export: format adapter needs a combine or tune step that makes one")
+
+
+def _check_counts(recipe: Recipe) -> None:
+    for name, part in (("calibration", recipe.calibration), ("evaluate", recipe.evaluate)):
+        if part.samples < 1 or part.tokens < 8:
+            raise RecipeError(f"{name}: samples is at least 1 and tokens at least 8")
+    if not 0 <= recipe.seed < 1 << 63:
+        raise RecipeError(f"seed is at least 0 and below 2**63, not {recipe.seed}")
+    if recipe.evaluate.task_limit < 0 or recipe.export.shard_bytes < 1:
+        raise RecipeError("evaluate: task_limit is at least 0, and export: shard_bytes above 0")
 
 
 def _check_gate(recipe: Recipe) -> None:

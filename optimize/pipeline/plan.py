@@ -10,11 +10,12 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from optimize import processor
-from optimize.checkpoint import architectures, artifact
+from optimize.checkpoint import architectures, artifact, lora_config
 from optimize.checkpoint.checkpoint import ADAPTER, ADAPTER_CONFIG, Checkpoint, adapter_config, header
 from optimize.errors import Refused
 from optimize.evaluation import rules as evaluation
@@ -165,7 +166,10 @@ def _adapter(name: str, folder: Path, base: Checkpoint) -> dict[str, Any]:
             f"the adapter {name!r} trains biases ({config['bias']}), which cannot be merged faithfully: "
             "train with bias none"
         )
-    for tensor, entry in header(folder / ADAPTER).items():
+    entries = header(folder / ADAPTER)
+    if why := next(chain(lora_config.problems(config), lora_config.tensor_problems(config, entries)), ""):
+        raise Refused(f"the adapter {name!r} cannot be computed as a LoRA: {why}")
+    for tensor, entry in entries.items():
         module, _, part = tensor.removeprefix("base_model.model.").partition(".lora_")
         weight = f"{module}.weight"
         if part == "B.bias" and f"{module}.bias" not in base.shapes:

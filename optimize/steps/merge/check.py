@@ -75,6 +75,8 @@ def _layer_by_layer(
     owners = {name: module for name, module in model.named_modules() if module._parameters}
     tied = Checkpoint(base).tied
     wrapped = _wrapped(model, folders, weights)
+    replaced = _replaced(wrapped)
+    owners = {name: replaced.get(module, module) for name, module in owners.items()}
     for at, layer in enumerate(decoder):
         mine = {name: module for name, module in owners.items() if name.startswith(f"{inside}.{at}.")}
         layer.register_forward_pre_hook(_merging(mine, places))
@@ -108,15 +110,17 @@ def _lora(layer: nn.Module) -> list[Any]:
     return [module for module in layer.modules() if isinstance(module, LoraLayer)]
 
 
-def _compare_outside(name: str, module: nn.Module, wrapped: nn.Module, places: Places) -> None:
-    """Embedding, last norm and output layer, which stay as they are while the model runs."""
+def _replaced(wrapped: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The modules of the base that an adapter saves whole, and what answers in their place."""
     from peft.utils import ModulesToSaveWrapper
 
+    wrappers: list[Any] = [module for module in wrapped.modules() if isinstance(module, ModulesToSaveWrapper)]
+    return {wrapper.original_module: wrapper.modules_to_save[wrapper.active_adapters[0]] for wrapper in wrappers}
+
+
+def _compare_outside(name: str, module: nn.Module, wrapped: nn.Module, places: Places) -> None:
+    """Embedding, last norm and output layer, which stay as they are while the model runs."""
     exact = {f"{name}.{part}": parameter for part, parameter in module._parameters.items() if parameter is not None}
-    for other in wrapped.modules():
-        if isinstance(other, ModulesToSaveWrapper) and other.original_module is module:
-            kept: Any = other.modules_to_save[other.active_adapters[0]]
-            exact = {f"{name}.{part}": parameter for part, parameter in kept._parameters.items()}
     for lora in _lora(wrapped):
         if lora.get_base_layer() is module:
             if lora.lora_variant:  # DoRA of an embedding: the logits are compared

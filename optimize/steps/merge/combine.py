@@ -34,6 +34,9 @@ MEANS = {
     "magnitude_prune": "the updates pruned to their largest, summed, at the given rank",
 }
 
+# What leaves out modules of those that `target_modules` names: the other adapters may have them.
+NARROWER = {"layers_to_transform", "layers_pattern", "exclude_modules"}
+
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
     settle(job.seed, job.device)
@@ -123,8 +126,9 @@ def _write(out: Path, tensors: dict[str, torch.Tensor], like: Adapter, source: P
     rank = max(tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name)
     tensors = {name: _padded(tensor, rank, ".lora_A." in name) for name, tensor in tensors.items()}
     out.mkdir(parents=True)
+    kept = {name: value for name, value in like.config.items() if name not in NARROWER}
     config = {
-        **like.config, "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
+        **kept, "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {},
         "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
     }  # fmt: skip
     (out / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -37,6 +37,8 @@ class Combine(Step, frozen=True, kw_only=True, tag="combine"):
         check_weights(self, where)
         if not 0 < self.density <= 1:
             raise RecipeError(f"{where}: density is above 0 and at most 1, not {self.density}")
+        if self.rank < 0:
+            raise RecipeError(f"{where}: rank is above 0, or 0 for the widest of the adapters', not {self.rank}")
         check_name(self.name, where)
 
 

@@ -10,7 +10,6 @@ against base + adapter through PEFT on probe text.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from optimize.checkpoint import formats
+from optimize.checkpoint import formats, lora_config
 from optimize.checkpoint.checkpoint import Checkpoint, Writer, adapter_config, adapter_tensors
 from optimize.checkpoint.model import settle
 from optimize.errors import OptimizeError, Refused
@@ -41,9 +40,7 @@ class Adapter:
     weight: float = 1.0
 
     def scale(self, module: str) -> float:
-        rank = _pattern(self.config.get("rank_pattern"), module, self.config["r"])
-        alpha = _pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
-        return float(self.weight * alpha / (rank**0.5 if self.config.get("use_rslora") else rank))
+        return self.weight * lora_config.scale(self.config, module)
 
     def update(self, module: str) -> torch.Tensor:
         """s B A in fp32, in the shape of the module's weight."""
@@ -76,8 +73,6 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
 def read(name: str, folder: Path, weight: float = 1.0) -> Adapter:
     """The adapter in a PEFT folder."""
     config = adapter_config(folder)
-    if config.get("use_dora") and weight != 1.0:
-        raise Refused(f"the adapter {name!r} is DoRA, which replaces a norm: it cannot be weighted by {weight}")
     lora: dict[str, dict[str, torch.Tensor]] = {}
     saved: dict[str, torch.Tensor] = {}
     for tensor, value in adapter_tensors(folder).items():
@@ -146,11 +141,3 @@ def _merged(name: str, tensor: torch.Tensor, adapters: Sequence[Adapter], dtype:
             f"merging gives NaN or infinity in {name}: look at the adapters {', '.join(a.name for a in adapters)}"
         )
     return made
-
-
-def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rank_pattern and alpha_pattern: the first key that the module's name ends with."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default

@@ -74,9 +74,25 @@ def estimate(step: Merge, context: Context) -> Estimate:
 def refuse(step: Merge, context: Context) -> None:
     base = context.base
     family = architectures.known(base.config)
-    for name in step.adapters:
+    saved: dict[str, str] = {}
+    for at, name in enumerate(step.adapters):
         config = context.adapters.get(name, {})
         refuse_unmerged(name, config)
+        modules = list(config.get("modules_to_save") or [])
+        replaces = "a norm (DoRA)" if config.get("use_dora") else f"{modules[0]} (modules_to_save)" if modules else ""
+        if replaces and (step.weights or (1.0,) * len(step.adapters))[at] != 1:
+            raise Refused(f"the adapter {name!r} replaces {replaces}: it cannot be weighted by {step.weights[at]:g}")
+        if config.get("use_dora") and at:
+            raise Refused(
+                f"the adapter {name!r} is DoRA, whose norm is that of the base alone: name it first, or in a merge "
+                "step of its own"
+            )
+        if twice := sorted(set(modules) & set(saved)):
+            raise Refused(
+                f"the adapters {saved[twice[0]]!r} and {name!r} both replace {twice[0]} (modules_to_save), and the "
+                "model has room for one: leave one of them out"
+            )
+        saved |= dict.fromkeys(modules, name)
         one_side = {"embed_tokens", "lm_head"} & {*(config.get("modules_to_save") or []), *_targets(config)}
         if family and family.tied_only and one_side:
             raise Refused(

@@ -161,6 +161,18 @@ def retyped(base, folder, model_type, more, without=None):
         ({"task_type": "SEQ_CLS"}, "'one' classifies by a head .* it answers /v1/classify"),
         ({"trainable_token_indices": [3]}, "'one' has rows of single tokens .* push it as it is"),
         ({"peft_type": "LOHA"}, "'one' is LOHA, and LORA is taken: a server makes a LoRA of most kinds"),
+        ({"init_lora_weights": "pissa"}, "which changes the base's weights too: save it again with PEFT's"),
+        ({"init_lora_weights": "loftq"}, "which changes the base's weights too: train it again"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "it repeats layers of the base"),
+        ({"use_qalora": True}, "it pools its input"),
+        ({"r": 0}, "its rank r is 0, and not a whole number above 0"),
+        ({"r": "4"}, "its rank r is '4'"),
+        ({"r": 8}, "has rank 4, and 8 by its config"),
+        ({"rank_pattern": {"q_proj": 2}}, "q_proj has rank 4, and 2 by its config"),
+        ({"rank_pattern": {"(": 4}}, "no regular expression"),
+        ({"lora_alpha": 0}, "its lora_alpha is 0, and not a finite number above 0"),
+        ({"lora_alpha": math.nan}, "its lora_alpha is nan"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "its alpha_pattern does not give finite numbers"),
     ],
 )
 @pytest.mark.parametrize("step", ["merge: {adapters: [one]}", "combine: {adapters: [one, two], name: both}"])
@@ -172,6 +184,43 @@ def test_an_adapter_that_cannot_be_merged_is_refused_with_what_would_do(
     file.write_text(json.dumps(json.loads(file.read_text()) | settings))
     adapters = f"one: {folder}" if "merge" in step else f"one: {folder}, two: {adapter(seed=1)}"
     recipe = load(written(f"adapters: {{{adapters}}}\nsteps: [{{{step}}}]"))
+    with pytest.raises(Refused, match=says):
+        plan.made(recipe, plan.Path(recipe.model), {}, tmp_path / "out", 10**12)
+
+
+@pytest.mark.parametrize(
+    ("missing", "says"),
+    [("", "its file of weights holds none"), ("lora_B", "has no lora_B beside its other half")],
+)
+def test_an_adapter_that_lacks_tensors_is_refused(missing, says, written, adapter, tmp_path):
+    """Without any it was merged as nothing, and the export was the base."""
+    folder = shutil.copytree(adapter(), tmp_path / "one")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    left = {name: value for name, value in tensors.items() if missing and missing not in name}
+    save_file(left, folder / "adapter_model.safetensors")
+    recipe = load(written(f"adapters: {{one: {folder}}}\nsteps: [{{merge: {{adapters: [one]}}}}]"))
+    with pytest.raises(Refused, match=says):
+        plan.made(recipe, plan.Path(recipe.model), {}, tmp_path / "out", 10**12)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "step", "says"),
+    [
+        ({}, {"use_dora": True}, "adapters: [one, two]", "'two' is DoRA, .* name it first"),
+        ({"use_dora": True}, {}, "adapters: [one, two], weights: [0.5, 1]", "replaces a norm .* weighted by 0.5"),
+        ({"modules_to_save": ["lm_head"]}, {}, "adapters: [one], weights: [0.5]", "replaces lm_head .* by 0.5"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            {"modules_to_save": ["lm_head"]},
+            "adapters: [one, two]",
+            "'one' and 'two' both replace lm_head",
+        ),
+    ],
+)
+def test_adapters_that_replace_a_part_of_the_base_are_not_added_up(one, two, step, says, written, adapter, tmp_path):
+    """The second of two saved heads won, and a weight of 0.5 replaced the whole head, without a word."""
+    folders = f"one: {adapter(**one)}, two: {adapter(seed=1, **two)}"
+    recipe = load(written(f"adapters: {{{folders}}}\nsteps: [{{merge: {{{step}}}}}]"))
     with pytest.raises(Refused, match=says):
         plan.made(recipe, plan.Path(recipe.model), {}, tmp_path / "out", 10**12)
 

@@ -61,6 +61,19 @@ def test_every_other_method_gives_an_adapter_that_loads_and_changes_the_base(met
         assert (logits(model, IDS) - before).abs().max() > 0.05
 
 
+def test_modules_that_the_first_adapter_leaves_out_are_in_what_peft_loads(adapter, job, base):
+    """The new adapter had the first one's `layers_to_transform`, and PEFT left out the other's layers in silence."""
+    two = {"a": adapter(seed=10, layers_to_transform=[1]), "b": adapter(seed=11, exclude_modules=["v_proj"])}
+    made = job("combine", adapters=two, names=list(two), name="all", method="cat")
+    combine.run(made, silent)
+    merged = job("merge", adapters=two, names=list(two), out="merged")
+    merge.run(merged, silent)
+    with adapted(opened(base, torch.float32), made.folder / "adapters/all") as model:
+        now = logits(model, IDS)
+    right = logits(opened(merged.folder / "model", torch.float32), IDS)
+    assert (now - right).abs().max() < 0.05
+
+
 def test_pruning_nothing_is_the_weighted_sum(three, job):
     _, notes = combined(job, three, "magnitude_prune", density=1.0, rank=12)
     assert notes["error"] < 1e-3
