@@ -45,7 +45,7 @@ from serve.models import engine_memory, hardware
 from serve.names import response_owner
 from serve.vllm_backend import announce, building, first_error, forkserver, gpu_memory
 from serve.vllm_backend.adapter_tokenizers import AdapterTokenizers, BaseTokens
-from serve.vllm_backend.chat_template import check_ends
+from serve.vllm_backend.chat_template import check_ends, guard
 from serve.vllm_backend.classification import Classifications, parameters, read_head, scores
 from serve.vllm_backend.coalescing import Coalescing
 from serve.vllm_backend.detokenizer import TokenTexts
@@ -257,6 +257,7 @@ class VLLMBackend:
             # Where vLLM's error handler would ask for the server's end once the engine is dead.
             app.state.server = SimpleNamespace(should_exit=False)
             if self._generates:
+                guard(llm.renderer)
                 await check_ends(llm.renderer, self._chat_params(), self.name)
             await init_app_state(llm, app.state, self.args, tasks)
             if self._generates:

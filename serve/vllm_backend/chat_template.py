@@ -1,15 +1,33 @@
-"""A model's chat template, tried before vLLM tries it: on the event loop, which waits for as long as that takes."""
+"""A model's chat template: a program that somebody else wrote.
+
+It is tried before vLLM tries it on the event loop, which waits for as long as that takes. For a request vLLM renders it
+in a thread, waits for so long (`VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT`), and leaves the thread to go on; here it is ended.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import logging
 import threading
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol
 
+from jinja2 import TemplateSyntaxError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import SandboxedEnvironment
 from vllm import envs
+from vllm.exceptions import VLLMServerError, VLLMValidationError
+from vllm.renderers.chat_utils import ChatTemplateResolutionError
 
 from serve.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+# Characters of a text, items of a list or bits of a number that a template may make of one by `*` or `**`.
+LARGEST = 1 << 24
 
 
 class Renderer(Protocol):
@@ -25,17 +43,86 @@ async def check_ends(renderer: Renderer, params: Any, name: str, seconds: float 
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
 
     def render() -> None:
-        with suppress(Exception):
+        try:
             renderer.render_chat([[{"role": "user", "content": "hello"}]], params)
+        except Exception as error:
+            if told := _in_words(error):
+                log.warning("%s answers no chats: %s", name, told)
         with suppress(RuntimeError):  # nobody waits any more
             loop.call_soon_threadsafe(ended.set)
 
-    # Nothing ends a thread: the process does not wait for this one.
-    threading.Thread(target=render, name="chat-template", daemon=True).start()
+    # The process does not wait for it, if it cannot be ended.
+    thread = threading.Thread(target=render, name="chat-template", daemon=True)
+    thread.start()
     try:
         await asyncio.wait_for(ended.wait(), seconds or None)
     except TimeoutError:
+        _end([thread])
         raise ConfigError(
             f"the chat template of {name} is not through with one short message after {seconds:g} s: give another one "
             "with --chat-template FILE, or more time with VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT"
         ) from None
+
+
+def guard(renderer: Any) -> None:
+    """What its template raises is a sentence of ours from now on, and a template that does not end is ended."""
+    SandboxedEnvironment.intercepted_binops = frozenset(("*", "**"))
+    SandboxedEnvironment.call_binop = _product  # type: ignore[assignment,method-assign]
+    if hasattr(renderer, "_replace_executor"):  # a template of Jinja's
+        renderer._apply_chat_template_async = partial(_said, renderer._apply_chat_template_async)
+        renderer._render_with_timeout = partial(_ended, renderer._render_with_timeout, renderer._executor)
+
+
+async def _said(original: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    try:
+        return await original(*args, **named)
+    except Exception as error:
+        if told := _in_words(error):
+            raise VLLMValidationError(told) from error
+        raise
+
+
+async def _ended(original: Callable[..., Any], executor: Any, rendering: Coroutine[Any, Any, Any]) -> Any:
+    pool = executor._inner
+    try:
+        return await original(rendering)
+    except TimeoutError:
+        _end(pool._threads)
+        raise VLLMServerError(
+            f"the chat template is not through with this chat after {envs.VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT:g} s: give "
+            "the server another one with --chat-template FILE, or more time with VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT"
+        ) from None
+
+
+def _in_words(error: BaseException) -> str:
+    """Empty for what a working template says of a chat."""
+    if isinstance(error, ChatTemplateResolutionError):
+        what = "this model has no chat template"
+    elif isinstance(wrong := error.__cause__ or error, TemplateSyntaxError):
+        what = f"the chat template cannot be read, line {wrong.lineno}: {wrong.message}"
+    else:
+        return ""
+    return f"{what}. Ask it prompts (/v1/completions), or give the server a template with --chat-template FILE"
+
+
+def _end(threads: Iterable[threading.Thread]) -> None:
+    """Have each raise an error where it is. vLLM has taken another pool by then; what waits in theirs goes on."""
+    for thread in list(threads):
+        if thread.ident is not None and thread.is_alive():
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(TimeoutError))
+
+
+def _product(environment: SandboxedEnvironment, context: Any, operator: str, left: Any, right: Any) -> Any:
+    """Jinja's, which bounds ranges alone: one operation may take the machine's memory, and nothing ends it."""
+    if _size(operator, left, right) > LARGEST:
+        raise SecurityError(f"the chat template makes more than {LARGEST:,} characters or items of one by `{operator}`")
+    return environment.binop_table[operator](left, right)
+
+
+def _size(operator: str, left: Any, right: Any) -> int:
+    if isinstance(left, int) and isinstance(right, int):
+        return left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+    for many, times in ((left, right), (right, left)):
+        if isinstance(many, str | bytes | list | tuple) and isinstance(times, int):
+            return len(many) * times
+    return 0

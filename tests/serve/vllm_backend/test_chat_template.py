@@ -1,11 +1,19 @@
-"""A chat template that does not end is found before the event loop waits for it."""
+"""A chat template that does not end is found before the event loop waits for it; what one raises is a sentence."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
+from jinja2.sandbox import SandboxedEnvironment
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+from vllm.exceptions import VLLMServerError, VLLMValidationError
+from vllm.renderers.hf import HfRenderer
+from vllm.renderers.params import ChatParams
 
 from serve.errors import ConfigError
-from serve.vllm_backend.chat_template import check_ends
+from serve.vllm_backend.chat_template import check_ends, guard
+from tests.support.waiting import settled
 
 
 class Rendering:
@@ -35,3 +43,66 @@ async def test_one_that_ends_or_refuses_the_message_is_taken(error):
     renderer = Rendering(error)
     renderer.may_end.set()
     await check_ends(renderer, None, "fine")
+
+
+@pytest.fixture
+def renderer(monkeypatch):
+    """vLLM's own, of a tokenizer without a template, with what a server does to it."""
+    for name in ("intercepted_binops", "call_binop"):
+        monkeypatch.setattr(SandboxedEnvironment, name, getattr(SandboxedEnvironment, name))
+    named = dict.fromkeys(("revision", "code_revision", "tokenizer_revision", "multimodal_config"))
+    model = SimpleNamespace(
+        **named,
+        tokenizer="odd",
+        model="odd",
+        trust_remote_code=False,
+        enable_prompt_embeds=False,
+        supports_multimodal_inputs=False,
+        is_multimodal_model=False,
+        renderer_num_workers=1,
+        hf_config=SimpleNamespace(model_type="llama"),
+    )
+    config = SimpleNamespace(model_config=model, parallel_config=SimpleNamespace(_api_process_rank=0))
+    renderer = HfRenderer(config, PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())))
+    guard(renderer)
+    yield renderer
+    renderer._executor.shutdown(wait=False)
+
+
+async def rendered(renderer, template):
+    params = ChatParams(template, chat_template_kwargs={"tokenize": False})
+    _, prompt = await renderer.render_messages_async([{"role": "user", "content": "ab"}], params)
+    return prompt["prompt"]
+
+
+@pytest.mark.parametrize(
+    "template, says",
+    [
+        (None, "^this model has no chat template. Ask it prompts"),
+        ("{{ messages", r"^the chat template cannot be read, line 1: .*\. Ask it prompts .* --chat-template FILE$"),
+        ("\n\n{{ messages | nothing }}", "^the chat template cannot be read, line 3: No filter named 'nothing'"),
+        ("{{ raise_exception('roles must alternate') }}", "^roles must alternate$"),
+        ("{{ range(1000000000) | list }}", "Range too big"),
+        ("{{ 'a' * 1000000000 }}", "makes more than 16,777,216 characters"),
+        ("{{ 1000000000 * messages[0].content }}", "makes more than 16,777,216 characters"),
+        ("{{ [0] * 1000000000 }}", "makes more than 16,777,216 characters or items"),
+        ("{{ 7 ** 999999999 }}", "makes more than 16,777,216"),
+    ],
+)
+async def test_what_a_template_raises_is_a_sentence_to_the_client(renderer, template, says):
+    with pytest.raises(VLLMValidationError, match=says):
+        await rendered(renderer, template)
+
+
+async def test_a_template_that_works_is_rendered(renderer):
+    assert await rendered(renderer, "{{ '=' * 3 }}{{ messages[0].content }}{{ 2 ** 3 }}{{ 2 * 1.5 }}") == "===ab83.0"
+
+
+async def test_a_template_that_does_not_end_for_a_chat_is_ended(renderer, monkeypatch):
+    monkeypatch.setenv("VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT", "0.1")
+    loops = "{% for i in range(99999) %}" * 3
+    renders = renderer._executor._inner._threads
+    with pytest.raises(VLLMServerError, match="is not through with this chat after 0.1 s"):
+        await rendered(renderer, loops + "{% endfor %}" * 3)
+    await settled(lambda: not any(thread.is_alive() for thread in renders))
+    assert await rendered(renderer, "{{ messages[0].content }}") == "ab"
