@@ -31,6 +31,7 @@ from serve.server.connection import KEEP_ALIVE, guarded, raise_descriptor_limit
 from serve.server.front_ends import FrontEnds, how_many
 from serve.server.garbage import collect_in_quiet
 from serve.server.logs import Log, log_to_stderr
+from serve.server.temporary_folder import temporary_folder
 from serve.vllm_backend import forkserver
 from serve.vllm_backend.patches import switches, titles
 
@@ -48,7 +49,11 @@ def serve(config: Config) -> int:
     sock = hardware.listen(config.host, config.port)
     try:
         config = resolved(config)
-        with own(config.data_dir), Log(config.data_dir / "log", config.log_level) as output:
+        with (
+            own(config.data_dir),
+            temporary_folder(config.data_dir),
+            Log(config.data_dir / "log", config.log_level) as output,
+        ):
             try:
                 return _run(config, sock, output)
             except LoradockError:
