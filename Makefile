@@ -1,7 +1,7 @@
 # `make` lists what there is. `make serve` and `make test` set everything up by themselves, on a CPU or a GPU machine.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-without-engine test-engine check lint types chaos kills cluster recovery overload watch watch-cost equality socket front-end drift-proof drift-time drift-delays fleet fleet-size fleet-sim fleet-ray upgrade drift-real drift-streams auto mixtures bench monitoring clean setup setup-dev first-hour clients tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits small-llama optimize-cost cpu-speed real-models memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base vllm-diff cuda-wheel probe-noise as-on-a-gpu gpu gpu-wheels gpu-torch gpu-torch-wheels arm64
+.PHONY: help serve test test-without-engine test-engine check lint types chaos kills cluster recovery overload watch watch-cost equality socket front-end drift-proof drift-time drift-delays fleet fleet-size fleet-sim fleet-ray upgrade drift-real drift-streams auto mixtures bench monitoring clean setup setup-dev first-hour clients tiers cases eight docs hostile front-door neighbours canary-aa long-prompts batches tracing-cost wheel image sources hashes served-quality four-bits small-llama optimize-cost cpu-speed real-models real-tasks memory schemas page company speculation finetune loop loop-error tuning families sizes start grafana-types sanitize adapter-cost matrix-speed kernel-rows vllm-base vllm-diff cuda-wheel probe-noise as-on-a-gpu gpu gpu-wheels gpu-torch gpu-torch-wheels arm64
 
 BIN := .venv/bin
 # Campaigns run a process for each core.
@@ -205,6 +205,9 @@ cpu-speed: setup-dev ## a model with each --cpu-weights, and llama.cpp's formats
 
 real-models: setup-dev ## GGUF files in DIR: answers, perplexity and speed, beside llama.cpp's (ARGS="--llama-python DIR/bin/python"), each file of them; 15 minutes
 	@$(BIN)/python -m tests.campaigns.real_models $(DIR) $(ARGS)
+
+real-tasks: setup-dev ## GGUF files in DIR at tasks: programs, a job that teaches one what it cannot do, canaries of it, drift; 30 minutes
+	@$(BIN)/python -m tests.campaigns.real_tasks $(DIR) $(ARGS)
 
 vllm-diff: setup-dev ## what another vLLM changes of what loradock replaces or imports (V=0.33.0): its wheel is read, not installed; a minute
 	@$(BIN)/python -m tests.campaigns.vllm_diff $(ARGS) $(V)

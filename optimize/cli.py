@@ -7,6 +7,7 @@ an export is not what its manifest says, 4 stopped by SIGTERM.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -263,9 +264,9 @@ def _carry_out(recipe: Recipe, embedded: Embedded, served: Served, memory_gb: fl
     if not manifest.judged(manifest.of(result)):
         typer.echo("  not judged: the recipe has no `gate:`, and nothing was held against the result")
     if recipe.export.format == "vllm":
-        typer.echo(f"  loradock serve {result}")
+        typer.echo(f"  loradock serve {shlex.quote(str(result))}")
     elif recipe.export.format == "gguf":
-        typer.echo(f"  loradock serve {result / 'model.gguf'}")
+        typer.echo(f"  loradock serve {shlex.quote(str(result / 'model.gguf'))}")
     elif recipe.export.format == "adapter":
         typer.echo(f"  loradock adapters push NAME {result}")
     else:

@@ -127,13 +127,7 @@ def opened(folder: Path, dtype: torch.dtype | None = None, rounds: bool = True, 
     weights = experts.fused(_kept(read, dtype))
     if hasattr(model, "lm_head") and "embed_out.weight" in weights:  # GPT-NeoX's name on the disk
         weights["lm_head.weight"] = weights.pop("embed_out.weight")
-    _, unexpected = model.load_state_dict(weights, strict=False, assign=True)
-    model.tie_weights()
-    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if left or unexpected:
-        raise Refused(
-            f"{folder} does not fit its config.json: {(left or unexpected)[0]} is {'missing' if left else 'extra'}"
-        )
+    _fill(model, weights, folder)
     for name, module in model.named_modules():
         if rounds and isinstance(module, nn.Linear) and scheme.rounds_activations(name):
             module.register_forward_pre_hook(rounding(scheme.of(name) or {}, _global_scale(checkpoint, name)))
@@ -148,6 +142,23 @@ def opened(folder: Path, dtype: torch.dtype | None = None, rounds: bool = True, 
                 module.__class__ = _Tiled
     model.requires_grad_(False)
     return model.eval()
+
+
+def _fill(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Put the weights into the modules that config.json makes."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, weight in weights.items():
+        if shapes.get(name, weight.shape) != weight.shape:
+            raise Refused(
+                f"{folder} does not fit its config.json: {name} is {list(weight.shape)}, and {list(shapes[name])} there"
+            )
+    _, unexpected = model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left or unexpected:
+        raise Refused(
+            f"{folder} does not fit its config.json: {(left or unexpected)[0]} is {'missing' if left else 'extra'}"
+        )
 
 
 def _kept(read: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ ONNX_SHARE = {"fp32": 2.0, "fp16": 1.0, "int8": 0.6, "int4": 0.35}
 def estimates(context: Context) -> list[Estimate]:
     """The steps that measure, in their order."""
     recipe, size = context.recipe, context.base.bytes
-    tokens, living = recipe.evaluate.samples * recipe.evaluate.tokens, len(context.living)
+    tokens, living = recipe.evaluate.samples * recipe.evaluate.tokens, len(_measured(context))
     what = f"{tokens} held-out tokens, KL, top-1, {len(recipe.evaluate.prompts)} answers"
     what += f", {living} adapters" if living else ""
     logits = recipe.evaluate.tokens * context.vocabulary * (40 if living else 10)
@@ -43,7 +43,7 @@ def estimates(context: Context) -> list[Estimate]:
 
 def _seconds(context: Context) -> float:
     recipe, machine = context.recipe, context.machine
-    tokens, living = recipe.evaluate.samples * recipe.evaluate.tokens, len(context.living)
+    tokens, living = recipe.evaluate.samples * recipe.evaluate.tokens, len(_measured(context))
     own = living * 4 * min(ADAPTED * recipe.evaluate.tokens, tokens)
     compared = PASSES * machine.number * context.vocabulary * (tokens + own)
     step = context.layers * machine.answering + machine.reading * context.vocabulary * context.hidden
@@ -61,6 +61,11 @@ def _seconds(context: Context) -> float:
         read_text += (machine.onnx_reading * weights - context.token_seconds) * tokens
         answers += ANSWER * len(recipe.evaluate.prompts) * machine.onnx_answering * weights
     return begun + read_text + rounded * (tokens + own / 2) + compared + answers
+
+
+def _measured(context: Context) -> set[str]:
+    """The adapters that are measured on the result: those of an ONNX export are compared as it is made."""
+    return set() if context.recipe.export.format == "onnx" else context.living
 
 
 def _merges(step: Step) -> bool:

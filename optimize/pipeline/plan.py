@@ -6,6 +6,7 @@ beside the step (`steps/*/rules.py`); those of the whole recipe are here.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from optimize.steps.merge.rules import Merge
 from optimize.steps.planning import Context, Estimate, Machine
 
 EMBEDDING = "model.embed_tokens.weight"
+# One of them is a tokenizer's; in order of how usual they are.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ def made(
     configs = {name: _adapter(name, folder, base) for name, folder in adapters.items()}
     context = Context(recipe, base, configs, memory)
     _refuse(context)
+    _refuse_without_tokenizer(model)
     place = _place(out)
     inputs = {
         "model": artifact.contents(model),
@@ -116,6 +120,24 @@ def _refuse(context: Context) -> None:
     for step in context.recipe.steps:
         kinds()[step.kind].refuse(step, context)
     export.refuse(context)
+
+
+def _refuse_without_tokenizer(model: Path) -> None:
+    """Every recipe reads some text in the model's tokens."""
+    if not any((model / name).is_file() for name in TOKENIZERS) and not [
+        *model.glob("*.tiktoken"),
+        *model.glob("*.model*"),
+    ]:
+        raise Refused(
+            f"{model} has no tokenizer ({', '.join(TOKENIZERS[:3])} ...): copy the files of the model's tokenizer there"
+        )
+    file = model / TOKENIZERS[0]
+    try:
+        whole = isinstance(json.loads(file.read_text()), dict) if file.is_file() else True
+    except ValueError:
+        whole = False
+    if not whole:
+        raise Refused(f"{file} is not the JSON that a tokenizer is: fetch the model's again")
 
 
 def _refuse_rounded_twice(context: Context) -> None:

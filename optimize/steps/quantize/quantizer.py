@@ -199,7 +199,9 @@ class Quantizer:
         weights = [self.model.linear(name).weight for name in unit.names]
         stacked = torch.cat(weights).float()
         if not bool(stacked.sum().isfinite()):
-            raise OptimizeError(f"{unit.names[0]} holds NaN or infinity: the weights are broken")
+            pairs = zip(unit.names, weights, strict=True)
+            broken = next((name for name, weight in pairs if not bool(weight.float().sum().isfinite())), unit.names[0])
+            raise OptimizeError(f"{broken} holds NaN or infinity: the weights are broken")
         rows = [weight.shape[0] for weight in weights]
         if level.preset:
             return dict(zip(unit.names, formats.preset(list(stacked.split(rows)), level, widest), strict=True))

@@ -15,7 +15,7 @@ from optimize import recipe
 from optimize.checkpoint import formats, kv_cache
 from optimize.checkpoint.checkpoint import Checkpoint, Entry, Schemes, write_shard
 from optimize.checkpoint.model import adapted, logits, opened
-from optimize.errors import Refused
+from optimize.errors import OptimizeError, Refused
 from optimize.pipeline import plan
 from optimize.steps import calibrated
 from optimize.steps.merge import merge
@@ -347,3 +347,22 @@ def test_a_quantized_model_that_is_opened_takes_its_weights_and_not_what_making_
     )
     out = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
     assert 0.9 < float(out.stdout) < 1.15
+
+
+def test_a_weight_that_the_config_has_otherwise_is_told_by_name_and_both_shapes(base, tmp_path):
+    """It was PyTorch's error of a whole page."""
+    model = shutil.copytree(base, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] = torch.ones(3)
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(Refused, match=r"does not fit its config\.json: model\.norm\.weight is \[3\], and \[64\] there"):
+        opened(model)
+
+
+def test_a_broken_matrix_is_called_by_its_own_name(base, job, tmp_path):
+    model = shutil.copytree(base, tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.0.self_attn.v_proj.weight"][0, 0] = torch.nan
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(OptimizeError, match=r"v_proj holds NaN or infinity"):
+        quantize.run(job("quantize", model=model, scheme="w8a16", method="rtn"), silent)

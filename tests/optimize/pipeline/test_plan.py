@@ -284,3 +284,22 @@ def test_without_bfloat16_instructions_the_plan_counts_the_weights_that_are_copi
     if kind == "quantize":  # one layer of three at a time
         least -= 4 * inside * 2 / 3
     assert more == pytest.approx(least, rel=0.05)
+
+
+def test_a_model_without_a_tokenizer_or_with_a_broken_one_is_refused_before_any_work(written, tmp_path):
+    """transformers said, after the plan, that sentencepiece was missing; or nothing but a place in a file."""
+    recipe = load(written("steps: []"))
+    model = shutil.copytree(recipe.model, tmp_path / "model")
+    (model / "tokenizer.json").write_text("{")
+    with pytest.raises(Refused, match=r"tokenizer\.json is not the JSON that a tokenizer is: fetch the model's again"):
+        plan.made(recipe, model, {}, tmp_path / "out", 10**12)
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(Refused, match=r"model has no tokenizer \(tokenizer\.json, .*\): copy the files"):
+        plan.made(recipe, model, {}, tmp_path / "out", 10**12)
+
+
+def test_adapters_of_an_onnx_export_are_not_in_the_plan_of_its_evaluation(written, adapter, tmp_path):
+    """They are compared with PyTorch as the export is made."""
+    recipe = load(written(f"adapters: {{one: {adapter()}}}\nsteps: []\nexport: {{format: onnx}}"))
+    steps = plan.made(recipe, plan.Path(recipe.model), {}, tmp_path / "out", 10**12).steps
+    assert "adapter" not in next(step.what for step in steps if step.kind == "evaluate")
