@@ -133,6 +133,7 @@ OTHERS = {
     "serve/server/logs.py": {"logger.handlers", "logger.propagate"},
     "serve/server/preloaded.py": {"os.environ"},
     "serve/server/ray_router.py": {"pending_request.routing_context.should_backoff"},  # Ray
+    "serve/server/temporary_folder.py": {"tempfile.tempdir"},  # Python's, which a variable gives it
     "serve/telemetry/tracing/tracing_sdk.py": {"module.encode_spans"},  # OpenTelemetry
 }
 
