@@ -5,7 +5,8 @@ one with Ray's default (the one with less to do of two). Counted are adapters th
 first token, as clients saw it. Then what the proxy's middleware costs: turned on and off in one proxy, in processor
 time of all processes a token, and alone. At last the simulation (`tests.campaigns.fleet_sim`) is given the same
 requests, with the times of these engines, which are measured before, and with how long each engine waited for a
-processor while it answered them.
+processor while it answered them. With `--paced` engines take so much longer for everything than they compute that two
+of them do not wait for one processor, and the simulation is given these times: nothing of it is measured.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ import httpx
 import numpy as np
 
 from serve.server.ray_proxy import CALLBACK, ModelHeader
-from tests.campaigns.fleet_service_times import WORD, service_of
+from tests.campaigns.fleet_service_times import SHORT, WORD, first_seconds, service_of, streamed
 from tests.campaigns.fleet_sim import Load, Request, Service, Simulation, requests_of
 from tests.campaigns.fleet_sim import Server as Simulated
 from tests.campaigns.paired_spells import compared, order
 from tests.support import switched_middleware
 from tests.support.lora import WORDS, trained, variant
+from tests.support.paced import Paces
 from tests.support.run_delay import Watched, watching
 from tests.support.server import BASE, Server, descendants, done, listens
 from tests.support.waiting import eventually
@@ -47,6 +49,8 @@ FLAGS = ("--ray", "--replicas", "2", "--no-drift", "--no-probe", "--max-model-le
 FLAGS += ("--kv-cache-memory-bytes", "512M", "--restart-wait", "300", "--max-wait", "300")
 # Both replicas share one processor's two threads. What else runs on this machine takes none of them its memory.
 ENVIRON = {"OMP_NUM_THREADS": "1", "RAY_memory_monitor_refresh_ms": "0"}
+# More than they really take here, both at once.
+PACES = Paces(step=0.12, step_per_answer=0.004, prompt_token=0.003, load=0.4)
 # Between two spells, until what was asked is answered everywhere.
 PAUSE_SECONDS = 2.0
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -130,8 +134,9 @@ def _sample(url: str, name: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
 
-def clusters(stack: ExitStack, work: Path, adapters: int, slots: int) -> dict[str, Cluster]:
-    """Both, with these adapters."""
+def clusters(stack: ExitStack, work: Path, adapters: int, slots: int, paces: Paces | None = None) -> dict[str, Cluster]:
+    """Both, with these adapters; their engines as slow as `paces` says."""
+    paced = paces.environ(work / "paced") if paces else {}
     alpha = trained(*WORDS)[WORDS[0]]
     folders = [variant(alpha, work / f"adapter-{number}", scale=1 - number / 1000) for number in range(adapters)]
     made = {}
@@ -143,7 +148,8 @@ def clusters(stack: ExitStack, work: Path, adapters: int, slots: int) -> dict[st
         flags += ("--fleet", "homes" if name == HOMES else "off")
         # Only homes read names in the proxy.
         environ = {CALLBACK: switched_middleware.IMPORT_PATH, switched_middleware.VARIABLE: str(off)}
-        server = Server(place / "data", place / "log", *flags, **ENVIRON, **(environ if name == HOMES else {}))
+        environ = {**ENVIRON, **paced, **(environ if name == HOMES else {})}
+        server = Server(place / "data", place / "log", *flags, **environ)
         stack.enter_context(server)
         cluster = made[name] = Cluster(name, server, off)
         assert eventually(lambda cluster=cluster: len(_ready(cluster)) == 2, 300), _ready(cluster)
@@ -352,6 +358,18 @@ def service_times(stack: ExitStack, cluster: Cluster, adapters: int, slots: int)
     return service_of(one, names, int(engine["seats"]), slots, 0.0, other, door, cluster.engines[0].pids)
 
 
+def service_of_paces(stack: ExitStack, cluster: Cluster, paces: Paces, slots: int) -> Service:
+    """The times that its engines were given. Measured is what is around them, with a prompt alone."""
+    door = stack.enter_context(httpx.Client(base_url=cluster.server.url, timeout=120))
+    (engine,) = done(door.get("/v1/engines"))["data"]
+    assert streamed(door, "adapter-0", WORD, 16)[1] >= paces.step
+    outside = first_seconds(door, ["adapter-0"], SHORT, 24) - SHORT * paces.prompt_token - paces.step
+    return Service(
+        **asdict(paces), fetch=0.0, seats=int(engine["seats"]), resident=slots, overhead=outside, on_cpu=True,
+        reads_beside=True,
+    )  # fmt: skip
+
+
 class Replayed(Simulation):
     """These requests on the replicas of a cluster, by their own ids: homes are drawn as they were. Each engine is as
     slow as it was then: `began` has when each spell did, in the simulation and on this machine."""
@@ -380,11 +398,12 @@ def predicted(
     cluster: Cluster, service: Service, every: Sequence[Sequence[Request]], spells: Sequence[Spell]
 ) -> dict[str, Any]:
     """The simulation's report on all spells, one after the other; the first is not counted. At last as if each engine
-    had had a processor."""
+    had had a processor, which is all that it says of engines whose steps take what they are given."""
     rows = [*in_a_row(every)]
     firsts = [rows[sum(map(len, every[:number]))].came - requests[0].came for number, requests in enumerate(every)]
     began = [*zip(firsts, (spell.began for spell in spells), strict=True)]
-    return Replayed(cluster, service, rows, began).run() | {"quiet": Replayed(cluster, service, rows).run()}
+    quiet = Replayed(cluster, service, rows).run()
+    return quiet if service.reads_beside else Replayed(cluster, service, rows, began).run() | {"quiet": quiet}
 
 
 def in_a_row(every: Sequence[Sequence[Request]]) -> Iterator[Request]:
@@ -407,6 +426,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=80, help="of a spell")
     parser.add_argument("--pairs", type=int, default=6, help="of spells")
     parser.add_argument("--cost-pairs", type=int, default=16)
+    parser.add_argument("--paced", action="store_true", help="engines of slow devices that nobody else uses")
     parser.add_argument("--json", type=Path, help="where everything goes that was measured")
     options = parser.parse_args()
     report: dict[str, Any] = {"options": {name: str(value) for name, value in vars(options).items()}}
@@ -420,8 +440,11 @@ def main() -> None:
     tell("middleware alone", alone_cost())
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        both = clusters(stack, work, options.adapters, options.slots)
-        service = service_times(stack, both[DEFAULT], options.adapters, options.slots)
+        both = clusters(stack, work, options.adapters, options.slots, PACES if options.paced else None)
+        if options.paced:
+            service = service_of_paces(stack, both[DEFAULT], PACES, options.slots)
+        else:
+            service = service_times(stack, both[DEFAULT], options.adapters, options.slots)
         tell("service", asdict(service))
         every = traces(options)
         with watching(*(engine for cluster in both.values() for engine in cluster.engines)):

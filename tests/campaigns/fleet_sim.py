@@ -48,6 +48,8 @@ class Service:
     beside: float = 1.0
     # Tokens of prompts that a step computes at most, as vLLM has it.
     step_tokens: int = 2048
+    # Whether adapters are read one after another beside the steps, which take none of their time for it.
+    reads_beside: bool = False
     # Whether a step beside answers takes no more of prompts than `serve.cpu_kernels.prompt_budget` lets it.
     on_cpu: bool = False
 
@@ -127,6 +129,9 @@ class Server:
     loaded: set[str] = field(default_factory=set)
     in_use: Counter[str] = field(default_factory=Counter)
     bytes_here: set[str] = field(default_factory=set)
+    # Until when adapters are read beside the steps, and who waits until one of those that are here is not in use.
+    reading: float = 0.0
+    roomless: deque[Request] = field(default_factory=deque)
 
     @property
     def load(self) -> int:
@@ -389,8 +394,14 @@ class Simulation:
 
     def _begin(self, request: Request, now: float) -> None:
         """It has a seat; its adapter is fetched, if the bytes are not there."""
+        self.servers[request.place].running += 1
+        self._seated(request, now)
+
+    def _seated(self, request: Request, now: float) -> None:
         server, name = self.servers[request.place], request.name
-        server.running += 1
+        if name not in server.held and not self._has_room(server, request.place):
+            server.roomless.append(request)
+            return
         server.in_use[name] += 1
         if name in server.held:
             server.held.move_to_end(name)
@@ -399,8 +410,10 @@ class Simulation:
             if request.counts and self.last_place.get(name, request.place) != request.place:
                 self.moved += 1
             self.last_place[name] = request.place
-            self._make_room(server, request.place)
             server.held[name] = now + (0 if name in server.bytes_here else server.service.fetch)
+            if server.service.reads_beside:
+                server.held[name] = server.reading = max(server.held[name], server.reading) + server.service.load
+                server.loaded.add(name)
             server.bytes_here.add(name)
             self.holders[name].add(request.place)
         if server.held[name] > now:
@@ -408,14 +421,16 @@ class Simulation:
         else:
             self._ready(request, now)
 
-    def _make_room(self, server: Server, place: int) -> None:
-        while len(server.held) >= server.service.resident:
+    def _has_room(self, server: Server, place: int) -> bool:
+        """For one adapter more: the one goes that was used least lately, of those that nobody uses."""
+        if len(server.held) >= server.service.resident:
             victim = next((name for name in server.held if not server.in_use[name]), None)
             if victim is None:
-                return
+                return False
             del server.held[victim]
             server.loaded.discard(victim)
             self.holders[victim].discard(place)
+        return True
 
     def _ready(self, request: Request, now: float) -> None:
         """The bytes of its adapter are here: the engine takes it up with its next step."""
@@ -490,6 +505,8 @@ class Simulation:
         server.in_use[request.name] -= 1
         if server.waiting:
             self._begin(server.waiting.popleft(), now)
+        for _ in range(len(server.roomless)):
+            self._seated(server.roomless.popleft(), now)
 
     def _die(self, place: int, now: float) -> None:
         """What it worked on is asked again elsewhere."""

@@ -96,7 +96,7 @@ class Server:
         with log.open("ab") as out:
             self.process = subprocess.Popen(
                 [*command, *arguments],
-                env=environment(PYTHONPATH=str(root), **environ),
+                env=environment(**{"PYTHONPATH": str(root), **environ}),
                 cwd=root,
                 stdout=out,
                 stderr=subprocess.STDOUT,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from serve.fleet.homes import order
-from tests.campaigns.fleet_sim import POLICIES, Load, Service, Simulation, ratios, requests_of, simulate
+from tests.campaigns.fleet_sim import POLICIES, Load, Request, Service, Simulation, ratios, requests_of, simulate
 
 # Of a model, not of an engine: prompts are cheap, and an adapter costs what a hundred tokens of an answer do.
 SERVICE = Service(step=0.01, step_per_answer=0.001, prompt_token=0.0001, load=0.2, fetch=0.3, seats=16, resident=128)
@@ -52,6 +52,19 @@ def test_a_flash_crowd_spreads_over_more_homes():
     simulation.policy.choose = watched
     simulation.run()
     assert most > 1
+
+
+def test_adapters_that_are_read_beside_the_steps_come_one_after_another_and_wait_for_room():
+    """Two fit. The third is read when an answer of one of the others has ended."""
+    service = Service(
+        step=0.1, step_per_answer=0.0, prompt_token=0.0, load=1.0, fetch=0.0, seats=8, resident=2, reads_beside=True
+    )
+    simulation = Simulation(Load(replicas=1, requests=1, warm=1), service, "power of two")
+    asked = simulation.requests = [Request(0.0, name, 1, answer) for name, answer in (("a", 30), ("b", 2), ("c", 1))]
+    asked += [Request(1.55, "a", 1, 1)]
+    assert simulation.run()["cold"] == 3
+    # b's answer ends with its second step, after 2.2 s; a's goes on meanwhile, and another answer of a loads nothing.
+    assert [round(one.first, 2) for one in asked] == [1.1, 2.1, 3.3, 0.15]
 
 
 def test_the_simulation_places_by_the_servers_own_code():
