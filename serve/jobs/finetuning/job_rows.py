@@ -149,7 +149,10 @@ class JobRows(WorkTable[Job]):
                 new = [line for line in lines if line["step"] > job.state.step]
                 for line in new:
                     _add_step(connection, id, now, line)
-                left = last.get("seconds_left")
+                trained = last["step"] >= last["steps"]
+                left = None if trained else last.get("seconds_left")
+                if new and trained:
+                    add_event(connection, id, now, "Training has ended; what the adapter changed is measured")
                 changed |= {
                     "step": max(job.state.step, last["step"]), "steps": last["steps"],
                     "tokens": last.get("tokens") or 0, "finishes": None if left is None else now + left,

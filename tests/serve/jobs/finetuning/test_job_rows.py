@@ -68,17 +68,33 @@ def test_progress_that_the_registry_did_not_take_is_written_down_the_next_time(s
     def refuses(*_):
         raise EngineUnavailable("the registry did not take the change")
 
-    progress.write_text(json.dumps({"step": 1, "steps": 2, "tokens": 10}) + "\n")
+    progress.write_text(json.dumps({"step": 1, "steps": 3, "tokens": 10}) + "\n")
     with monkeypatch.context() as down:
         down.setattr(rows, "advance", refuses)
         assert watch.look(3.0)  # a sign of life all the same
     with progress.open("a") as file:
-        file.write(json.dumps({"step": 2, "steps": 2, "tokens": 20}) + "\n")
+        file.write(json.dumps({"step": 2, "steps": 3, "tokens": 20}) + "\n")
     assert watch.look(2.0)
     state = rows.get("acme", "ftjob-1").state
     assert (state.step, state.tokens, state.seconds) == (2, 20, 5.0)
     events = Notes(rows._registry).events("ftjob-1", after=None, limit=10).rows
-    assert [event.message for event in events[:2]] == ["Step 2/2", "Step 1/2"]
+    assert [event.message for event in events[:2]] == ["Step 2/3", "Step 1/3"]
+
+
+def test_a_job_that_has_trained_says_what_it_does_and_no_longer_when_it_ends(servers, tmp_path):
+    """It measures what the adapter changed, which took a model of 0.5B six minutes: about 0 s were left all the while."""
+    rows, _, _ = servers
+    watch = _Watch(rows, JobFolder(tmp_path), launched(rows), lambda tokens, seconds: None, threading.Event())
+    with (tmp_path / "progress.jsonl").open("a") as progress:
+        for step, left in ((1, 5.0), (2, 0.0)):
+            progress.write(json.dumps({"step": step, "steps": 2, "tokens": 10, "seconds_left": left}) + "\n")
+            progress.flush()
+            assert watch.look(3.0)
+            assert rows.get("acme", "ftjob-1").described()["estimated_finish"] == (1005 if left else None)
+    events = Notes(rows._registry).events("ftjob-1", after=None, limit=2).rows
+    assert [event.message for event in events] == [
+        "Training has ended; what the adapter changed is measured", "Step 2/2",
+    ]  # fmt: skip
 
 
 def test_a_program_that_computes_between_two_steps_is_alive(servers, tmp_path):

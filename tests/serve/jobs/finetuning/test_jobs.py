@@ -63,7 +63,7 @@ async def test_events_and_checkpoints_and_results_are_listed_page_by_page(traini
         id = await begun(ai, method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3}}})
         job = await ended(ai, id)
         events = [event async for event in ai.fine_tuning.jobs.list_events(id, limit=2)]
-        assert len(events) == 12 and len({event.id for event in events}) == 12
+        assert len(events) == 13 and len({event.id for event in events}) == 13
         assert [event.data["step"] for event in events if event.type == "metrics"] == [6, 5, 4, 3, 2, 1]
         checkpoints = [row async for row in ai.fine_tuning.jobs.checkpoints.list(id, limit=1)]
         assert [(row.step_number, row.fine_tuned_model_checkpoint) for row in checkpoints] == [
