@@ -82,7 +82,7 @@ def test_progress_that_the_registry_did_not_take_is_written_down_the_next_time(s
 
 
 def test_a_job_that_has_trained_says_what_it_does_and_no_longer_when_it_ends(servers, tmp_path):
-    """It measures what the adapter changed, which took a model of 0.5B six minutes: about 0 s were left all the while."""
+    """It measures what the adapter changed, six minutes of a model of 0.5B: about 0 s were left."""
     rows, _, _ = servers
     watch = _Watch(rows, JobFolder(tmp_path), launched(rows), lambda tokens, seconds: None, threading.Event())
     with (tmp_path / "progress.jsonl").open("a") as progress:
