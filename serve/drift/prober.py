@@ -1,10 +1,15 @@
-"""Asks every live version the same fixed prompts, once it is loaded and every hour: a change shows without traffic."""
+"""Asks every live version the same fixed prompts, once it is loaded and every hour: a change shows without traffic.
+
+Where more versions are asked than an engine holds each comes and goes by the minute: one that comes back is asked when
+its hour is over, as one that stayed.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -29,16 +34,15 @@ PAUSE_SECONDS = 0.2
 # First answers, and answers that moved, are asked for again when the engine is idle, or after so long at the latest.
 CONFIRM_SECONDS = 300.0
 
-# A version's stay in an engine: which engine, and the number of the adapter in it.
-Stay = tuple[int, int]
-
 
 @dataclass(slots=True)
 class _Probed:
-    """When a stay was probed last, and its answers if they are asked for again."""
+    """When an engine was asked a version last; its answers if they are asked for again, which are kept while it stays
+    there, and whether they still are if it left."""
 
     when: float
     to_confirm: ProbeAnswers | None = field(default=None, repr=False)
+    left_unconfirmed: bool = False
 
 
 class Prober:
@@ -60,7 +64,8 @@ class Prober:
         self._store = store
         self._monitor, self._events = monitor, events
         self._interval, self._look = interval, look
-        self._probed: dict[Stay, _Probed] = {}
+        # By engine and version.
+        self._probed: WeakKeyDictionary[Engine, dict[str, _Probed]] = WeakKeyDictionary()
         # What each engine's base answered.
         self._base_answers: WeakKeyDictionary[Engine, list[Logprobs]] = WeakKeyDictionary()
 
@@ -72,37 +77,44 @@ class Prober:
 
     async def round(self) -> None:
         """Probe every live version that is in the engine and due; one that cannot be probed stops no other."""
-        stays = {
-            residence.id: (id(base.engine), residence.number)
-            for base in self._fleet
-            for residence in base.residents
-            if residence.loaded
-        }
-        self._probed = {stay: probed for stay, probed in self._probed.items() if stay in stays.values()}
-        for name in self._registry.names():
-            live, base = self._registry.live(name), self._fleet.owner(name)
-            if live is None or base is None or live.id not in stays or not base.is_available:
+        there = {base.engine: {each.id for each in base.residents if each.loaded} for base in self._fleet}
+        live = {name: version for name in self._registry.names() if (version := self._registry.live(name))}
+        self._forget(there, {version.id for version in live.values()})
+        for name, version in live.items():
+            base = self._fleet.owner(name)
+            if base is None or not base.is_available or version.id not in there.get(base.engine, ()):
                 continue
-            stay = stays[live.id]
-            if not self._is_due(stay, base):
+            if not self._is_due(version.id, base.engine):
                 continue
             try:
-                await self._probe(live, base, stay)
+                await self._probe(version, base)
             except LoradockError as error:
-                log.warning("%s was not probed: %s", live.tag, error)
+                log.warning("%s was not probed: %s", version.tag, error)
 
-    def _is_due(self, stay: Stay, base: Supervisor) -> bool:
-        probed = self._probed.get(stay)
+    def _forget(self, there: Mapping[Engine, set[str]], live: set[str]) -> None:
+        """Versions that are not live any more; of those that left an engine their answers, and without an interval
+        when they were asked."""
+        for engine, held in there.items():
+            probed = self._probed.setdefault(engine, {})
+            for id in [id for id in probed if id not in live or not (self._interval or id in held)]:
+                del probed[id]
+            for id in probed.keys() - held:
+                if probed[id].to_confirm is not None:
+                    probed[id] = _Probed(probed[id].when, left_unconfirmed=True)
+
+    def _is_due(self, id: str, engine: Engine) -> bool:
+        probed = self._probed.get(engine, {}).get(id)
         if probed is None:
             return True
-        waited = time.monotonic() - probed.when
+        waited, idle = time.monotonic() - probed.when, not engine.leases
         if probed.to_confirm is not None:
-            return not base.engine.leases or waited >= CONFIRM_SECONDS
-        return bool(self._interval) and waited >= self._interval
+            return idle or waited >= CONFIRM_SECONDS
+        return (probed.left_unconfirmed and idle) or bool(self._interval and waited >= self._interval)
 
-    async def _probe(self, live: Adapter, base: Supervisor, stay: Stay) -> None:
-        before = self._probed.get(stay)
-        probed = self._probed[stay] = _Probed(time.monotonic(), before.to_confirm if before else None)
+    async def _probe(self, live: Adapter, base: Supervisor) -> None:
+        every = self._probed.setdefault(base.engine, {})
+        before = every.get(live.id)
+        probed = every[live.id] = _Probed(time.monotonic(), before.to_confirm if before else None)
         while answers := await self._ask(live, base):
             names = (live.name, f"v{live.version}", live.id)
             result = await asyncio.to_thread(self._monitor.compare_probe, *names, answers, earlier=probed.to_confirm)

@@ -563,7 +563,6 @@ class Server:
             self._on_failure(ConfigError(f"the server cannot start ({type(error).__name__}: {error}): see the log"))
             return
         self.health.ready.set()
-        self.background.start("prober", self.prober.run)
         self.background.start("golden", self.golden.runs.run)
         self.background.start("batches", self.batches.schedule.run)
         self.background.start("fine_tuning", self.fine_tuning.schedule.run)
@@ -571,6 +570,7 @@ class Server:
             self.background.start("loops", self.loops.schedule.run)
         if self.config.drift:
             self.background.start("watched_bases", self._watched_bases.run)
+            self.background.start("prober", self.prober.run)
 
     def doubted(self, error: LoradockError) -> LoradockError:
         """What to answer instead of this error, while what other servers did cannot be seen."""

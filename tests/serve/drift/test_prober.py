@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
+
+import pytest
 
 from serve.drift import prober as prober_module
 from serve.errors import NotFound
@@ -163,3 +166,43 @@ async def test_an_adapter_whose_files_are_lost_keeps_no_other_from_being_probed(
         await parts.prober.round()
         (row,) = (await client.get("/v1/drift")).json()["data"]
         assert row["name"] == "tone"
+
+
+async def test_a_version_that_comes_and_goes_is_asked_as_often_as_one_that_stays(
+    connect, watched, backend, make_adapter, monkeypatch
+):
+    """Each time that it was loaded it was asked 32 prompts and more: with 64 adapters on eight slots engines did hardly
+    anything else in the gaps of traffic."""
+    monkeypatch.setattr(prober_module, "PAUSE_SECONDS", 0.0)
+    Engine(backend)
+    async with connect(watched) as client:
+        parts = client._transport.app.state.parts
+        await push(client, make_adapter, 0)
+        await parts.prober.round()
+        asked, probe = [], backend.probe
+
+        async def counted(adapter_id, prompts):
+            asked.append(adapter_id)
+            return await probe(adapter_id, prompts)
+
+        backend.probe = counted
+        engine, (resident,) = parts.fleet.owner("tone").engine, parts.fleet.owner("tone").residents
+        for _ in range(3):
+            engine.retire(resident.id)
+            await engine.gone(resident.id)
+            assert not any(each.loaded for each in engine.residents)
+            await parts.prober.round()
+            assert (await client.post(CHAT, json={"model": "tone"})).status_code == 200
+            assert any(each.loaded for each in engine.residents)
+            await parts.prober.round()
+        assert not asked
+        parts.prober._interval = 1e-9
+        await parts.prober.round()
+        assert len(asked) == len(prober_module.FIXED)
+
+
+@pytest.mark.parametrize("drift", [True, False])
+async def test_without_drift_nothing_is_probed(connect, watched, drift):
+    """It was: with `--no-drift` each version that was loaded was asked all the same."""
+    async with connect(replace(watched, drift=drift)) as client:
+        assert ('task="prober"' in (await client.get("/metrics")).text) is drift
