@@ -48,7 +48,8 @@ class Service:
     beside: float = 1.0
     # Tokens of prompts that a step computes at most, as vLLM has it.
     step_tokens: int = 2048
-    # Whether adapters are read one after another beside the steps, which take none of their time for it.
+    # Whether adapters are read one after another beside the steps, which take none of their time for it. As in a
+    # server, an engine begins to read between two steps, and tells between two that it has.
     reads_beside: bool = False
     # Whether a step beside answers takes no more of prompts than `serve.cpu_kernels.prompt_budget` lets it.
     on_cpu: bool = False
@@ -129,8 +130,12 @@ class Server:
     loaded: set[str] = field(default_factory=set)
     in_use: Counter[str] = field(default_factory=Counter)
     bytes_here: set[str] = field(default_factory=set)
-    # Until when adapters are read beside the steps, and who waits until one of those that are here is not in use.
+    # Of adapters that are read beside the steps: which are to be, until when some are, which have been, and who waits
+    # for which. Then who waits until one of those that are here is not in use.
+    to_read: list[str] = field(default_factory=list)
     reading: float = 0.0
+    read: list[str] = field(default_factory=list)
+    waiting_for: dict[str, list[Request]] = field(default_factory=dict)
     roomless: deque[Request] = field(default_factory=deque)
 
     @property
@@ -368,6 +373,11 @@ class Simulation:
         elif what == "stepped":
             if self.servers[tries] is subject:
                 self._stepped(subject, tries, now)
+        elif what == "read":
+            server = self.servers[tries]
+            server.read.append(subject)
+            if not server.is_busy:
+                self._tell_read(server, now)
         elif what in ("slow", "well"):
             self.servers[subject].slow = 4.0 if what == "slow" else 1.0
         elif what == "die":
@@ -412,14 +422,34 @@ class Simulation:
             self.last_place[name] = request.place
             server.held[name] = now + (0 if name in server.bytes_here else server.service.fetch)
             if server.service.reads_beside:
-                server.held[name] = server.reading = max(server.held[name], server.reading) + server.service.load
+                server.held[name], server.waiting_for[name] = math.inf, []
                 server.loaded.add(name)
+                server.to_read.append(name)
+                if not server.is_busy:
+                    self._read(server, request.place, now)
             server.bytes_here.add(name)
             self.holders[name].add(request.place)
-        if server.held[name] > now:
+        if name in server.waiting_for:
+            server.waiting_for[name].append(request)
+        elif server.held[name] > now:
             self._at(server.held[name], "ready", request, request.tries)
         else:
             self._ready(request, now)
+
+    def _read(self, server: Server, place: int, now: float) -> None:
+        """Those that are to be, one after another."""
+        for name in server.to_read:
+            server.reading = max(now, server.reading) + server.service.load
+            self._at(server.reading, "read", name, place)
+        server.to_read = []
+
+    def _tell_read(self, server: Server, now: float) -> None:
+        """Who waited for those that have been is taken up when this moment's step has ended."""
+        for name in server.read:
+            server.held[name] = now
+            for request in server.waiting_for.pop(name, ()):
+                self._ready(request, now)
+        server.read = []
 
     def _has_room(self, server: Server, place: int) -> bool:
         """For one adapter more: the one goes that was used least lately, of those that nobody uses."""
@@ -486,7 +516,9 @@ class Simulation:
             else:
                 self._ended(request, now)
         server.prompts = [prompt for prompt in server.prompts if prompt.left]
+        self._read(server, place, now)
         self._step(server, place, now)
+        self._tell_read(server, now)
 
     def _slowness(self, server: Server, place: int, now: float) -> float:
         """How many times as long as alone everything takes there now."""

@@ -63,8 +63,9 @@ def test_adapters_that_are_read_beside_the_steps_come_one_after_another_and_wait
     asked = simulation.requests = [Request(0.0, name, 1, answer) for name, answer in (("a", 30), ("b", 2), ("c", 1))]
     asked += [Request(1.55, "a", 1, 1)]
     assert simulation.run()["cold"] == 3
-    # b's answer ends with its second step, after 2.2 s; a's goes on meanwhile, and another answer of a loads nothing.
-    assert [round(one.first, 2) for one in asked] == [1.1, 2.1, 3.3, 0.15]
+    # a is read at once, b after it; that b has been is told when a's step ends, and b's own is the one after the next.
+    # b's answer ends, c is read from the end of that step on, and told and taken up in the same way.
+    assert [round(one.first, 2) for one in asked] == [1.1, 2.2, 3.5, 0.15]
 
 
 def test_the_simulation_places_by_the_servers_own_code():
