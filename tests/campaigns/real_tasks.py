@@ -2,7 +2,7 @@
 
 For each file: the programming problems of `code_problems`, answered at temperature 0; a task that the base cannot do,
 lines for cron from English, which a fine-tuning job learns from 360 examples and which 100 others judge; a canary of
-the adapter with its update halved, and one of next to nothing of it, whose answers are rated right or wrong; and what
+the adapter with half of its update, and of one with a fifth, whose answers are rated right or wrong; and what
 drift says when people who asked for schedules begin to ask for programs.
 """
 
@@ -175,7 +175,7 @@ def measured(file: Path, folder: Path, parts: list[str]) -> None:
         )
         print(f"- schedules right: {right(server, NAME, held_out)} of {HELD_OUT} by the adapter", flush=True)
         first = pulled(server, folder / "first")
-        for what, scale in (("halved", 0.5), ("next to nothing", 0.05)):
+        for what, scale in (("a half", 0.5), ("a fifth", 0.2)):
             pushed = done(server.upload(NAME, variant(first, folder / what, scale=scale), promote=False))
             version = int(pushed["version"])
             scored = right(server, f"{NAME}@v{version}", held_out)
