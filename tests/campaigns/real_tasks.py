@@ -120,7 +120,7 @@ def canary(server: Server, version: int, rows: list[tuple[str, str]]) -> str:
             if adapter["canary"] is None:
                 last = adapter["history"][0] if adapter.get("history") else {}
                 return f"ended after {first + 40} ratings: {last.get('reason') or last.get('action') or 'taken back'}"
-    done(server.http.delete(f"/v1/adapters/{NAME}/canary"))
+    done(server.http.post(f"/v1/adapters/{NAME}/canary", json={"version": version, "weight": 0}))
     return f"still there after {RATINGS} ratings"
 
 
