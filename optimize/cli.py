@@ -268,7 +268,7 @@ def _carry_out(recipe: Recipe, embedded: Embedded, served: Served, memory_gb: fl
     elif recipe.export.format == "gguf":
         typer.echo(f"  loradock serve {shlex.quote(str(result / 'model.gguf'))}")
     elif recipe.export.format == "adapter":
-        typer.echo(f"  loradock adapters push NAME {result}")
+        typer.echo(f"  loradock adapters push NAME {shlex.quote(str(result))}")
     else:
         typer.echo(f"  report: {result / 'report' / 'report.md'}")
 

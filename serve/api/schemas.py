@@ -242,6 +242,7 @@ class StepLine(Struct, frozen=True):
     valid_accuracy: float | None = None
     tokens: _Count = 0
     seconds_left: Annotated[float, Meta(ge=0, le=1e9)] | None = None
+    ended: bool | None = None
 
 
 class WorkProgress(Struct, frozen=True, forbid_unknown_fields=True):

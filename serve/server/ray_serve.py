@@ -399,8 +399,8 @@ class Replica:
             return
         quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off"}
         quiet["timeout_graceful_shutdown"] = max(1, round(self._config.grace_period))
-        secure = {"ssl_certfile": self._config.ssl_certfile or None, "ssl_keyfile": self._config.ssl_keyfile or None}
-        self._own = Server(uvicorn.Config(app, **quiet, **secure))  # type: ignore[arg-type]
+        quiet |= {"ssl_certfile": self._config.ssl_certfile or None, "ssl_keyfile": self._config.ssl_keyfile or None}
+        self._own = Server(uvicorn.Config(app, **quiet))
         await self._own.serve(sockets=[sock])
 
     def _address(self, config: Config) -> str:

@@ -127,6 +127,7 @@ class Training:
             self.course.seconds += self._durations[-1]
             line |= {"tokens": self.course.tokens, "seconds": round(self.course.seconds, 1)}
             line["seconds_left"] = self._seconds_left()
+            line["ended"] = self.ended_early or self.course.step == self.steps
             epoch_over = self._due(self.epoch_steps)
             stopped = self._stopped  # a signal that comes later is for the next step, which is saved then
             if evaluated or epoch_over or stopped or time.monotonic() - saved > SAVE_SECONDS:

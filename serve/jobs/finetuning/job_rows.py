@@ -149,7 +149,9 @@ class JobRows(WorkTable[Job]):
                 new = [line for line in lines if line["step"] > job.state.step]
                 for line in new:
                     _add_step(connection, id, now, line)
-                trained = last["step"] >= last["steps"]
+                # Fewer steps may be enough; a worker of an earlier release does not say so.
+                ended = last.get("ended")
+                trained = last["step"] >= last["steps"] if ended is None else ended is True
                 left = None if trained else last.get("seconds_left")
                 if new and trained:
                     add_event(connection, id, now, "Training has ended; what the adapter changed is measured")

@@ -348,6 +348,7 @@ def test_a_watcher_sees_every_step_and_the_adapter_of_each_epoch(tuning, tmp_pat
     assert [line["step"] for line in lines] == list(range(1, 25)) and {line["steps"] for line in lines} == {24}
     assert [line["checkpoint"] for line in lines if line["checkpoint"]][-1] == "checkpoints/step-000024"
     assert lines[-1]["seconds_left"] == 0 < lines[0]["seconds_left"]
+    assert [line["step"] for line in lines if line["ended"]] == [24]
     assert sum(line["valid_loss"] is not None for line in lines) == 4
     assert sorted(path.name for path in (watched / "checkpoints").iterdir()) == [
         "step-000012", "step-000018", "step-000024",

@@ -81,19 +81,21 @@ def test_progress_that_the_registry_did_not_take_is_written_down_the_next_time(s
     assert [event.message for event in events[:2]] == ["Step 2/3", "Step 1/3"]
 
 
-def test_a_job_that_has_trained_says_what_it_does_and_no_longer_when_it_ends(servers, tmp_path):
+@pytest.mark.parametrize(("steps", "told"), [(2, {}), (90, {"ended": True})], ids=["all steps", "early"])
+def test_a_job_that_has_trained_says_what_it_does_and_no_longer_when_it_ends(steps, told, servers, tmp_path):
     """It measures what the adapter changed, six minutes of a model of 0.5B: about 0 s were left."""
     rows, _, _ = servers
     watch = _Watch(rows, JobFolder(tmp_path), launched(rows), lambda tokens, seconds: None, threading.Event())
     with (tmp_path / "progress.jsonl").open("a") as progress:
-        for step, left in ((1, 5.0), (2, 0.0)):
-            progress.write(json.dumps({"step": step, "steps": 2, "tokens": 10, "seconds_left": left}) + "\n")
+        for step, left, more in ((1, 5.0, {}), (2, 0.0, told)):
+            line = {"step": step, "steps": steps, "tokens": 10, "seconds_left": left, **more}
+            progress.write(json.dumps(line) + "\n")
             progress.flush()
             assert watch.look(3.0)
             assert rows.get("acme", "ftjob-1").described()["estimated_finish"] == (1005 if left else None)
     events = Notes(rows._registry).events("ftjob-1", after=None, limit=2).rows
     assert [event.message for event in events] == [
-        "Training has ended; what the adapter changed is measured", "Step 2/2",
+        "Training has ended; what the adapter changed is measured", f"Step 2/{steps}",
     ]  # fmt: skip
 
 
