@@ -8,7 +8,8 @@ of whoever keeps the most go first, so that one tenant's responses do not push o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -66,7 +67,47 @@ def bound(serving: Any, owner: Callable[[str], str]) -> bool:
     serving.response_store = stores.responses
     serving.msg_store = stores.messages
     serving.event_store = stores.events
+    serving.retrieve_responses = partial(_retrieved, serving, serving.retrieve_responses)
+    serving.responses_background_stream_generator = partial(_events, serving)
+    serving._render_resolved_response_inputs = partial(_rendered, serving, serving._render_resolved_response_inputs)
     return True
+
+
+async def _retrieved(serving: Any, original: Callable[..., Any], id: str, starting_after: Any, stream: Any) -> Any:
+    """vLLM's, which raises behind the head of a 200 where there are no events."""
+    if stream and id in serving.response_store and id not in serving.event_store:
+        return serving.create_error_response(
+            f"{id} has no events: it was not asked with `stream` and `background`; GET it without `stream`",
+            param="stream",
+        )
+    return await original(id, starting_after=starting_after, stream=stream)
+
+
+async def _events(serving: Any, id: str, starting_after: int | None = None) -> AsyncGenerator[Any, None]:
+    """vLLM's, which waits for ever for the end of a response that was cancelled or has failed."""
+    events, changed = serving.event_store[id]
+    next_event = 0 if starting_after is None else max(0, starting_after + 1)
+    while True:
+        changed.clear()
+        while next_event < len(events):
+            yield events[next_event]
+            next_event += 1
+        task = serving.background_tasks.get(id)
+        if task is None or task.done():
+            return
+        await changed.wait()
+
+
+async def _rendered(
+    serving: Any, original: Callable[..., Any], request: Any, previous: Any, *args: Any, **named: Any
+) -> Any:
+    """vLLM's, which leaves out an answer that is not there, and goes on as if nothing had been said."""
+    if previous is not None and previous.status not in ("completed", "incomplete"):
+        return serving.create_error_response(
+            f"the response {previous.id} is {previous.status}: only one that has an answer can be gone on from",
+            param="previous_response_id",
+        )
+    return await original(request, previous, *args, **named)
 
 
 def _size(value: Any) -> int:

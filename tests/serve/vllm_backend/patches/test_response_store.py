@@ -7,6 +7,7 @@ import inspect
 from collections import deque
 from types import SimpleNamespace
 
+import pytest
 from pydantic import BaseModel
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 
@@ -70,8 +71,63 @@ def test_nothing_is_kept_where_vllm_keeps_nothing():
     off = SimpleNamespace(enable_store=False, response_store={})
     assert not bound(off, response_owner) and type(off.response_store) is dict
     assert not bound(None, response_owner)
-    on = SimpleNamespace(enable_store=True)
+    on = serving()
     assert bound(on, response_owner) and isinstance(on.response_store, dict)
+
+
+def serving(**named):
+    """vLLM's, without an engine, that keeps responses in the stores of ours."""
+    made = object.__new__(OpenAIServingResponses)
+    vars(made).update(enable_store=True, background_tasks={}, response_store_lock=asyncio.Lock(), **named)
+    bound(made, response_owner)
+    return made
+
+
+async def test_a_response_without_events_is_a_400_and_not_a_broken_stream():
+    kept = serving()
+    kept.response_store["resp_1"] = SimpleNamespace(status="completed")
+    error = await kept.retrieve_responses("resp_1", starting_after=None, stream=True)
+    assert error.error.code == 400 and "resp_1 has no events" in error.error.message
+    assert (await kept.retrieve_responses("resp_1", starting_after=None, stream=False)).status == "completed"
+    assert (await kept.retrieve_responses("resp_2", starting_after=None, stream=True)).error.code == 404
+
+
+async def test_the_events_of_a_response_that_was_cancelled_end():
+    kept = serving()
+    kept.response_store["resp_1"] = SimpleNamespace(status="in_progress")
+    begun, events = asyncio.Event(), (deque(), asyncio.Event())
+    kept.event_store["resp_1"] = events
+
+    async def answer():
+        try:
+            for number in range(2):
+                events[0].append(number)
+                events[1].set()
+            begun.set()
+            await asyncio.Event().wait()
+        finally:
+            events[1].set()
+
+    task = kept.background_tasks["resp_1"] = asyncio.create_task(answer())
+
+    async def read(after=None):
+        stream = await kept.retrieve_responses("resp_1", starting_after=after, stream=True)
+        return [event async for event in stream]
+
+    readers = [asyncio.create_task(read()), asyncio.create_task(read(0))]
+    await begun.wait()
+    await asyncio.sleep(0)
+    task.cancel()
+    assert await asyncio.wait_for(asyncio.gather(*readers), 5) == [[0, 1], [1]]
+    assert await asyncio.wait_for(read(), 5) == [0, 1], "and for whoever asks later"
+
+
+@pytest.mark.parametrize("status", ["queued", "in_progress", "cancelled", "failed"])
+async def test_a_conversation_does_not_go_on_from_a_response_without_an_answer(status):
+    previous = SimpleNamespace(id="resp_1", status=status)
+    error = await serving()._render_resolved_response_inputs(None, previous)
+    assert error.error.code == 400 and error.error.param == "previous_response_id"
+    assert f"the response resp_1 is {status}" in error.error.message
 
 
 def test_vllm_has_these_three_stores_and_this_switch():
