@@ -66,8 +66,8 @@ class Guard:
 class Say:
     """Who decides what becomes of an adapter's versions: its own tenant, and these.
 
-    Other tenants' ratings count for nothing, and their requests within bounds. `ratings_per_key` is how many ratings of
-    a version count that came with one API key.
+    Other tenants' ratings count for nothing, and their requests within bounds. Twice `ratings_per_key` count of the
+    ratings that came with one API key: of a canary and of the live version, as they come.
     """
 
     tenants: tuple[str, ...] = ()

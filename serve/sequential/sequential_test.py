@@ -23,8 +23,10 @@ means within a block (`sequential.betting`). Until then they must not show it.
 
 The effect is what the ranks are about: the median of the differences between the two versions' requests within a block
 (Hodges and Lehmann, 1963). A check is WORSE only while its effect is beyond the tolerance, and proved only while it is
-not. Whoever grades may do so because of what he got: by as much as the canary's askers grade more often than the
-others, its worst grades may be there for that reason, or its best ones, and a verdict has to stand without them.
+not. Grades are bet on twice, half of the capital each: on their ranks, and each as the chance of a 1, as thumbs nearly
+all have the same rank. Whoever grades may do so because of what he got. A canary whose unhappy askers grade more often
+has as many good grades a request as the live version: WORSE takes fewer, at RESPONSE whenever one looks (a mixture of
+normal bounds; Waudby-Smith et al., Time-uniform central limit theory, 2024). A proof stands without its best grades.
 
 The router draws: a canary is chosen by asker, so each asker may be counted once only; pass `asker`. Where it draws for
 each request, each has a name of its own there, or none.
@@ -40,6 +42,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
+from itertools import product
 from typing import Self, TypeAlias
 
 import numpy as np
@@ -64,6 +67,9 @@ SOME = 0.5
 FEW = 20
 # What is said of grades whose difference decides nothing.
 UNEQUAL = "the canary's askers rate {:.2f} times as often as the others: that alone may explain the difference"
+# Probability that a canary is called worse only because its unhappy askers rate more often; and the precision (one over
+# the squared relative error) from which on this bound, a mixture of normal ones, is near its tightest.
+RESPONSE, RESPONSE_FROM = 0.1, 20.0
 # Askers that are remembered.
 ASKERS = 50_000
 
@@ -293,10 +299,10 @@ class _CheckTest:
         self._sides = {Worse.HIGHER: (0,), Worse.LOWER: (1,), Worse.EITHER: (0, 1)}[check.worse]
         self._open: list[tuple[bool, float]] = []
         # ln wealth by side and strength, of "worse than the tolerance" and of "not worse than that"
-        first = np.log(np.array(ODDS_WEIGHTS) * len(ODDS)) if check.unit is Unit.RATE else np.zeros(len(STRENGTHS))
-        self._bad, self._good = np.tile(first, (2, 2, 1))
-        # The same of "worse at all", of a rate.
-        self._unlike = self._bad.copy()
+        by_odds, by_strength = np.log(np.array(ODDS_WEIGHTS) * len(ODDS)), np.zeros(len(STRENGTHS))
+        self._bad, self._good = np.tile(by_odds if check.unit is Unit.RATE else by_strength, (2, 2, 1))
+        # The same of "worse at all", of a rate; of grades, by their mean, where `_bad` is by their ranks.
+        self._unlike = np.tile(by_odds, (2, 1))
         self._most = np.zeros((2, 2))  # the highest that either has been, by side
         self.counts = np.zeros(2, np.int64)  # live, canary
         self._sums = np.zeros(2)
@@ -322,9 +328,11 @@ class _CheckTest:
     def log_evidence(self) -> float:
         """Of "worse", now, with the share of alpha taken off."""
         sides = [_log_mean(self._bad[side]) for side in self._sides]
+        unlike = [_log_mean(self._unlike[side]) for side in self._sides]
         if self.check.unit is Unit.RATE:
-            unlike = [_log_mean(self._unlike[side]) for side in self._sides]
             sides = [min(at_all, max(beyond, beyond / SOME)) for at_all, beyond in zip(unlike, sides, strict=True)]
+        if self.check.unit is Unit.GRADE:
+            sides = [_log_mean(np.array(both)) for both in zip(unlike, sides, strict=True)]
         return _log_mean(np.array(sides)) + math.log(self._share)
 
     def log_proof(self) -> float:
@@ -382,10 +390,11 @@ class _CheckTest:
         if self.check.unit is Unit.RATE:
             higher, lower = (canary, live) if side == 0 else (live, canary)
             return bool(higher > lower + tolerance * (1 - lower))
+        if self.check.unit is Unit.GRADE and not for_proof:
+            return canary < live and self._good_a_request() < 0
         if self.check.unit is Unit.GRADE:
             times = max(self._response() * math.exp(2 * self._response_error()), 1.0)
-            worst = 1 - (1 - canary) * times
-            return bool(worst < live - self.check.proof if for_proof else canary * times < live)
+            return 1 - (1 - canary) * times < live - self.check.proof
         return effect > tolerance if side == 0 else effect < -tolerance
 
     def _response(self) -> float:
@@ -399,6 +408,19 @@ class _CheckTest:
         """Standard error of its logarithm."""
         seen, graded = np.array(self.exposure), self.counts
         return math.sqrt(float((1 / graded - 1 / np.maximum(seen, graded)).sum())) if seen.all() and graded.all() else 0
+
+    def _good_a_request(self) -> float:
+        """By how much the canary has more good grades a request than the live version, at most, whenever one looks
+        (RESPONSE); minus infinity where nothing is known of requests."""
+        seen = np.maximum(self.exposure, self.counts)
+        if not (np.all(self.exposure) and self._sums.any()):
+            return -math.inf
+        mean = float(self._sums.sum() / seen.sum())
+        variance = max(mean * (1 - mean), 1e-9) * float((1 / seen).sum())
+        times = mean * mean / variance / RESPONSE_FROM
+        errors = math.sqrt((1 + 1 / times) * (math.log1p(times) - 2 * math.log(2 * RESPONSE)))
+        live, canary = (self._sums / seen).tolist()
+        return canary - live + errors * math.sqrt(variance)
 
     def _to_proof(self, log_threshold: float, requests: int, proved: bool) -> Forecast | None:
         """Further requests; every one counts that the comparison has seen, also if it gave nothing to this check."""
@@ -475,6 +497,7 @@ class _CheckTest:
                 if self.check.unit is not Unit.GRADE:
                     self._good[side, i] += -bad * score - _log_mean_of_draws(n, k, -bad)
         if self.check.unit is Unit.GRADE:
+            _bet_on_chances(self._unlike[side], 1 if side == 0 else -1, labels, values)
             won = float(values[labels].mean() - values[~labels].mean()) + self.check.proof
             self._good[side] += np.log1p(np.array(BETS) * won / (1 - self.check.proof))
         if not self._beyond(side, for_proof=True):
@@ -483,24 +506,13 @@ class _CheckTest:
     def _bet_on_rates(self, side: int, labels: NDArray, values: NDArray) -> None:
         """Values of 0 and 1 are as good as ranks, which would only add the noise of breaking all their ties.
 
-        Each 0 of the side that should be lower is a 1 with the tolerance's probability; what is bet is the mean over
-        that chance, so that none of it is luck.
+        Each 0 of the side that should be lower is a 1 with the tolerance's probability.
         """
-        lifted = ~labels if side == 0 else labels
-        k, n = int(labels.sum()), len(labels)
-        ones, score = int(values.sum()), float(values[labels].sum())
-        zeros = int(lifted.sum() - values[lifted].sum())
-        towards, tolerance = 1 if side == 0 else -1, self.check.tolerance
-        bets = (self._bad, towards, tolerance), (self._good, -towards, tolerance), (self._unlike, towards, 0.0)
-        for wealth, sign, taken_off in bets:
-            chances = _lifts(zeros, taken_off)
-            for i, odds in enumerate(ODDS):
-                strength = sign * odds
-                won = [
-                    chance + strength * (score + side * more) - _log_mean_of_draws(n, k, strength, ones + more)
-                    for more, chance in enumerate(chances)
-                ]
-                wealth[side, i] += float(np.logaddexp.reduce(won))
+        towards, lifted = (1, ~labels) if side == 0 else (-1, labels)
+        within = np.maximum(values, self.check.tolerance * lifted)
+        _bet_on_chances(self._bad[side], towards, labels, within)
+        _bet_on_chances(self._good[side], -towards, labels, within)
+        _bet_on_chances(self._unlike[side], towards, labels, values)
 
     def _shifted(self, labels: NDArray, values: NDArray, side: int) -> NDArray[np.float64]:
         """The values as if the canary were the whole tolerance better than it is."""
@@ -545,15 +557,29 @@ def _log_mean_of_draws(n: int, k: int, strength: float, ones: int | None = None)
     return float(polynomial[k] - ways)
 
 
-@lru_cache(maxsize=4096)
-def _lifts(zeros: int, tolerance: float) -> tuple[float, ...]:
-    """ln of the probability that 0, 1, ... of so many become 1; as far as it matters."""
-    if not tolerance:
-        return (0.0,)
-    odds = math.log(tolerance / (1 - tolerance))
-    logs = [_log_choose(zeros, more) + more * odds + zeros * math.log1p(-tolerance) for more in range(zeros + 1)]
-    least = max(logs) - 30
-    return tuple(logs[: max(more for more, log in enumerate(logs) if log > least) + 1])
+def _bet_on_chances(wealth: NDArray, towards: int, labels: NDArray, chances: NDArray) -> None:
+    """Add to ln wealth by `ODDS` what bets on a block's draw won, where each request is a 1 with a chance of its own.
+
+    What is bet is the mean over the chances, so that none of it is luck.
+    """
+    k, n = int(labels.sum()), len(labels)
+    drawn, left = _how_many(chances[labels]), _how_many(chances[~labels])
+    for i, odds in enumerate(ODDS):
+        strength = towards * odds
+        won = [
+            chance + other + strength * ones - _log_mean_of_draws(n, k, strength, ones + others)
+            for (ones, chance), (others, other) in product(drawn, left)
+        ]
+        wealth[i] += float(np.logaddexp.reduce(won))
+
+
+def _how_many(chances: NDArray[np.float64]) -> list[tuple[int, float]]:
+    """Of so many with these chances of being 1: how many are, and ln of its probability, as far as it matters."""
+    odds = np.ones(1)
+    for chance in chances[(chances > 0) & (chances < 1)]:
+        odds = np.convolve(odds, (1 - chance, chance))
+    certain = int((chances >= 1).sum())
+    return [(certain + int(more), math.log(odds[more])) for more in np.flatnonzero(odds > 1e-13 * odds.max())]
 
 
 def _log_choose(n: int, k: int) -> float:

@@ -70,10 +70,10 @@ class CanaryAnalysis:
     ) -> CanaryVerdict | None:
         """Count feedback about a request that was dealt to one of the two; the verdict, if it led to one.
 
-        It came with the API key of this id, of whose ratings of each version `limit` count.
+        It came with the API key of this id, of whose ratings `limit` count.
         """
         canary = version == f"v{self.canary}"
-        if not self._weights.takes_rating(key, canary, limit):
+        if not self._weights.takes_rating(key, limit):
             return None
         # Within a key: nobody rates in the place of another's users.
         asker = None if counted_as is None else counted_as + b"\0rating\0" + key.encode()

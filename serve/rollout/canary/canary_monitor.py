@@ -109,7 +109,7 @@ class CanaryMonitor(Collector):
 
     def rate(self, adapter: str, version: str, rating: float, counted_as: bytes | None, key: str = "") -> None:
         """Count feedback about a request that was dealt out, of a tenant that has a say, with the key of this id."""
-        limit = self._policies[adapter].verdicts.ratings_per_key
+        limit = 2 * self._policies[adapter].verdicts.ratings_per_key  # there are two versions
         self._update(adapter, version, lambda analysis: analysis.rate(version, rating, counted_as, key, limit))
 
     def looked(self) -> None:

@@ -1,8 +1,9 @@
 """How much one API key may weigh in a verdict on a canary.
 
 A request's `user` is free text, so one key can be any number of askers, and whoever may ask a shared adapter could
-decide what becomes of it. So of each key so many ratings of a version count and no more. The requests of a key whose
-tenant has no say in the adapter count up to `ALONE`, and beyond as long as they are no more than all others together.
+decide what becomes of it. So of each key so many ratings count and no more, whichever version they are of: were it so
+many of each, a key would go on with the canary alone, and its own mood with it. The requests of a key whose tenant has
+no say in the adapter count up to `ALONE`, and beyond as long as they are no more than all others together.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class KeyWeights:
 
     def __init__(self) -> None:
         self._requests: Counter[int] = Counter()
-        self._ratings: Counter[tuple[int, bool]] = Counter()
+        self._ratings: Counter[int] = Counter()
         self.requests_left_out = self.ratings_left_out = 0
 
     def takes_request(self, exchange: Exchange, has_say: bool) -> bool:
@@ -43,9 +44,9 @@ class KeyWeights:
         self._requests[key] += 1
         return True
 
-    def takes_rating(self, key: str, canary: bool, limit: int) -> bool:
-        """Whether a rating of the canary, or of the live version, counts; it is counted then."""
-        named = _digest(key, self._ratings), canary
+    def takes_rating(self, key: str, limit: int) -> bool:
+        """Whether a rating counts; it is counted then."""
+        named = _digest(key, self._ratings)
         if key and self._ratings[named] >= limit:
             self.ratings_left_out += 1
             return False
@@ -59,16 +60,17 @@ class KeyWeights:
     def state(self) -> State:
         return {
             "key_requests": np.array([[key, count] for key, count in self._requests.items()], np.int64).reshape(-1, 2),
-            "key_ratings": np.array(
-                [[key, canary, count] for (key, canary), count in self._ratings.items()], np.int64
-            ).reshape(-1, 3),
+            # Earlier releases counted by version, in the middle.
+            "key_ratings": np.array([[key, 0, count] for key, count in self._ratings.items()], np.int64).reshape(-1, 3),
             "left_out": np.array([self.requests_left_out, self.ratings_left_out]),
         }
 
     def restore(self, state: Mapping[str, NDArray]) -> None:
         """Go on where `state()` was."""
         self._requests = Counter({key: count for key, count in state["key_requests"].tolist()})
-        self._ratings = Counter({(key, bool(canary)): count for key, canary, count in state["key_ratings"].tolist()})
+        self._ratings = Counter()
+        for key, _, count in state["key_ratings"].tolist():
+            self._ratings[key] += count
         self.requests_left_out, self.ratings_left_out = state["left_out"].tolist()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -12,13 +13,17 @@ from serve.sequential.sequential_test import (
     ERRORS,
     FEW,
     LATENCY,
+    ODDS,
     QUALITY,
+    RESPONSE,
     Check,
     Comparison,
     Unit,
     Verdict,
     Worse,
+    _bet_on_chances,
 )
+from tests.serve.sequential.test_sequential_test import at_most
 
 RATING = next(check for check in CHECKS if check.name == "rating")
 ERROR = Check("error", ERRORS, Worse.HIGHER, Unit.RATE, 0.05, required=True)
@@ -71,14 +76,48 @@ def test_worse_ratings_are_worse():
     assert verdicts(live=0.8, canary=0.5).count(Verdict.WORSE) >= STREAMS - 1
 
 
+def test_a_canary_of_which_every_fifth_answer_gets_a_thumb_down_is_worse_soon():
+    """Where nearly all ratings are the same, ranks whose ties chance breaks see little: half took 580 here."""
+    comparisons = [rated(seed, live=1.0, canary=0.81, share=1.0, requests=350, alpha=0.01) for seed in range(10)]
+    assert all(each.verdict is Verdict.WORSE for each in comparisons)
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.5])
+@pytest.mark.parametrize("grades", [(0.0, 1.0), (0.0, 0.25, 0.5, 0.75, 1.0)])
+def test_a_canary_that_is_rated_as_the_live_version_is_hardly_ever_worse(weight, grades):
+    alpha, runs, worse = 0.2, 60, 0
+    for seed in range(runs):
+        rng = np.random.default_rng(seed)
+        comparison = Comparison(weight, checks=[RATING], alpha=alpha, seed=seed)
+        for number in range(600):
+            mood = 0.7 + 0.2 * math.sin(number / 60)
+            grade = grades[int(rng.binomial(len(grades) - 1, mood))]
+            comparison.observe(bool(rng.random() < weight), {"rating": grade})
+        worse += comparison.verdict is Verdict.WORSE
+    assert worse <= at_most(alpha, runs)
+
+
+def test_what_is_bet_on_grades_is_fair_to_the_last_bit():
+    """The mean capital over all draws of a block is 1, whatever its grades."""
+    grades = np.array([0.0, 1.0, 1.0, 0.3, 0.75, 0.5])
+    for drawn in (1, 3):
+        won = np.zeros((2, len(ODDS)))
+        ways = list(combinations(range(len(grades)), drawn))
+        for way in ways:
+            labels = np.isin(np.arange(len(grades)), way)
+            for side, towards in enumerate((1, -1)):
+                wealth = np.zeros(len(ODDS))
+                _bet_on_chances(wealth, towards, labels, grades)
+                won[side] += np.exp(wealth) / len(ways)
+        np.testing.assert_allclose(won, 1.0, rtol=1e-9)
+
+
 def test_unhappy_askers_who_rate_more_often_make_no_version_worse():
-    for seed in range(STREAMS):
-        comparison = rated(seed, live=0.8, canary=0.8, unhappy=2.5, share=0.35, requests=3000)
-        assert comparison.verdict is not Verdict.WORSE
-        if result(comparison).note:
-            assert "times as often" in result(comparison).note
-            return
-    raise AssertionError("of no comparison it was said that the difference may come of who rates")
+    runs = 30
+    comparisons = [rated(seed, live=0.8, canary=0.8, unhappy=2.5, share=0.35) for seed in range(runs)]
+    assert sum(each.verdict is Verdict.WORSE for each in comparisons) <= at_most(RESPONSE, runs)
+    noted = [result(each).note for each in comparisons if result(each).note]
+    assert len(noted) > runs / 2 and all("times as often" in note for note in noted)
 
 
 def mixed(rng, labels):
