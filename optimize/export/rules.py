@@ -8,7 +8,7 @@ from optimize.checkpoint import architectures
 from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.errors import Refused
 from optimize.export import gguf_metadata, layout, optimum
-from optimize.steps.planning import Context, Estimate, beyond_low_rank, by_layer, following, passing
+from optimize.steps.planning import Context, Estimate, beside_products, by_layer, following, passing
 from optimize.steps.quantize.rules import Quantize
 
 # A weight that is multiplied with, and its share of a scale; tables and output layers have 8 bits where it has fewer.
@@ -95,6 +95,14 @@ def refuse(context: Context) -> None:
         _refuse_gguf(context)
     elif recipe.export.precision not in BYTES:
         raise Refused(f"`precision: {recipe.export.precision}` is of GGUF files: say `format: gguf`")
+    if recipe.export.format in ("vllm", "adapter") and recipe.export.precision != "fp32":
+        raise Refused(
+            f"`precision: {recipe.export.precision}` is of the formats onnx, genai and gguf, and a "
+            f"{recipe.export.format} export would not be rounded: leave it out, and for vLLM say `quantize: {{scheme: "
+            "w8a8}` in `steps`"
+        )
+    if recipe.export.format != "onnx" and recipe.export.exporter == "optimum":
+        raise Refused(f"`exporter: optimum` writes ONNX graphs, and no {recipe.export.format} export: leave it out")
 
 
 def _refuse_vllm(context: Context) -> None:
@@ -129,7 +137,7 @@ def _refuse_onnx(context: Context) -> None:
         raise Refused("the onnx export is checked on a CPU here: say `target: cpu`")
     if layout.rope_type(context.base.config) == "dynamic":
         raise Refused("the model's rope changes with the length of the text (dynamic), which an ONNX graph cannot")
-    _refuse_beyond_low_rank(context, "an ONNX graph")
+    _refuse_beside_products(context, "an ONNX graph")
     kind = context.base.config.get("model_type")
     if recipe.export.exporter == "optimum" and kind not in optimum.families():
         raise Refused(
@@ -151,16 +159,13 @@ def _refuse_gguf(context: Context) -> None:
         raise Refused(f"{reason}: say `format: vllm`")
     if recipe.export.calibrates:
         architectures.dense(base.config, "calibration")
-    _refuse_beyond_low_rank(context, "a GGUF file")
+    _refuse_beside_products(context, "a GGUF file")
 
 
-def _refuse_beyond_low_rank(context: Context, what: str) -> None:
-    for name, config in context.adapters.items():
-        if name in context.living and beyond_low_rank(config):
-            raise Refused(
-                f"the adapter {name!r} is more than a low-rank update (DoRA or modules_to_save), which {what} does not "
-                "take: merge it into the base"
-            )
+def _refuse_beside_products(context: Context, what: str) -> None:
+    for name in sorted(context.living & set(context.adapters)):
+        if reason := beside_products(context, name):
+            raise Refused(f"the adapter {name!r} {reason}, which {what} does not take: merge it into the base")
 
 
 def _refuse_genai(context: Context) -> None:
@@ -177,4 +182,4 @@ def _refuse_genai(context: Context) -> None:
                 "onnxruntime-genai takes a quantized model in GPTQ's format without adapters, as int4: say `quantize: "
                 "{scheme: w4a16, format: gptq}` and `export: {precision: int4}`, or leave the quantize step out"
             )
-    _refuse_beyond_low_rank(context, "onnxruntime-genai")
+    _refuse_beside_products(context, "onnxruntime-genai")

@@ -11,10 +11,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from optimize import processor
-from optimize.checkpoint.checkpoint import Checkpoint
+from optimize.checkpoint.checkpoint import ADAPTER, Checkpoint, header
 from optimize.checkpoint.linears import input_widths, linear
 from optimize.recipe import Recipe
 
@@ -218,3 +219,14 @@ def passing(context: Context) -> int:
 def beyond_low_rank(config: Mapping[str, Any]) -> bool:
     """Whether an adapter is more than a low-rank update."""
     return bool(config.get("use_dora") or config.get("modules_to_save") or config.get("trainable_token_indices"))
+
+
+def beside_products(context: Context, name: str) -> str:
+    """What an adapter of the recipe has beside A and B of linear layers; empty where these are all."""
+    config = context.adapters[name]
+    if beyond_low_rank(config):
+        return "is more than a low-rank update (DoRA or modules_to_save)"
+    if config.get("lora_bias"):
+        return "has biases beside its B matrices (lora_bias)"
+    tensors = header(Path(context.recipe.adapters[name]) / ADAPTER)
+    return "adapts the embedding" if any(".lora_embedding_" in tensor for tensor in tensors) else ""

@@ -9,7 +9,7 @@ from optimize.errors import RecipeError, Refused
 from optimize.options import Step, check_name
 from optimize.steps.kind import StepKind
 from optimize.steps.merge.rules import check_weights, refuse_unmerged
-from optimize.steps.planning import Context, Estimate, beyond_low_rank
+from optimize.steps.planning import Context, Estimate, beside_products
 
 SAME_RANK = {"linear"}  # methods that want adapters of one rank
 
@@ -56,22 +56,14 @@ def refuse(step: Combine, context: Context) -> None:
             f"combine by {step.method} wants adapters of one rank, these have {ranks}: take method svd or cat"
         )
     for name, config in configs.items():
-        if config.get("lora_bias"):
-            raise Refused(
-                f"the adapter {name!r} has biases beside its B matrices (lora_bias), which cannot be combined: "
-                "merge it into the base instead"
-            )
         if config.get("fan_in_fan_out"):
             raise Refused(
                 f"the adapter {name!r} is for layers whose weights lie the other way round (fan_in_fan_out), and "
                 "cannot be combined: merge it into the base instead"
             )
         refuse_unmerged(name, config)
-        if beyond_low_rank(config):
-            raise Refused(
-                f"the adapter {name!r} is more than a low-rank update (DoRA or modules_to_save) "
-                "and cannot be combined: merge it into the base instead"
-            )
+        if reason := beside_products(context, name):
+            raise Refused(f"the adapter {name!r} {reason} and cannot be combined: merge it into the base instead")
 
 
 def sentence(options: Mapping[str, Any], notes: Mapping[str, Any]) -> str:

@@ -188,6 +188,8 @@ def test_a_recipe_writes_measures_and_judges_a_file(model, texts, method, tmp_pa
         ("export: {format: gguf, precision: int4}", "has no int4"),
         ("export: {format: onnx, precision: q4_k_m}", "is of GGUF files"),
         ("export: {format: gguf, precision: bf16, method: gptq}", "whose matrices are rounded"),
+        ("export: {precision: int8}", "a vllm export would not be rounded: leave it out"),
+        ("export: {exporter: optimum}", "writes ONNX graphs, and no vllm export"),
         ("export: {method: gptq}", "for vLLM say `quantize: {method: gptq}`"),
         ("steps: [{quantize: {scheme: w8a8}}]\nexport: {format: gguf, precision: q8_0}", "its own 4 and 8 bits"),
         ("export: {format: gguf, precision: q8_0}", "its tokenizer is not written: it is no byte-level BPE"),
@@ -205,3 +207,28 @@ def test_an_output_layer_has_six_bits_where_layers_have_four(precision, model):
     head = "model.embed_tokens.weight" if source.tied else "lm_head.weight"
     assert gguf_file._kind(source, head, precision) == "Q6_K"
     assert gguf_file._kind(source, "model.layers.1.self_attn.q_proj.weight", precision).startswith("Q4")
+
+
+@pytest.mark.parametrize("form", ["gguf, precision: fp16", "onnx", "genai"])
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "'one' adapts the embedding, which"),
+        ({"target_modules": ["q_proj"], "lora_bias": True}, r"'one' has biases .*\(lora_bias\), which"),
+    ],
+)
+def test_what_a_file_of_an_adapter_has_no_place_for_is_refused(model, settings, says, form, written, tmp_path):
+    """The biases were left out of the file, and the figures were those of the adapter with them."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if "lora_bias" in settings and base.config.model_type == "llama":
+        pytest.skip("has no biases to add one to")
+    if form == "genai":
+        pytest.importorskip("onnxruntime_genai")
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, **settings)).save_pretrained(tmp_path / "one")
+    more = f"adapters: {{one: {tmp_path / 'one'}}}\nexport: {{format: {form}}}\n"
+    read = recipe.load(written(more), model=str(model))
+    with pytest.raises(Refused, match=says + ".*merge it into the base"):
+        plan.made(read, model, {}, tmp_path / "out", 10**12)

@@ -188,6 +188,15 @@ def test_an_adapter_that_cannot_be_merged_is_refused_with_what_would_do(
         plan.made(recipe, plan.Path(recipe.model), {}, tmp_path / "out", 10**12)
 
 
+def test_an_adapter_of_the_embedding_is_not_combined(written, adapter, tmp_path):
+    """The step stopped at it with 'A'."""
+    one = adapter(target_modules=["q_proj", "embed_tokens"])
+    steps = "steps: [{combine: {adapters: [one, two], name: both}}]"
+    recipe = load(written(f"adapters: {{one: {one}, two: {adapter(seed=1)}}}\n{steps}"))
+    with pytest.raises(Refused, match="'one' adapts the embedding and cannot be combined"):
+        plan.made(recipe, plan.Path(recipe.model), {}, tmp_path / "out", 10**12)
+
+
 @pytest.mark.parametrize(
     ("missing", "says"),
     [("", "its file of weights holds none"), ("lora_B", "has no lora_B beside its other half")],
