@@ -16,18 +16,14 @@ from functools import partial
 from typing import Any, Protocol
 
 from jinja2 import TemplateSyntaxError
-from jinja2.exceptions import SecurityError
-from jinja2.sandbox import SandboxedEnvironment
 from vllm import envs
 from vllm.exceptions import VLLMServerError, VLLMValidationError
 from vllm.renderers.chat_utils import ChatTemplateResolutionError
 
 from serve.errors import ConfigError
+from serve.vllm_backend import template_bounds
 
 log = logging.getLogger(__name__)
-
-# Characters of a text, items of a list or bits of a number that a template may make of one by `*` or `**`.
-LARGEST = 1 << 24
 
 
 class Renderer(Protocol):
@@ -66,8 +62,7 @@ async def check_ends(renderer: Renderer, params: Any, name: str, seconds: float 
 
 def guard(renderer: Any) -> None:
     """What its template raises is a sentence of ours from now on, and a template that does not end is ended."""
-    SandboxedEnvironment.intercepted_binops = frozenset(("*", "**"))
-    SandboxedEnvironment.call_binop = _product  # type: ignore[assignment,method-assign]
+    template_bounds.install()
     if hasattr(renderer, "_replace_executor"):  # a template of Jinja's
         renderer._apply_chat_template_async = partial(_said, renderer._apply_chat_template_async)
         renderer._render_with_timeout = partial(_ended, renderer._render_with_timeout, renderer._executor)
@@ -110,19 +105,3 @@ def _end(threads: Iterable[threading.Thread]) -> None:
     for thread in list(threads):
         if thread.ident is not None and thread.is_alive():
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(TimeoutError))
-
-
-def _product(environment: SandboxedEnvironment, context: Any, operator: str, left: Any, right: Any) -> Any:
-    """Jinja's, which bounds ranges alone: one operation may take the machine's memory, and nothing ends it."""
-    if _size(operator, left, right) > LARGEST:
-        raise SecurityError(f"the chat template makes more than {LARGEST:,} characters or items of one by `{operator}`")
-    return environment.binop_table[operator](left, right)
-
-
-def _size(operator: str, left: Any, right: Any) -> int:
-    if isinstance(left, int) and isinstance(right, int):
-        return left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
-    for many, times in ((left, right), (right, left)):
-        if isinstance(many, str | bytes | list | tuple) and isinstance(times, int):
-            return len(many) * times
-    return 0

@@ -4,9 +4,10 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from jinja2.sandbox import SandboxedEnvironment
+from jinja2 import sandbox
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 from vllm.exceptions import VLLMServerError, VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 from vllm.renderers.params import ChatParams
@@ -48,8 +49,9 @@ async def test_one_that_ends_or_refuses_the_message_is_taken(error):
 @pytest.fixture
 def renderer(monkeypatch):
     """vLLM's own, of a tokenizer without a template, with what a server does to it."""
-    for name in ("intercepted_binops", "call_binop"):
-        monkeypatch.setattr(SandboxedEnvironment, name, getattr(SandboxedEnvironment, name))
+    for module in (sandbox, chat_template_utils):
+        monkeypatch.setattr(module, "ImmutableSandboxedEnvironment", module.ImmutableSandboxedEnvironment)
+    chat_template_utils._compile_jinja_template.cache_clear()
     named = dict.fromkeys(("revision", "code_revision", "tokenizer_revision", "multimodal_config"))
     model = SimpleNamespace(
         **named,
@@ -75,6 +77,10 @@ async def rendered(renderer, template):
     return prompt["prompt"]
 
 
+# A text that doubles until it is larger than any memory.
+TWICE = "{% set ns = namespace(x='a') %}{% for i in range(50) %}{% set ns.x = MORE %}{% endfor %}"
+
+
 @pytest.mark.parametrize(
     "template, says",
     [
@@ -87,6 +93,26 @@ async def rendered(renderer, template):
         ("{{ 1000000000 * messages[0].content }}", "makes more than 16,777,216 characters"),
         ("{{ [0] * 1000000000 }}", "makes more than 16,777,216 characters or items"),
         ("{{ 7 ** 999999999 }}", "makes more than 16,777,216"),
+        (TWICE.replace("MORE", "ns.x ~ ns.x"), "by putting texts together$"),
+        (TWICE.replace("MORE", "ns.x + ns.x"), r"by `\+`$"),
+        (TWICE.replace("MORE", "[ns.x, ns.x] | join"), "by putting texts together$|by `join`$"),
+        (TWICE.replace("MORE", "ns.x.replace('a', 'aa')"), "by `replace`$"),
+        ("{% set x = 'a' * 9999999 %}{{ x }}{{ x }}", "by putting texts together$"),
+        ("{% set x = 'a' * 9999999 %}{% set y %}{{ x }}{{ x }}{% endset %}", "by putting texts together$"),
+        ("{% set x = 'a' * 9999999 %}{{ (['a'] * 99) | map('lower') | map('replace', 'a', x) | join }}", "by `join`$"),
+        ("{{ messages[0].content | center(1000000000) }}", "by `center`$"),
+        ("{{ 'a' | center(1000000000) }}", "by `center`$"),
+        ("{{ messages[0].content.center(1000000000) }}", "by `center`$"),
+        ("{{ ['a'] | map('center', 1000000000) | list }}", "by `map`$"),
+        ("{{ '%1000000000d' % 1 }}", "by `%`$"),
+        ("{{ '%*d' % (1000000000, 1) }}", "by `%`$"),
+        ("{{ '%1000000000d' | format(1) }}", "by `format`$"),
+        ("{{ '{:>1000000000}'.format(1) }}", "by `format`$"),
+        ("{{ '{:>{}}'.format(1, 1000000000) }}", "by `format`$"),
+        ("{{ 'a\n\na' | indent(1000000000) }}", "by `indent`$"),
+        ("{{ messages | tojson(indent=1000000000) }}", "by `tojson`$"),
+        ("{{ 'a'.ljust(1000000000) }}", "by `ljust`$"),
+        ("{{ [1] | batch(1000000000, 0) | list }}", "by `batch`$"),
     ],
 )
 async def test_what_a_template_raises_is_a_sentence_to_the_client(renderer, template, says):
@@ -94,8 +120,21 @@ async def test_what_a_template_raises_is_a_sentence_to_the_client(renderer, temp
         await rendered(renderer, template)
 
 
-async def test_a_template_that_works_is_rendered(renderer):
-    assert await rendered(renderer, "{{ '=' * 3 }}{{ messages[0].content }}{{ 2 ** 3 }}{{ 2 * 1.5 }}") == "===ab83.0"
+@pytest.mark.parametrize(
+    "template, text",
+    [
+        ("{{ '=' * 3 }}{{ messages[0].content }}{{ 2 ** 3 }}{{ 2 * 1.5 }}{{ 1 + 2 }}{{ 5 % 3 }}", "===ab83.032"),
+        ("{{ 1 ~ nothing ~ messages[0].content ~ none }}", "1abNone"),
+        ("{{ '%5d|%s|%-3s' % (1, 'x' + 'y', messages[0].content) }}", "    1|xy|ab "),
+        ("{{ '{:>4}{}'.format('a', 1.5) }}{{ '%.2f' | format(0.125) }}", "   a1.50.12"),
+        ("{{ messages | map(attribute='content') | join(',') | center(6) }}", "  ab  "),
+        ("{{ ([1] + [2]) | tojson(indent=2) }}{{ messages[0].content.split('a') }}", "[\n  1,\n  2\n]['', 'b']"),
+        ("{% macro m(x) %}<{{ x }}>{% endmacro %}{% set y %}{{ m('a') }}{% endset %}{{ y ~ y }}", "<a><a>"),
+        ("{{ 'x' | replace('x', 'y') | upper | trim }}{{ messages[0].items() | list | length }}", "Y2"),
+    ],
+)
+async def test_operators_filters_and_calls_do_what_jinjas_do(renderer, template, text):
+    assert await rendered(renderer, template) == text
 
 
 async def test_a_template_that_does_not_end_for_a_chat_is_ended(renderer, monkeypatch):
