@@ -238,8 +238,16 @@ def _check_nodes(name: str, schema: Any) -> None:
         if not isinstance(value, (dict, list)):
             continue
         nodes += len(value)
+        _check_reference(name, value)
         if depth > most:
             raise _refused(name, f"is nested more than {most} levels deep")
         if nodes > MAX_NODES:
             raise _refused(name, f"has more than {MAX_NODES} values")
         ahead += [(child, depth + 1) for child in (value.values() if isinstance(value, dict) else value)]
+
+
+def _check_reference(name: str, value: dict[str, Any] | list[Any]) -> None:
+    """The compiler takes anything at all where a schema refers to something else, and says so in its log alone."""
+    reference = value.get("$ref") if isinstance(value, dict) else None
+    if isinstance(reference, str) and reference != "#" and not reference.startswith("#/"):
+        raise _refused(name, f"refers to {reference[:100]!r}: a `$ref` begins with `#/`, within the schema")

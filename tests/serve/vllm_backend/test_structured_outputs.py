@@ -41,6 +41,12 @@ def nested(levels: int, width: int) -> dict:
     [
         {"json": PERSON},
         {"json": json.dumps(PERSON)},
+        {
+            "json": {
+                "properties": {"$ref": {"type": "string"}, "a": {"$ref": "#/$defs/a"}},
+                "$defs": {"a": {"$ref": "#"}},
+            }
+        },
         {"json": nested(5, 4)},
         {"json": {"type": "object", "properties": {f"field_{n}": PERSON for n in range(300)}}},
         {"choice": ["yes", "no"]},
@@ -65,6 +71,9 @@ def test_what_people_ask_for_passes(given):
         ({"json": "[" * 100_000}, "is no JSON"),
         ({"json": "{"}, "is no JSON"),
         ({"json": "[1]"}, "is a JSON object, not list"),
+        ({"json": {"items": {"$ref": "https://example.com/a.json"}}}, "refers to 'https://example.com/a.json'"),
+        ({"json": '{"anyOf": [{"$ref": "a.json#/b"}]}'}, "a `\\$ref` begins with `#/`, within the schema"),
+        ({"structural_tag": '{"structures": [{"schema": {"$ref": "#a"}}]}'}, "refers to '#a'"),
         ({"structural_tag": "no JSON"}, "is no JSON"),
         ({"choice": ["x"] * 100_000}, f"has 100000 entries; at most {MAX_CHOICES} are taken"),
         ({"choice": ["\ud800"]}, "no Unicode"),
