@@ -31,6 +31,7 @@ Embedded = Callable[[str], Path]
 Served = Callable[[], dict[str, str]]
 Show = Callable[["Plan", Path], None]
 Memory = Annotated[float, typer.Option("--memory", help="GB that a step may use (default: 4/5 of what is free).")]
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 EVERY = 15.0  # seconds between two lines when there is no terminal
 
 HELP = """Turn a base model and its LoRA adapters into an optimized, measured export.
@@ -75,18 +76,19 @@ def run(arguments: Sequence[str], embedded: Embedded, served: Served = dict) -> 
 def _exit_code(app: typer.Typer, arguments: Sequence[str], name: str) -> int:
     try:
         # What a command says by typer.Exit comes back as a number; commands return nothing.
-        return int(app(args=list(arguments), prog_name=name, standalone_mode=False) or 0)
+        code = int(app(args=list(arguments), prog_name=name, standalone_mode=False) or 0)
     except OptimizeError as error:
         print(f"loradock: {error.message}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("loradock: stopped; go on with --resume", file=sys.stderr)
-        return 130
     except Exception as error:  # typer's usage errors; their class depends on the click that typer uses
         if hasattr(error, "format_message"):
             print(f"loradock: {error.format_message()}", file=sys.stderr)
             return 2
         raise
+    if code == INTERRUPTED:
+        resumes = name == "loradock optimize"
+        print(f"loradock: stopped{'; go on with --resume' if resumes else ''}", file=sys.stderr)
+    return code
 
 
 def _optimize_command(embedded: Embedded, served: Served) -> Callable[..., None]:

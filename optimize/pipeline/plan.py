@@ -239,6 +239,6 @@ def _room(plan: Plan, where: Path, memory: int) -> None:
     free = shutil.disk_usage(where).free
     if plan.disk > free:
         raise Refused(
-            f"{where} has {free / 1e9:.1f} GB free and this takes {plan.disk / 1e9:.1f} GB; "
+            f"{where} has {free / 1e6:,.1f} MB free and this takes {plan.disk / 1e6:,.1f} MB; "
             "free some, or name another --out"
         )

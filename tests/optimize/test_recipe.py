@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from optimize import recipe
+from optimize import cli, recipe
 from optimize.errors import RecipeError
 from optimize.recipe import load, parse, shipped
 from optimize.steps.prune.heal_rules import Heal
@@ -117,3 +117,18 @@ def test_a_file_of_windows_is_read_as_any_other(tmp_path):
 def test_a_key_on_the_command_line_lies_over_the_file():
     made = load("int8-cpu", {"gate.min_top1": "0.5", "seed": "7"})
     assert (made.gate.min_top1, made.seed) == (0.5, 7)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(["int8-cpu"], "stopped; go on with --resume\n"), (["check", "train.jsonl"], "stopped\n")]
+)
+def test_ctrl_c_says_how_to_go_on(words, said, monkeypatch, capsys):
+    """typer makes an exit code of it, and nothing was said."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.recipes, "load", interrupted)
+    monkeypatch.setattr(cli.examples, "checked", interrupted)
+    assert cli.run(words, Path) == 130
+    assert capsys.readouterr().err == f"loradock: {said}"

@@ -281,7 +281,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing_half(size, written, tmp_pa
     try:
         recipe = written("steps: [{quantize: {method: rtn}}]")
         optimize(recipe, "--out", small / "out", expect=2)
-        assert "GB free and this takes" in capsys.readouterr().err
+        assert "MB free and this takes" in capsys.readouterr().err
         roomy = plan.shutil.disk_usage(tmp_path)
         monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: roomy)
         optimize(recipe, "--out", small / "out", expect=1)
