@@ -118,14 +118,12 @@ class Encoder:
             ids.pop()  # a tokenizer that ends every text
         return ids
 
-    def answer(self, prompt: str, answer: str) -> tuple[list[int], int]:
-        """A prompt with an answer, as a chat where the model has one, and where the answer begins."""
+    def answers(self, prompt: str, answers: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        """A prompt, as a chat where the model has one, and what may stand behind it."""
         if self.words.chat_template:
             chat = Chat(({"role": "user", "content": prompt},), (False,))
-            before, said = self._ids(self._text(chat, 1, True)), self._ids(answer)
-        else:
-            before, said = self.text(f"Question: {prompt}\nAnswer:"), self._ids(f" {answer}")
-        return [*before, *said], len(before)
+            return self._ids(self._text(chat, 1, True)), [self._ids(answer) for answer in answers]
+        return self.text(f"Question: {prompt}\nAnswer:"), [self._ids(f" {answer}") for answer in answers]
 
     def units(self, example: Example) -> list[Unit]:
         if isinstance(example, Completion):

@@ -30,7 +30,7 @@ from optimize.errors import OptimizeError, Refused
 from optimize.intervals import Interval, of_change, of_mean, of_share
 from optimize.steps.tune.encoding import Encoded, Encoder
 from optimize.steps.tune.leaks import Leaks, leaks
-from optimize.steps.tune.reading import Read, read
+from optimize.steps.tune.reading import Read, likelihoods, read
 from optimize.steps.tune.settings import max_length
 from optimize.steps.tune.suite import DEFAULT, Suite, loaded
 
@@ -170,22 +170,15 @@ class _Validator:
 
     def _chosen(self, asked: Sequence[tuple[str, Sequence[str]]]) -> tuple[list[int], list[int]]:
         """The answer that base and adapter find likeliest, a token, for each prompt."""
-        rows: list[list[int]] = []
-        begins: list[int] = []
-        for prompt, answers in asked:
-            for answer in answers:
-                row, begin = self._encoder.answer(prompt, answer)
-                rows.append(row)
-                begins.append(begin)
-        chosen = []
-        for side in self._read_twice(rows):
-            scores = [float(said.logps[max(begin, 1) - 1 :].mean()) for said, begin in zip(side, begins, strict=True)]
-            choices = []
-            for _, answers in asked:
-                own, scores = scores[: len(answers)], scores[len(answers) :]
-                choices.append(max(range(len(own)), key=own.__getitem__))
-            chosen.append(choices)
-        return chosen[0], chosen[1]
+        pairs = [self._encoder.answers(prompt, answers) for prompt, answers in asked]
+
+        def choices() -> list[int]:
+            scores = likelihoods(self._both, pairs, self._alive)
+            return [max(range(len(own)), key=own.__getitem__) for own in scores]
+
+        with self._both.disable_adapter():
+            before = choices()
+        return before, choices()
 
     def _read_twice(self, rows: Sequence[Sequence[int]]) -> tuple[list[Read], list[Read]]:
         """As the base reads them, and as the adapter does."""
