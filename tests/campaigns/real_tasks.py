@@ -30,9 +30,16 @@ NAME = "cron"
 TRAIN, HELD_OUT = 360, 100
 AT_ONCE = 8
 HOUR = 3600.0
-# Ratings of a canary, whatever comes of it, and requests after which a change of subject must have been seen.
-RATINGS, REQUESTS = 320, 400
+# Ratings of a canary, whatever comes of it; requests that a reference takes, as it is installed; and those after which
+# a change of subject must have been seen.
+RATINGS, REFERENCE, CHANGED = 320, 1300, 400
 DAYS = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
+JOBS = ("back up the database", "send the newsletter", "rotate the logs", "clear the cache", "renew certificates",
+        "water the plants", "post the lunch menu", "sync the calendar", "rebuild the search index", "check for updates",
+        "count the visitors", "mail the invoices", "archive old orders", "refresh exchange rates", "wake the printer",
+        "defragment the disk", "reset the demo account", "fetch the weather", "remind the team", "purge the trash",
+        "scan for viruses", "publish the podcast", "close stale tickets", "measure the temperature", "ping the router",
+        "export the ledger", "compress the photos", "retrain the model", "order coffee")  # fmt: skip
 MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
           "November", "December")  # fmt: skip
 
@@ -54,6 +61,7 @@ def schedules(draw: random.Random) -> Iterator[tuple[str, str]]:
             (f"on weekdays at {clock}", f"{minute} {hour} * * 1-5"),
             (f"on {MONTHS[month]} {day} at {clock}", f"{minute} {hour} {day} {month + 1} *"),
         ))  # fmt: skip
+        english = f"{draw.choice(JOBS)} {english}"
         if english not in seen:
             seen.add(english)
             yield f"Write the cron schedule, its five fields and nothing else: {english}", fields
@@ -76,6 +84,20 @@ def solved(server: Server, model: str) -> list[str]:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         failed = [*pool.map(wrong, range(len(PROBLEMS)))]
     return [problem.head for problem, is_wrong in zip(PROBLEMS, failed, strict=True) if is_wrong]
+
+
+def programs(draw: random.Random) -> Iterator[str]:
+    """What people ask for who want programs; none twice."""
+    wants = [f"{verb} {what}" for verb in ("counts", "sorts", "reverses", "merges", "sums up", "prints")
+             for what in ("the words of a text", "a list of numbers", "the rows of a CSV file", "the keys of a dict",
+                          "a linked list", "the lines of a log file", "nested lists")]  # fmt: skip
+    kinds = ("Write a Python function that {}", "How do I write a class that {}?", "Give me a short script that {}",
+             "Fix my code, please: it {} and crashes", "Write a unit test for a function that {}",
+             "I need a generator that {}", "Write it without imports: code that {}", "Is there a one-liner that {}?",
+             "Refactor a method that {}", "Explain, with code, what {}")  # fmt: skip
+    every = [kind.format(want) for want in wants for kind in kinds]
+    draw.shuffle(every)
+    yield from every
 
 
 def is_right(said: str, fields: str) -> bool:
@@ -124,28 +146,34 @@ def canary(server: Server, version: int, rows: list[tuple[str, str]]) -> str:
     return f"still there after {RATINGS} ratings"
 
 
-def drift(server: Server, rows: list[tuple[str, str]]) -> str:
+def drift(server: Server, before: list[str], since: list[str]) -> str:
     """After how many requests for programs the adapter's drift is told, when all before were for schedules."""
 
     def alarms() -> list[dict[str, Any]]:
         return [row for row in server.adapter(NAME).get("history") or [] if "drift" in str(row.get("action"))]
 
     def ask(at: int) -> None:
-        asked(server, NAME, rows[at % len(rows)][0], 8, user=f"d{at}")
+        asked(server, NAME, before[at], 8, user=f"d{at}")
 
     def ask_for_programs(at: int) -> None:
-        asked(server, NAME, PROBLEMS[at % len(PROBLEMS)].prompt, 8, user=f"p{at}")
+        asked(server, NAME, since[at], 8, user=f"p{at}")
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(ask, range(REQUESTS)))
-        if before := len(alarms()):
-            return f"{before} alarms before anything changed"
-        for first in range(0, REQUESTS, 20):
+        list(pool.map(ask, range(len(before))))
+        if found := len(alarms()):
+            return f"{found} alarms before anything changed"
+        for first in range(0, CHANGED, 20):
             list(pool.map(ask_for_programs, range(first, first + 20)))
             time.sleep(1.0)
             if alarms():
                 return f"told after {first + 20} requests"
-    return f"not told after {REQUESTS} requests"
+    return f"not told after {CHANGED} requests"
+
+
+def subjects(rows: Iterator[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    """What is asked for a reference, and then."""
+    every = programs(random.Random(6))
+    return [next(rows)[0] for _ in range(REFERENCE)], [next(every) for _ in range(CHANGED)]
 
 
 def pulled(server: Server, folder: Path) -> Path:
@@ -180,7 +208,7 @@ def measured(file: Path, folder: Path, parts: list[str]) -> None:
             version = int(pushed["version"])
             scored = right(server, f"{NAME}@v{version}", held_out)
             print(f"- {what} of its update ({scored} right) as canary: {canary(server, version, held_out)}", flush=True)
-        print(f"- requests for programs: drift is {drift(server, held_out)}", flush=True)
+        print(f"- requests for programs: drift is {drift(server, *subjects(rows))}", flush=True)
     print()
 
 
