@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 
 from optimize.checkpoint import architectures
-from optimize.checkpoint.checkpoint import Checkpoint
+from optimize.checkpoint.checkpoint import ADAPTER, Checkpoint, header
 from optimize.errors import Refused
 from optimize.export import gguf_metadata, layout, optimum
 from optimize.steps.planning import Context, Estimate, beside_products, by_layer, following, passing
@@ -160,6 +161,13 @@ def _refuse_gguf(context: Context) -> None:
     if recipe.export.calibrates:
         architectures.dense(base.config, "calibration")
     _refuse_beside_products(context, "a GGUF file")
+    for name in sorted(context.living & set(context.adapters)):
+        tensors = header(Path(recipe.adapters[name]) / ADAPTER)
+        if base.tied and any("lm_head." in tensor for tensor in tensors):
+            raise Refused(
+                f"the adapter {name!r} adapts the output layer, which is the embedding in this base, so that a GGUF "
+                "file has none of its own: merge it into the base"
+            )
 
 
 def _refuse_beside_products(context: Context, what: str) -> None:

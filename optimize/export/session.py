@@ -49,6 +49,7 @@ class Session:
         width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         self.empty = self._value(np.zeros((1, heads, 0, width), np.float32))
         self.longest = longest(config)
+        self.positions: int | None = config.get("max_position_embeddings")
         self._folder = folder
         self._adapter: dict[str, Any] = {}
         if adapter:
@@ -135,9 +136,14 @@ class Answer:
             text = self.words.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         start = time.monotonic()
         ids = self.words(text, add_special_tokens=not template).input_ids
+        room = (self.session.positions or len(ids) + self.count) - len(ids)
+        if room < 1:
+            raise Refused(
+                f"the prompt has {len(ids)} tokens, and the model was made for {len(ids) + room} with its answer"
+            )
         made: list[int] = []
         said = ""
-        for token in self.session.tokens(ids, self.count, frozenset(self.ends)):
+        for token in self.session.tokens(ids, min(self.count, room), frozenset(self.ends)):
             made.append(token)
             whole = self.words.decode(made, skip_special_tokens=True).lstrip()
             if not whole.endswith("\ufffd"):  # a character of several tokens is not whole yet

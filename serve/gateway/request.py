@@ -63,6 +63,10 @@ NOTHING_KEPT = (
     "this server keeps no responses, so `previous_response_id` finds none: send the conversation in `input`, or have "
     "an operator start the server with VLLM_ENABLE_RESPONSES_API_STORE=1 (it keeps the last 1,000 in memory, by tenant)"
 )
+NO_CONVERSATIONS = (
+    "this server keeps no conversations: send what was said before in `input`, or name the response before in "
+    "`previous_response_id`"
+)
 # OpenRouter's: names in the order in which they are tried.
 MAX_MODELS = 8
 # Fields of a body that are this server's, and no engine's.
@@ -121,6 +125,8 @@ class InferenceRequest:
 
     def check(self, path: str) -> None:
         """BadRequest, if it holds what this route does not take."""
+        if path == RESPONSES and self.fields.get("conversation") is not None:  # it would be answered without it
+            raise BadRequest(NO_CONVERSATIONS, param="conversation")
         if path != GENERATE:
             return
         sampling = self.fields.get("sampling_params")

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 from jinja2 import TemplateSyntaxError
 from vllm import envs
 from vllm.exceptions import VLLMServerError, VLLMValidationError
-from vllm.renderers.chat_utils import ChatTemplateResolutionError
 
 from serve.errors import ConfigError
 from serve.vllm_backend import template_bounds
@@ -91,7 +90,7 @@ async def _ended(original: Callable[..., Any], executor: Any, rendering: Corouti
 
 def _in_words(error: BaseException) -> str:
     """Empty for what a working template says of a chat."""
-    if isinstance(error, ChatTemplateResolutionError):
+    if type(error).__name__ == "ChatTemplateResolutionError":  # it has moved in vLLM 0.33
         what = "this model has no chat template"
     elif isinstance(wrong := error.__cause__ or error, TemplateSyntaxError):
         what = f"the chat template cannot be read, line {wrong.lineno}: {wrong.message}"

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from contextvars import ContextVar
 from copy import copy
 from multiprocessing.connection import Connection
@@ -22,6 +22,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from serve.vllm_backend.compiler_process import CompilerProcess
+from serve.vllm_backend.grammar_backends import is_beyond_xgrammar
 
 MAX_BYTES = 128 << 10  # of a schema, grammar, pattern or of all choices
 MAX_NODES = 10_000  # values in a schema: objects, lists, texts, numbers
@@ -149,13 +150,35 @@ def compile_grammars(connection: Connection, vllm_config: Any) -> None:
             params._validate_structured_outputs(
                 vllm_config.model_config, vllm_config.structured_outputs_config, manager.tokenizer
             )
+            _choose_library(params, manager.tokenizer)
             manager.grammar_init(request)
+            _check_width(manager.backend, vllm_config.model_config.get_vocab_size())
             _check_answerable(manager.backend, request.structured_output_request._grammar.result())
         except Exception as error:  # whatever a grammar brings about is a sentence to who sent it
             words = " ".join(str(error).split())[:500] or type(error).__name__
             connection.send(f"the structured output cannot be compiled: {words}")
         else:
             connection.send(params.structured_outputs)
+
+
+def _choose_library(params: Any, tokenizer: Any) -> None:
+    """llguidance for a schema that it knows and xgrammar would take for another, where vLLM may choose."""
+    from vllm.sampling_params import _get_llg_tokenizer
+    from vllm.v1.structured_output.backend_guidance import validate_guidance_grammar
+
+    outputs = params.structured_outputs
+    if outputs.json is None or not outputs._backend_was_auto or outputs._backend != "xgrammar":
+        return
+    if is_beyond_xgrammar(json.loads(outputs.json) if isinstance(outputs.json, str) else outputs.json):
+        with suppress(ValueError):
+            validate_guidance_grammar(params, tokenizer=_get_llg_tokenizer(tokenizer))
+            outputs._backend = "guidance"
+
+
+def _check_width(backend: Any, vocabulary: int) -> None:
+    """ValueError where its masks do not fit beside the other libraries'."""
+    if backend.allocate_token_bitmask(1).shape[1] != (vocabulary + 31) // 32:
+        raise ValueError("the tokenizer has more tokens than the model, and xgrammar does not know all of it")
 
 
 def _check_answerable(backend: Any, grammar: Any) -> None:

@@ -71,6 +71,7 @@ _MANAGER = "vllm.lora.model_manager:LoRAModelManager"
 _PLATFORM = "vllm.platforms.cpu:CpuPlatform"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _LAYERS = "vllm.model_executor.layers"
+_EMBEDDING = f"{_LAYERS}.vocab_parallel_embedding:UnquantizedEmbeddingMethod"
 _LINEAR = "vllm.model_executor.kernels.linear"
 _PROMPTS = "vllm.v1.worker.gpu.sample.prompt_logprob:PromptLogprobsWorker"
 _LORA_KERNELS = "LORADOCK_LORA_KERNELS"
@@ -131,6 +132,7 @@ CORRECTNESS: tuple[Patch, ...] = (
                 f"{_LINEAR}.scaled_mm.cpu:CPUInt8ScaledMMLinearKernel._apply_weights_sgl",
                 "cfc2f7865908",
                 f"{_CPU}.install:multiply_int8_rows",
+                fixed={"0.33.0": "ee62ad09dc0c"},
             ),
         ),
         on="cpu",
@@ -218,6 +220,20 @@ CORRECTNESS: tuple[Patch, ...] = (
             ),
         ),
         process="server",
+    ),
+    Patch(
+        "grammar-backends",
+        "correctness",
+        "a schema is compiled by another library than it was checked by, which leaves out what it does not know",
+        (
+            Function(
+                "vllm.v1.structured_output:StructuredOutputManager.grammar_init",
+                "d6c83da8d1c6",
+                f"{_HERE}.grammar_backends:grammar_init",
+                changed={"0.33.0": "e2ebfc33fa92"},
+            ),
+        ),
+        upstream="https://github.com/vllm-project/vllm/issues/43920",
     ),
 )
 
@@ -568,16 +584,8 @@ KERNELS: tuple[Patch, ...] = (
                 "4b003a4a9df6",
                 f"{_CPU}.step:create_model",
             ),
-            Function(
-                f"{_LAYERS}.vocab_parallel_embedding:UnquantizedEmbeddingMethod.process_weights_after_loading",
-                "6cb95f076c74",
-                via=f"{_CPU}.step",
-            ),
-            Function(
-                f"{_LAYERS}.vocab_parallel_embedding:UnquantizedEmbeddingMethod.embedding",
-                "7b60af8bf444",
-                via=f"{_CPU}.step",
-            ),
+            Function(f"{_EMBEDDING}.process_weights_after_loading", "6cb95f076c74", via=f"{_CPU}.step"),
+            Function(f"{_EMBEDDING}.embedding", "7b60af8bf444", via=f"{_CPU}.step"),
             Function(
                 f"{_LAYERS}.linear:UnquantizedLinearMethod.process_weights_after_loading",
                 "0e5b51f9f792",
@@ -631,10 +639,7 @@ KERNELS: tuple[Patch, ...] = (
         (
             Function(f"{_CPU_RUNNER}.load_model", "84897512179a", f"{_CPU}.verification:load_model", via="runner"),
             Function(
-                f"{_GPU_RUNNER}._prepare_inputs",
-                "516f544b3914",
-                f"{_CPU}.verification:prepare_inputs",
-                via="runner",
+                f"{_GPU_RUNNER}._prepare_inputs", "516f544b3914", f"{_CPU}.verification:prepare_inputs", via="runner"
             ),
             Function(
                 f"{_SCHEDULER}.schedule",

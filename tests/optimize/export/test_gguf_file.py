@@ -232,3 +232,20 @@ def test_what_a_file_of_an_adapter_has_no_place_for_is_refused(model, settings, 
     read = recipe.load(written(more), model=str(model))
     with pytest.raises(Refused, match=says + ".*merge it into the base"):
         plan.made(read, model, {}, tmp_path / "out", 10**12)
+
+
+def test_an_adapter_of_a_shared_output_layer_has_no_file(model, written, tmp_path):
+    """llama.cpp has no tensor of that name then, and refuses the adapter."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "lm_head"])
+    get_peft_model(base, config).save_pretrained(tmp_path / "one")
+    more = f"adapters: {{one: {tmp_path / 'one'}}}\nexport: {{format: gguf, precision: fp16}}\n"
+    read = recipe.load(written(more), model=str(model))
+    if not Checkpoint(model).tied:
+        plan.made(read, model, {}, tmp_path / "out", 10**12)
+        return
+    with pytest.raises(Refused, match="'one' adapts the output layer, which is the embedding in this base"):
+        plan.made(read, model, {}, tmp_path / "out", 10**12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def answers_and_says_what_is_no_export(folder, capsys, tmp_path):
     assert len([piece for piece in pieces if piece]) > 2 and "".join(pieces) == said.out.rstrip("\n")
     assert cli.run([*asked, "--adapter", "tone"], lambda name: folder) == 2
     assert "has no adapter 'tone': it has none" in capsys.readouterr().err
+    assert cli.run(["run-onnx", str(folder), "the " * 400], lambda name: folder) == 2
+    assert re.search(r"the prompt has \d+ tokens, and the model was made for \d+ with", capsys.readouterr().err)
     assert cli.run(["run-onnx", str(tmp_path), "hello"], lambda name: folder) == 2
     with pytest.raises(Refused, match="is no ONNX export"):
         Session(tmp_path)

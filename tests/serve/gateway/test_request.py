@@ -165,3 +165,12 @@ async def test_numbers_with_far_exponents_are_read_as_they_are_and_out_of_range_
     for text in (b"1e400", b"-1e999"):
         answer = await client.post(CHAT, content=b'{"model": "base", "x": [' + text + b"]}")
         assert answer.status_code == 400 and "out of range" in answer.json()["error"]["message"]
+
+
+async def test_a_conversation_that_nobody_keeps_is_not_left_out_in_silence(client, backend):
+    asked = {"model": "base", "input": "and then?", "conversation": "conv_1"}
+    refused = await client.post("/v1/responses", json=asked)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "conversation")
+    assert "previous_response_id" in refused.json()["error"]["message"] and not backend.bodies
+    await client.post("/v1/responses", json={**asked, "conversation": None})
+    assert backend.bodies

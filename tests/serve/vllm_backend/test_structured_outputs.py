@@ -14,9 +14,12 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from serve.vllm_backend import structured_outputs
 from serve.vllm_backend.compiler_process import CompilerProcess
+from serve.vllm_backend.grammar_backends import is_beyond_xgrammar
 from serve.vllm_backend.structured_outputs import MAX_BYTES, MAX_CHOICES, MAX_NODES, Grammars, check, compile_grammars
 from tests.serve.vllm_backend import pretended
 from tests.serve.vllm_backend.pretended import pretend
@@ -195,6 +198,60 @@ async def test_vllms_own_compiler_in_the_process(tmp_path):
                 await grammars.compiled(StructuredOutputsParams(**given))
     finally:
         grammars.close()
+
+
+PAIR = [{"type": "object", "properties": {name: {"type": "integer"}}, "required": [name]} for name in "ab"]
+EITHER = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": False}
+
+
+class Asked:
+    request_id = "one"
+
+    def __init__(self, manager, config, given):
+        outputs = StructuredOutputsParams(**given)
+        self.sampling_params = SamplingParams(structured_outputs=outputs)
+        self.structured_output_request = StructuredOutputRequest(outputs)
+        validated = (config.model_config, config.structured_outputs_config, manager.tokenizer)
+        self.sampling_params._validate_structured_outputs(*validated)
+        structured_outputs._choose_library(self.sampling_params, manager.tokenizer)
+
+
+@pytest.mark.engine
+def test_a_schema_is_compiled_by_what_knows_all_of_it_whatever_came_before():
+    from serve.models.embedded import ensure
+    from serve.vllm_backend.patches import applying
+
+    applying.install("all")
+    config = AsyncEngineArgs(model=str(ensure("smollm2")), enforce_eager=True).create_engine_config()
+    manager = StructuredOutputManager(config)
+
+    def takes(given, text):
+        asked = Asked(manager, config, given)
+        manager.grammar_init(asked)
+        grammar = asked.structured_output_request._grammar.result()
+        ids = manager.tokenizer.encode(text, add_special_tokens=False)
+        return grammar.accept_tokens("one", [*ids, manager.tokenizer.eos_token_id])
+
+    assert takes({"json": {"type": "integer"}}, "10"), "xgrammar's, and the engine's first"
+    for schema, right, wrong in (
+        ({"type": "integer", "multipleOf": 7}, "14", "10"),
+        ({"allOf": [{"type": "integer"}, {"minimum": 5}]}, "7", "1"),
+        ({"allOf": PAIR}, '{"a": 1, "b": 2}', '{"a": 1}'),
+        ({"anyOf": [{"type": "string"}], "minLength": 3}, '"abc"', '"a"'),
+        ({"$ref": "#/$defs/a", "minLength": 3, "$defs": {"a": {"type": "string"}}}, '"abc"', '"a"'),
+        ({"type": "integer", "enum": [1, 2], "minimum": 2}, "2", "1"),
+        ({"minLength": 3}, '"abc"', '"a"'),
+        ({"type": "object", **EITHER, "anyOf": [{"required": ["a"]}]}, '{"a": 1}', "{}"),
+    ):
+        assert takes({"json": schema}, right) and not takes({"json": schema}, wrong), schema
+        assert takes({"json": json.dumps(schema)}, right) and not takes({"json": json.dumps(schema)}, wrong)
+    assert takes({"grammar": 'root ::= "a" | "b"'}, "b"), "xgrammar's own language, after llguidance"
+    assert takes({"json": {"type": "integer", "not": {"const": 3}}}, "4"), "what neither knows is as vLLM has it"
+
+
+@pytest.mark.parametrize("schema", [PERSON, {"type": "array", "items": {"anyOf": PAIR}}, {"$ref": "#/$defs/a"}, True])
+def test_what_xgrammar_knows_all_of_stays_with_it(schema):
+    assert not is_beyond_xgrammar(schema)
 
 
 CHOICE = StructuredOutputsParams(choice=["yes"])
