@@ -32,7 +32,7 @@ AT_ONCE = 8
 HOUR = 3600.0
 # Ratings of a canary, whatever comes of it; requests that a reference takes, as it is installed; and those after which
 # a change of subject must have been seen.
-RATINGS, REFERENCE, CHANGED = 320, 1300, 400
+RATINGS, REFERENCE, CHANGED = 320, 2600, 400
 DAYS = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
 JOBS = ("back up the database", "send the newsletter", "rotate the logs", "clear the cache", "renew certificates",
         "water the plants", "post the lunch menu", "sync the calendar", "rebuild the search index", "check for updates",
