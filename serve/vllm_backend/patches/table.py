@@ -70,6 +70,7 @@ _CPU_RUNNER = "vllm.v1.worker.cpu_model_runner:CPUModelRunner"
 _MANAGER = "vllm.lora.model_manager:LoRAModelManager"
 _PLATFORM = "vllm.platforms.cpu:CpuPlatform"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_STORED = "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"
 _LAYERS = "vllm.model_executor.layers"
 _EMBEDDING = f"{_LAYERS}.vocab_parallel_embedding:UnquantizedEmbeddingMethod"
 _LINEAR = "vllm.model_executor.kernels.linear"
@@ -84,25 +85,13 @@ CORRECTNESS: tuple[Patch, ...] = (
         "a row without an adapter has the number -1, which is the last slot's: another request's adapter",
         (
             Function(
-                f"{_OPS}:bgmv_shrink",
-                "6958e3518003",
-                _ROWS,
-                fixed={"0.33.0": "6902ae0a60d5"},
-                copies="vllm.lora",
+                f"{_OPS}:bgmv_shrink", "6958e3518003", _ROWS, fixed={"0.33.0": "6902ae0a60d5"}, copies="vllm.lora"
             ),
             Function(
-                f"{_OPS}:bgmv_expand",
-                "8a1cf5319661",
-                _ROWS,
-                fixed={"0.33.0": "19888d1b3793"},
-                copies="vllm.lora",
+                f"{_OPS}:bgmv_expand", "8a1cf5319661", _ROWS, fixed={"0.33.0": "19888d1b3793"}, copies="vllm.lora"
             ),
             Function(
-                f"{_OPS}:bgmv_expand_slice",
-                "fa791c69bd6d",
-                _ROWS,
-                fixed={"0.33.0": "1cafb65e735b"},
-                copies="vllm.lora",
+                f"{_OPS}:bgmv_expand_slice", "fa791c69bd6d", _ROWS, fixed={"0.33.0": "1cafb65e735b"}, copies="vllm.lora"
             ),
         ),
         upstream="https://github.com/vllm-project/vllm/pull/48421",
@@ -165,12 +154,7 @@ CORRECTNESS: tuple[Patch, ...] = (
         "correctness",
         "a seeded request whose prompt comes in parts ends the engine on a CPU",
         (
-            Function(
-                f"{_GPU_RUNNER}._sample",
-                "06eebfae6957",
-                f"{_HERE}.patches.seeded_prompts:sample",
-                via="runner",
-            ),
+            Function(f"{_GPU_RUNNER}._sample", "06eebfae6957", f"{_HERE}.patches.seeded_prompts:sample", via="runner"),
             Function(
                 f"{_GPU_RUNNER}._bookkeeping_sync",
                 "cba1efebd082",
@@ -217,6 +201,24 @@ CORRECTNESS: tuple[Patch, ...] = (
                 "vllm.tool_parsers.hermes_tool_parser:Hermes2ProToolParser.extract_tool_calls",
                 "9ced4c1270e2",
                 f"{_HERE}.patches.tool_calls:extract_tool_calls",
+            ),
+        ),
+        process="server",
+    ),
+    Patch(
+        "response-store",
+        "correctness",
+        "a new turn goes on from a response without an answer as if nothing had been said, and events do not end",
+        (
+            Function(f"{_STORED}.retrieve_responses", "8e8f043ca1c4", via=f"{_HERE}.patches.response_store"),
+            Function(
+                f"{_STORED}.responses_background_stream_generator",
+                "15c3769bb80c",
+                changed={"0.33.0": "036717b07c8f"},
+                via=f"{_HERE}.patches.response_store",
+            ),
+            Function(
+                f"{_STORED}._render_resolved_response_inputs", "fdd936b0c5fd", via=f"{_HERE}.patches.response_store"
             ),
         ),
         process="server",
@@ -498,9 +500,7 @@ SPEED: tuple[Patch, ...] = (
         "nothing of a process's title says whose it is; a fork server's children would look for it in all modules",
         (
             Function(
-                "vllm.utils.system_utils:set_process_title",
-                "d29c5431b9a2",
-                via="serve.vllm_backend.patches.titles",
+                "vllm.utils.system_utils:set_process_title", "d29c5431b9a2", via="serve.vllm_backend.patches.titles"
             ),
         ),
     ),
@@ -523,12 +523,7 @@ SPEED: tuple[Patch, ...] = (
                 changed={"0.33.0": "11afaac0e0ad"},
                 via="scheduler",
             ),
-            Function(
-                f"{_SCHEDULER}.add_request",
-                "8b558a7822ac",
-                f"{_CPU}.prompt_budget:add_request",
-                via="scheduler",
-            ),
+            Function(f"{_SCHEDULER}.add_request", "8b558a7822ac", f"{_CPU}.prompt_budget:add_request", via="scheduler"),
         ),
         on="cpu",
     ),
