@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from serve.vllm_backend.patches.patch import Function
 from serve.vllm_backend.patches.sources import Sources
-from serve.vllm_backend.patches.table import Function
 from tests.campaigns import vllm_diff
 
 PINNED = """

@@ -20,8 +20,9 @@ from pathlib import Path
 
 from serve.config import ADAPTERS
 from serve.cpu_kernels.families import FORWARDS, PLAIN
+from serve.vllm_backend.patches.patch import Function
 from serve.vllm_backend.patches.sources import Sources
-from serve.vllm_backend.patches.table import HOOKS, PATCHES, PINNED, READ, Function
+from serve.vllm_backend.patches.table import HOOKS, PATCHES, PINNED, READ
 from serve.vllm_backend.request_schemas import REQUESTS
 
 ROOT = Path(__file__).parents[2]

@@ -20,8 +20,9 @@ from serve.models import hardware
 from serve.models.audio_packages import version
 from serve.vllm_backend.patches import classes
 from serve.vllm_backend.patches.functions import bare, bound, current_digest, layers_of, owner_of, stock_of
+from serve.vllm_backend.patches.patch import Function, Kind, Patch
 from serve.vllm_backend.patches.switches import VARIABLE, Switches, parse
-from serve.vllm_backend.patches.table import HOOKS, PATCHES, PINNED, READ, Function, Kind, Patch, defaults
+from serve.vllm_backend.patches.table import HOOKS, PATCHES, PINNED, READ, defaults
 
 log = logging.getLogger("loradock")
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from serve.vllm_backend.patches.functions import bound, resolved
-from serve.vllm_backend.patches.table import Function
+from serve.vllm_backend.patches.patch import Function
 
 SCHEDULER, RUNNER = "scheduler", "runner"
 

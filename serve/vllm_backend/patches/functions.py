@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from serve.cpu_kernels import digest
-from serve.vllm_backend.patches.table import Function
+from serve.vllm_backend.patches.patch import Function
 
 
 def current_digest(function: Function) -> str | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from serve.vllm_backend.patches.table import PATCHES, Patch, named
+from serve.vllm_backend.patches.patch import Patch
+from serve.vllm_backend.patches.table import PATCHES, named
 
 VARIABLE = "LORADOCK_VLLM_PATCHES"
 ALL = "all"

@@ -8,59 +8,12 @@ in the versions that were read.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+
+from serve.vllm_backend.patches.patch import Function, Patch
 
 # The version that the tests, and on a GPU `make gpu`, have run on; and those whose functions were read against ours.
 PINNED = "0.32.0"
 READ = (PINNED, "0.33.0")
-
-Kind = Literal["correctness", "security", "speed"]
-
-
-@dataclass(frozen=True, slots=True)
-class Function:
-    """One function of vLLM's, and what takes its place.
-
-    By setting an attribute of vLLM's, or, with `via`, by a subclass that vLLM is handed (`HOOKS`). Without a
-    replacement the module that `via` names does it, if the patch is on, for single objects or in its own way.
-    """
-
-    place: str  # "module:function" or "module:Class.method"
-    digest: str  # of its source in PINNED
-    replacement: str = ""  # "module:function"; it gets what it replaces as its first argument
-    changed: Mapping[str, str] = field(default_factory=dict)  # version: digest, where it differs and ours fits too
-    fixed: Mapping[str, str] = field(default_factory=dict)  # version: digest, where vLLM does it right by itself
-    copies: str = ""  # the package whose modules have imported the function by its name
-    via: str = ""
-
-    def __str__(self) -> str:
-        module, _, name = self.place.partition(":")
-        return name if "." in name else f"{module.rpartition('.')[2]}.{name}"
-
-    @property
-    def fits(self) -> frozenset[str]:
-        return frozenset({self.digest, *self.changed.values()})
-
-
-@dataclass(frozen=True, slots=True)
-class Patch:
-    """Functions that are replaced together, or none of them.
-
-    A misfit of a patch for speed turns it off; of another kind it ends the start.
-    """
-
-    name: str
-    kind: Kind
-    why: str
-    functions: tuple[Function, ...]
-    upstream: str = ""  # vLLM's issue or pull request
-    needs: tuple[str, ...] = ()  # patches without which this one does nothing
-    on: Literal["cpu", "everywhere"] = "everywhere"
-    process: Literal["all", "server"] = "all"
-    # A setting of the environment and the values with which it is wanted.
-    wanted: tuple[str, frozenset[str]] | None = None
-
 
 _CPU = "serve.cpu_kernels"
 _HERE = "serve.vllm_backend"
@@ -70,6 +23,8 @@ _CPU_RUNNER = "vllm.v1.worker.cpu_model_runner:CPUModelRunner"
 _MANAGER = "vllm.lora.model_manager:LoRAModelManager"
 _PLATFORM = "vllm.platforms.cpu:CpuPlatform"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_TEMPLATES, _RENDERER = f"{_HERE}.chat_template", "vllm.renderers.hf:HfRenderer"
+_STORE = f"{_HERE}.patches.response_store"
 _STORED = "vllm.entrypoints.openai.responses.serving:OpenAIServingResponses"
 _LAYERS = "vllm.model_executor.layers"
 _EMBEDDING = f"{_LAYERS}.vocab_parallel_embedding:UnquantizedEmbeddingMethod"
@@ -206,20 +161,35 @@ CORRECTNESS: tuple[Patch, ...] = (
         process="server",
     ),
     Patch(
+        "renderer",
+        "correctness",
+        "a chat template may take all memory or not end, and an adapter's own tokens are not known",
+        (
+            Function(f"{_RENDERER}.__init__", "42ca18ebc728", via=_TEMPLATES),
+            Function(f"{_RENDERER}._render_with_timeout", "4329c3e90752", via=_TEMPLATES),
+            Function(f"{_RENDERER}._replace_executor", "e3369bf958c7", via=_TEMPLATES),
+            Function(
+                "vllm.renderers.base:BaseRenderer.__init__",
+                "59786b35d1fb",
+                changed={"0.33.0": "1e1c93af4a6a"},
+                via=f"{_HERE}.adapter_tokenizers",
+            ),
+        ),
+        process="server",
+    ),
+    Patch(
         "response-store",
         "correctness",
         "a new turn goes on from a response without an answer as if nothing had been said, and events do not end",
         (
-            Function(f"{_STORED}.retrieve_responses", "8e8f043ca1c4", via=f"{_HERE}.patches.response_store"),
+            Function(f"{_STORED}.retrieve_responses", "8e8f043ca1c4", via=_STORE),
             Function(
                 f"{_STORED}.responses_background_stream_generator",
                 "15c3769bb80c",
                 changed={"0.33.0": "036717b07c8f"},
-                via=f"{_HERE}.patches.response_store",
+                via=_STORE,
             ),
-            Function(
-                f"{_STORED}._render_resolved_response_inputs", "fdd936b0c5fd", via=f"{_HERE}.patches.response_store"
-            ),
+            Function(f"{_STORED}._render_resolved_response_inputs", "fdd936b0c5fd", via=_STORE),
         ),
         process="server",
     ),

@@ -10,8 +10,8 @@ import pytest
 
 from serve.vllm_backend.patches import applying, classes
 from serve.vllm_backend.patches.applying import PatchError, apply, check, current_digest, decide
+from serve.vllm_backend.patches.patch import Function, Patch
 from serve.vllm_backend.patches.switches import Switches, parse
-from serve.vllm_backend.patches.table import Function, Patch
 
 
 class Sampler:
