@@ -26,7 +26,7 @@ def grammar_init(original: Callable[..., None], manager: Any, request: Any) -> N
     """vLLM's, with a backend for each library that a request of this engine was for. A thread goes on with the copy."""
     if request.structured_output_request is None:
         return
-    backends: dict[str, Any] = manager.__dict__.setdefault("loradock_backends", {})
+    backends: dict[str, Any] = manager.__dict__.setdefault("grammar_backends", {})
     name = request.sampling_params.structured_outputs._backend
     own = copy(manager)
     own.backend = backends.get(name)

@@ -150,7 +150,7 @@ def drift(server: Server, before: list[str], since: list[str]) -> str:
     """After how many requests for programs the adapter's drift is told, when all before were for schedules."""
 
     def alarms() -> list[dict[str, Any]]:
-        return [row for row in server.adapter(NAME).get("history") or [] if "drift" in str(row.get("action"))]
+        return [row for row in server.adapter(NAME)["history"] if row["what"] == "drift"]
 
     def ask(at: int) -> None:
         asked(server, NAME, before[at], 8, user=f"d{at}")
