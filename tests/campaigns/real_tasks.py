@@ -32,7 +32,7 @@ AT_ONCE = 8
 HOUR = 3600.0
 # Ratings of a canary, whatever comes of it; requests that a reference takes, as it is installed; and those after which
 # a change of subject must have been seen.
-RATINGS, REFERENCE, CHANGED = 320, 2600, 400
+RATINGS, REFERENCE, CHANGED = 320, 3000, 400
 DAYS = ("Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
 JOBS = ("back up the database", "send the newsletter", "rotate the logs", "clear the cache", "renew certificates",
         "water the plants", "post the lunch menu", "sync the calendar", "rebuild the search index", "check for updates",
@@ -45,8 +45,7 @@ MONTHS = ("January", "February", "March", "April", "May", "June", "July", "Augus
 
 
 def schedules(draw: random.Random) -> Iterator[tuple[str, str]]:
-    """English, and the five fields of cron that say the same; none twice."""
-    seen = set()
+    """English, and the five fields of cron that say the same."""
     while True:
         hour, minute = draw.randrange(24), draw.choice((0, 5, 10, 15, 20, 30, 40, 45, 50))
         half, day, month = "am" if hour < 12 else "pm", draw.randrange(1, 29), draw.randrange(12)
@@ -62,9 +61,15 @@ def schedules(draw: random.Random) -> Iterator[tuple[str, str]]:
             (f"on {MONTHS[month]} {day} at {clock}", f"{minute} {hour} {day} {month + 1} *"),
         ))  # fmt: skip
         english = f"{draw.choice(JOBS)} {english}"
-        if english not in seen:
-            seen.add(english)
-            yield f"Write the cron schedule, its five fields and nothing else: {english}", fields
+        yield f"Write the cron schedule, its five fields and nothing else: {english}", fields
+
+
+def none_twice(rows: Iterator[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    seen = set()
+    for row in rows:
+        if row not in seen:
+            seen.add(row)
+            yield row
 
 
 def asked(server: Server, model: str, question: str, tokens: int, **more: Any) -> tuple[str, str, str]:
@@ -160,19 +165,20 @@ def drift(server: Server, before: list[str], since: list[str]) -> str:
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         list(pool.map(ask, range(len(before))))
-        if found := len(alarms()):
-            return f"{found} alarms before anything changed"
+        if found := alarms():
+            return f"told before anything changed: {found}"
         for first in range(0, CHANGED, 20):
             list(pool.map(ask_for_programs, range(first, first + 20)))
             time.sleep(1.0)
-            if alarms():
-                return f"told after {first + 20} requests"
+            if found := alarms():
+                return f"told after {first + 20} requests: {'; '.join(str(row['why']) for row in found)}"
     return f"not told after {CHANGED} requests"
 
 
-def subjects(rows: Iterator[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    """What is asked for a reference, and then."""
-    every = programs(random.Random(6))
+def subjects() -> tuple[list[str], list[str]]:
+    """What is asked for a reference, and then. Independent draws: schedules of which none came twice would be others at
+    the end than at the beginning, as their kinds run out one after another."""
+    rows, every = schedules(random.Random(7)), programs(random.Random(6))
     return [next(rows)[0] for _ in range(REFERENCE)], [next(every) for _ in range(CHANGED)]
 
 
@@ -184,7 +190,7 @@ def pulled(server: Server, folder: Path) -> Path:
 
 def measured(file: Path, folder: Path, parts: list[str]) -> None:
     print(f"## {file.name}\n", flush=True)
-    rows = schedules(random.Random(5))
+    rows = none_twice(schedules(random.Random(5)))
     train = [next(rows) for _ in range(TRAIN)]
     held_out = [next(rows) for _ in range(HELD_OUT)]
     with Server(folder / "data", folder / "log", model=str(file)) as server:
@@ -208,7 +214,7 @@ def measured(file: Path, folder: Path, parts: list[str]) -> None:
             version = int(pushed["version"])
             scored = right(server, f"{NAME}@v{version}", held_out)
             print(f"- {what} of its update ({scored} right) as canary: {canary(server, version, held_out)}", flush=True)
-        print(f"- requests for programs: drift is {drift(server, *subjects(rows))}", flush=True)
+        print(f"- requests for programs: drift is {drift(server, *subjects())}", flush=True)
     print()
 
 
