@@ -254,6 +254,18 @@ class Conversations:
             self._wipe()
         return gone
 
+    @property
+    def last_deletion(self) -> int:
+        """The number of the last deletion of the registry that was applied here, also before a restart."""
+        with self._reading() as database:
+            return int(database.execute("pragma user_version").fetchone()[0])
+
+    def note_deletion(self, number: int) -> None:
+        """All deletions up to this one are applied here."""
+        if self._file.exists():
+            with self._changing() as database:
+                database.execute(f"pragma user_version = {number}")
+
     def _keep(self, exchange: Exchange) -> None:
         now = self._clock()
         generation, *others = exchange.generations
@@ -282,7 +294,7 @@ class Conversations:
             if self._full(database, exchange.tenant, now, nbytes):
                 self._count(database, exchange, now, "hour_full")
                 return
-            conversation = _conversation(database, exchange.tenant, earlier) or _fresh_id(exchange)
+            conversation = _conversation(database, exchange.tenant, asker, earlier) or _fresh_id(exchange)
             known = (exchange.tenant, exchange.request_id, exchange.adapter, exchange.version, now, asker, conversation)
             database.execute(
                 "insert or ignore into requests values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, null, null, ?, ?)",
@@ -413,11 +425,15 @@ def _chain(asked: Asked, answer: str) -> tuple[str, str, tuple[str, str] | None]
     return whole, users, (_digest(before), _digest([turn for turn in before if turn[0] == "user"]))
 
 
-def _conversation(database: sqlite3.Connection, tenant: str, earlier: tuple[str, str] | None) -> str | None:
-    """The conversation that a request with these messages before its last ones goes on with."""
-    for column, digest in zip(("whole", "users"), earlier or (), strict=False):
-        query = f"select conversation from requests where tenant = ? and {column} = ? order by moment desc, id limit 1"
-        if row := database.execute(query, (tenant, digest)).fetchone():
+def _conversation(database: sqlite3.Connection, tenant: str, asker: str, earlier: tuple[str, str] | None) -> str | None:
+    """The conversation that a request with these messages before its last ones goes on with: one of the same asker, if
+    there is one. Who asks may be told otherwise by then, as in few-shot chats."""
+    whole, users = earlier or ("", "")
+    repeated = ("whole = :whole", "users = :users")
+    for where in (*(f"{digest} and asker = :asker" for digest in repeated), *repeated):
+        query = f"select conversation from requests where tenant = :tenant and {where} order by moment desc, id limit 1"
+        known = {"tenant": tenant, "asker": asker, "whole": whole, "users": users}
+        if earlier and (row := database.execute(query, known).fetchone()):
             return str(row[0])
     return None
 

@@ -46,8 +46,10 @@ class DeletedConversations:
         # A server whose clock is behind keeps it for longer.
         self._seconds = 2 * hours * HOUR + HOUR
         self._clock = clock
-        # The last one that was applied here.
-        self._applied = 0
+        # The last one that was applied here; None: not looked up yet.
+        self._applied: int | None = None
+        # Those that were noted here, where conversations are told apart: the requests that they name are all.
+        self._own: set[int] = set()
 
     def note(self, tenant: str, gone: Sequence[Captured]) -> None:
         """These requests, a conversation, are about to be deleted here."""
@@ -62,14 +64,18 @@ class DeletedConversations:
         # One after another on all servers: else one that is committed late has a lower id than those that are applied.
         with self._registry.adding(table.name) as connection:
             connection.execute(delete(table).where(table.c.until < now))
-            connection.execute(insert(table).values(row))
+            self._own.add(connection.execute(insert(table).values(row).returning(table.c.id)).scalar_one())
 
     def apply(self) -> list[Captured]:
         """Delete here what was deleted anywhere since this was called last; what that was."""
+        applied = self._conversations.last_deletion if self._applied is None else self._applied
         with self._registry.reading() as connection:
-            if (connection.scalar(select(func.max(table.c.id))) or 0) <= self._applied:
+            last = connection.scalar(select(func.max(table.c.id))) or 0
+            if last < applied:
+                applied = 0  # it is another registry, or an earlier one
+            if last == applied:
                 return []
-            query = select(table).where(table.c.id > self._applied).order_by(table.c.id)
+            query = select(table).where(table.c.id > applied).order_by(table.c.id)
             rows = connection.execute(query).all()
         deletions = [
             Deletion(
@@ -77,7 +83,7 @@ class DeletedConversations:
                 row.tenant,
                 row.conversation,
                 frozenset(json.loads(row.requests)),
-                frozenset(json.loads(row.turns)),
+                frozenset(() if row.id in self._own else json.loads(row.turns)),
             )
             for row in rows
         ]
@@ -86,6 +92,7 @@ class DeletedConversations:
             theirs = [deletion for deletion in deletions if deletion.tenant == tenant]
             gone += self._conversations.remove(tenant, partial(_is_of, theirs))
         self._applied = max(deletion.number for deletion in deletions)
+        self._conversations.note_deletion(self._applied)
         return gone
 
 

@@ -114,6 +114,17 @@ def test_turns_of_a_conversation_belong_together(kept, now):
     assert len(set(of.values())) == 4
 
 
+def test_users_who_begin_alike_go_on_with_their_own_conversations(kept, now):
+    for name in ("anna", "bert"):
+        kept.observe(exchange(f"{name} 1", [user("hi")], "hello", asker=name.encode()))
+        now[0] += 1
+    kept.observe(exchange("anna 2", [user("hi"), assistant("hello"), user("I am ill")], asker=b"anna"))
+    kept.observe(exchange("anna 3", [user("hi"), assistant("edited"), user("and")], asker=b"anna"))
+    kept.observe(exchange("new", [user("hi"), assistant("hello"), user("so")], asker=b"few-shot now"))
+    of = {row.id: row.conversation for row in rows(kept)}
+    assert of["anna 1"] == of["anna 2"] == of["anna 3"] != of["bert 1"] == of["new"]
+
+
 def test_a_conversation_of_another_tenant_is_another_one(kept):
     kept.observe(exchange("a", [user("hi")], "hello"))
     kept.observe(exchange("b", [user("hi"), assistant("hello"), user("and?")], tenant="acme"))

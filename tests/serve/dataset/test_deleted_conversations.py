@@ -5,8 +5,11 @@ from __future__ import annotations
 import threading
 from contextlib import contextmanager
 
+import pytest
+
 from serve.adapters.registry.registry import Registry
-from serve.dataset.conversations import Captured
+from serve.asgi.exchange import Exchange, Generation
+from serve.dataset.conversations import Captured, Conversations
 from serve.dataset.deleted_conversations import DeletedConversations
 
 
@@ -17,6 +20,8 @@ def captured(id):
 class Kept:
     """What a server keeps of conversations, in place of its file."""
 
+    last_deletion = 0
+
     def __init__(self, *requests):
         self.requests = list(requests)
 
@@ -24,6 +29,9 @@ class Kept:
         gone = [one for one in self.requests if which(one)]
         self.requests = [one for one in self.requests if one not in gone]
         return gone
+
+    def note_deletion(self, number):
+        self.last_deletion = number
 
 
 class Slow(Registry):
@@ -60,3 +68,66 @@ def test_a_deletion_that_is_committed_after_a_later_one_is_applied_too(url):
     assert not kept.requests
     for registry in (slow, quick, third):
         registry.close()
+
+
+def turn(id, *said):
+    """A chat of one application's, whose users it does not name: all that begin alike have one asker."""
+    question = {"messages": [{"role": role, "content": text} for role, text in zip(ROLES, said[:-1], strict=False)]}
+    answer = (Generation([1], [2], "stop", text=said[-1]),)
+    known = {"tenant": "acme", "asker": b"Good morning", "began": float(len(id))}
+    return Exchange("acme/tone", "v1", 200, 0.1, 0.2, request_id=id, question=question, generations=answer, **known)
+
+
+ROLES = ("user", "assistant") * 4
+GREETING = ("Good morning", "Hello!")
+
+
+@pytest.fixture
+def server(tmp_path, url):
+    """A server of the registry, as often as it is started: what it keeps, and what it deletes."""
+    registry = Registry(url)
+
+    def start(name):
+        kept = Conversations(tmp_path / f"{name}.db")
+        kept.start()
+        return kept, DeletedConversations(registry, kept, hours=24)
+
+    yield start
+    registry.close()
+
+
+def ids(kept):
+    return {row.id for row in kept.rows("acme", ["acme/tone"])}
+
+
+def test_a_deletion_takes_no_other_conversation_that_begins_alike(server):
+    kept, deleted = server("one")
+    for id, *more in (("a",), ("b",), ("b2", "Where is my order?", "On its way.")):
+        kept.observe(turn(id, *GREETING, *more))
+    kept.forget("acme", "", ["acme/tone"], "a", deleted.note)
+    deleted.apply()
+    assert ids(kept) == {"b", "b2"}
+
+
+@pytest.mark.parametrize("name", ["one", "other"])
+def test_what_is_said_after_a_deletion_outlives_a_restart(server, name):
+    kept, deleted = server("one")
+    kept.observe(turn("a", *GREETING))
+    kept.forget("acme", "", ["acme/tone"], "a", deleted.note)
+    kept, deleted = server(name)
+    deleted.apply()
+    kept.observe(turn("b", *GREETING, "Where is my order?", "On its way."))
+    kept.stop()
+    kept, deleted = server(name)
+    assert deleted.apply() == [] and ids(kept) == {"b"}
+
+
+def test_another_server_deletes_its_turns_of_the_conversation_once_it_starts_again(server):
+    kept, deleted = server("one")
+    kept.observe(turn("a", *GREETING))
+    there, _ = server("other")
+    there.observe(turn("a2", *GREETING, "Where is my order?", "On its way."))
+    there.stop()
+    kept.forget("acme", "", ["acme/tone"], "a", deleted.note)
+    there, deleted_there = server("other")
+    assert [row.id for row in deleted_there.apply()] == ["a2"] and ids(there) == set()
