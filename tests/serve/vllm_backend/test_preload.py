@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.renderers import hf
@@ -61,3 +61,15 @@ def test_the_tokenizer_of_a_model_of_text_is_not_read_again_for_its_chat_templat
     template = hf.resolve_chat_template(tokenizer, None, None, model_config=vllm_config)
     assert template == "{{ messages[0].content }}"
     assert asked == ([model] if has else [])
+
+
+def test_what_a_tokenizer_was_made_of_is_not_held_a_second_time(model):
+    from serve.vllm_backend import preload
+
+    vocabulary = {"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}
+    Qwen2Tokenizer(vocab=vocabulary, merges=[("a", "b")]).save_pretrained(model)
+    preload.tokenizer(model, {})
+    tokenizer = cached_tokenizer_from_config(EngineArgs(model=model).create_model_config())
+    assert (len(tokenizer._vocab), len(tokenizer._merges)) == (0, 0)
+    assert tokenizer("abba")["input_ids"] == [2, 1, 0]
+    assert tokenizer.get_vocab() == vocabulary
