@@ -13,6 +13,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def convert(path: Path, folder: Path, form: Form, progress: Callable[[float], No
         tied = bool(intended.config["tie_word_embeddings"])
         intended.config["quantization_config"] = {"quant_method": METHOD, "types": types, "tied": tied}
     tokenizer.save(file, folder)
+    # Without it transformers takes a tokenizer for one of Mistral's whose pattern was wrong, and says so.
+    intended.config["transformers_version"] = version("transformers")
     _write(folder / "config.json", intended.config)
     _write(folder / "generation_config.json", _generation(file))
     _weights(file, intended, {f"{module}.weight" for module in types}, folder / "model.safetensors", progress)
