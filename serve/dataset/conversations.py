@@ -34,6 +34,8 @@ HOUR = 3600
 # What a tenant's requests of one hour may take.
 HOUR_BYTES = 16 << 20
 _PATIENCE = 30.0  # seconds that one writer waits for another
+# What a full disk is to SQLite; its log of changes cannot grow then.
+_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 _SCHEMA = """
 create table if not exists requests (
     tenant text not null, id text not null, adapter text not null, version text not null, moment real not null,
@@ -131,7 +133,7 @@ class Conversations:
             return
         try:
             self._keep(exchange)
-        except (OSError, sqlite3.Error) as error:  # a full disk: traffic goes on
+        except (OSError, sqlite3.Error, OutOfSpace) as error:  # a full disk: traffic goes on
             log.warning("a request was not kept to learn from: %s", error)
 
     def looked(self) -> None:
@@ -342,11 +344,18 @@ class Conversations:
 
     @contextmanager
     def _changing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction, one writer of this process at a time."""
+        """One transaction, one writer of this process at a time; OutOfSpace."""
         with self._writing:
-            self._writer = self._writer or self._open()
-            with self._writer as database:
-                yield database
+            try:
+                self._writer = self._writer or self._open()
+                with self._writer as database:
+                    yield database
+            except sqlite3.OperationalError as wrong:
+                if wrong.sqlite_errorcode & 0xFF not in _FULL:
+                    raise
+                raise OutOfSpace(
+                    "the disk is full: what is captured cannot be changed; make room, then try again"
+                ) from wrong
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:

@@ -39,6 +39,8 @@ log = logging.getLogger("loradock")
 
 # By its path: by its short name, `uni`, vLLM takes it for a mistake on a CPU.
 IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+# On a full disk an engine ends while it starts, and its log cannot say why.
+LEAST_ROOM = 64 << 10
 
 
 def serve(config: Config) -> int:
@@ -145,6 +147,14 @@ def own(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(f"another loradock serves from {folder}: stop it, or set another --data-dir") from error
+        try:
+            lock.write(" " * LEAST_ROOM)
+            lock.flush()
+            lock.truncate(0)
+        except OSError as error:
+            raise ConfigError(
+                f"the data directory {folder} cannot be written ({error.strerror}): make room, or set --data-dir"
+            ) from error
         yield
 
 

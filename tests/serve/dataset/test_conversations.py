@@ -9,7 +9,7 @@ import pytest
 from serve.asgi.exchange import Exchange, Generation
 from serve.dataset.asked_text import NoText, asked_text
 from serve.dataset.conversations import HOUR, Conversations
-from serve.errors import NotFound
+from serve.errors import NotFound, OutOfSpace
 
 NOW = 1_000_000 * HOUR
 
@@ -129,6 +129,19 @@ def test_a_conversation_of_another_tenant_is_another_one(kept):
     kept.observe(exchange("a", [user("hi")], "hello"))
     kept.observe(exchange("b", [user("hi"), assistant("hello"), user("and?")], tenant="acme"))
     assert rows(kept)[0].conversation != rows(kept, "acme")[0].conversation
+
+
+def test_a_full_disk_refuses_a_deletion_and_lets_traffic_go_on(kept, tmp_path):
+    kept.observe(exchange("a", [user("hi")]))
+    kept.observe(exchange("b", [user("hello")]))
+    pages = f"pragma max_page_count = {(tmp_path / 'conversations.db').stat().st_size // 4096}"
+    kept._writer.execute(pages)
+    kept.observe(exchange("long", [user("a long story " * 5000)]))
+    with pytest.raises(OutOfSpace, match="make room"):
+        kept.rate("default", "", "a", None, "a long correction " * 5000)
+    assert {row.id for row in rows(kept)} == {"a", "b"}
+    kept._writer.execute("pragma max_page_count = 100000")
+    assert kept.rate("default", "", "a", None, "a correction")
 
 
 def test_what_is_deleted_is_gone_from_the_disk(kept, tmp_path):

@@ -142,6 +142,14 @@ def test_a_data_directory_that_another_server_uses(tiny_model, tmp_path, data):
         assert_refused(run("serve", str(tiny_model), data, "--port", "0"), "another loradock")
 
 
+def test_a_data_directory_on_a_full_disk_is_refused_before_an_engine_starts(tmp_path):
+    from serve.server.launch import own
+
+    (tmp_path / "lock").symlink_to("/dev/full")
+    with pytest.raises(ConfigError, match="No space left on device.*make room"), own(tmp_path):
+        pass
+
+
 def test_an_existing_data_directory_is_closed_to_other_accounts(tmp_path, caplog):
     from serve.server.launch import own
 
