@@ -26,7 +26,7 @@ from serve.asgi.exchange import Watch
 from serve.auth.auth import Caller, Scope
 from serve.engine.engine import LOW_PRIORITY
 from serve.engine.payer import Cause, Payer
-from serve.errors import BadRequest, LoradockError, TooLarge
+from serve.errors import BadRequest, EngineUnavailable, LoradockError, NotFound, TooLarge
 from serve.gateway.moderation import Moderator
 from serve.gateway.reading import Reading
 from serve.rollout.policy import COUNT, REFUSE, Guard
@@ -163,9 +163,13 @@ class Guards(Collector):
         except LoradockError as error:
             log.warning("the guard %s gave no verdict on the %s of a request to %s: %s", guard, side, adapter, error)
             self._count(adapter, side, NO_VERDICT)
-            if refuses:
-                raise
-            return False
+            if not refuses:
+                return False
+            if isinstance(error, NotFound):  # the client asked for what is there
+                raise EngineUnavailable(
+                    "this model's guard is not there: its operator knows which one it is"
+                ) from error
+            raise
         if not verdict.flagged:
             self._count(adapter, side, PASSED)
             return False
