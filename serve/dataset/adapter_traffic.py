@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,9 +73,12 @@ class AdapterTraffic:
         and its requests. NotFound."""
         tenant, models = tenant_of(adapter), self.with_base(adapter)
         self._worker.settle()  # a turn that waits to be kept goes with the others
-        conversation, gone = self._conversations.forget(tenant, key, models, id, self._deleted.note)
+        return self._conversations.forget(tenant, key, models, id, self._note)
+
+    def _note(self, tenant: str, gone: Sequence[Captured]) -> None:
+        """These are about to be deleted; first their texts, which nobody finds without them."""
+        self._deleted.note(tenant, gone)
         self._capture.forget(tenant, [captured.id for captured in gone])
-        return conversation, gone
 
     def apply_deletions(self) -> list[Captured]:
         """Delete what was deleted through other servers; what that was."""

@@ -9,6 +9,7 @@ else with the last one whose messages of the user's it repeats; and a client tha
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -34,8 +35,6 @@ HOUR = 3600
 # What a tenant's requests of one hour may take.
 HOUR_BYTES = 16 << 20
 _PATIENCE = 30.0  # seconds that one writer waits for another
-# What a full disk is to SQLite; its log of changes cannot grow then.
-_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 _SCHEMA = """
 create table if not exists requests (
     tenant text not null, id text not null, adapter text not null, version text not null, moment real not null,
@@ -350,8 +349,8 @@ class Conversations:
                 self._writer = self._writer or self._open()
                 with self._writer as database:
                     yield database
-            except sqlite3.OperationalError as wrong:
-                if wrong.sqlite_errorcode & 0xFF not in _FULL:
+            except (sqlite3.OperationalError, OSError) as wrong:
+                if not _is_full(wrong):
                     raise
                 raise OutOfSpace(
                     "the disk is full: what is captured cannot be changed; make room, then try again"
@@ -393,6 +392,13 @@ def _found(database: sqlite3.Connection, tenant: str, key: str, id: str) -> str 
     # Of the columns beside a maximum SQLite gives those of its row.
     latest = "select key, id, max(moment) from requests where tenant = ? and client_id = ? group by key"
     return named_by(key, {key: own for key, own, _ in database.execute(latest, (tenant, id))} if id else {})
+
+
+def _is_full(wrong: sqlite3.OperationalError | OSError) -> bool:
+    """The disk is full; SQLite also says that it cannot read or write then."""
+    if isinstance(wrong, OSError):
+        return wrong.errno in (errno.ENOSPC, errno.EDQUOT)
+    return wrong.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
 
 def _missing(id: str) -> NotFound:
