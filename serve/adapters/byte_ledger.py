@@ -283,6 +283,17 @@ class ByteLedger:
             f"the reserve of {self.reserve >> 20} MiB; delete adapters or make room, then send it again"
         )
 
+    @property
+    def problem(self) -> str:
+        """Why more may be refused, for a person; "" as long as the disk has its reserve. Blocks."""
+        free = self._free(self._root)
+        if free >= self.reserve:
+            return ""
+        return (
+            f"the disk has {free >> 20} MiB free, less than the reserve of {self.reserve >> 20} MiB: pushes and files "
+            "are refused, and answers of batches wait; delete adapters or make room"
+        )
+
     def _has_less_than_its_share(self, tenant: str, more: int) -> bool:
         totals = {name: sum(kinds.values()) for name, kinds in self.totals().items()}
         totals[tenant] = totals.get(tenant, 0) + more

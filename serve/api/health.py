@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from serve.adapters.byte_ledger import ByteLedger
 from serve.adapters.registry.registry import Registry
 from serve.api.background_tasks import BackgroundTasks
 from serve.engine.fleet import Fleet
@@ -21,6 +22,7 @@ class Health:
         background: BackgroundTasks,
         follower: RegistrySync | None,
         swap_follower: SwapFollower,
+        ledger: ByteLedger,
     ) -> None:
         self.ready = asyncio.Event()
         self._fleet = fleet
@@ -28,11 +30,14 @@ class Health:
         self._background = background
         self._follower = follower
         self._swap_follower = swap_follower
+        self._ledger = ledger
 
     @property
     def degraded(self) -> dict[str, str]:
-        """What does not work, though requests are answered, by name."""
+        """What does not work, though requests are answered, by name. Blocks."""
         problems = self._background.problems
+        if full := self._ledger.problem:
+            problems["disk"] = full
         if self._registry.standing:
             problems["rollback"] = "a rollback holds on this server and waits for the registry"
         if self._follower and self._follower.problem:

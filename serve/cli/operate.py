@@ -84,10 +84,16 @@ def batch(
     jobs = read(file)
     done = answered(out)
     left = [job for job in jobs if job.id not in done]
+
+    def tell(words: str) -> None:
+        typer.echo(words, err=True)
+
     with Progress(disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(file.name, total=len(jobs), completed=len(jobs) - len(left))
         failed = asyncio.run(
-            answer(left, out, url=url, key=key, concurrency=concurrency, progress=lambda _: bar.advance(task))
+            answer(
+                left, out, url=url, key=key, concurrency=concurrency, progress=lambda _: bar.advance(task), tell=tell
+            )
         )
     reasons = list(failures(out, left))
     for id, reason in reasons[:SHOWN_FAILURES]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from serve.errors import ConfigError
 # Of one batch; a longer file becomes several.
 MAX_LINES, MAX_BYTES = 10_000, 64 << 20
 POLL_SECONDS = 2.0
+# Without a further answer for so long, the server is asked what it lacks.
+STILL_SECONDS = 15.0
 # Batches that are looked through for one of these requests.
 LOOK_BACK = 500
 _MARK = "loradock_requests"
@@ -35,11 +38,15 @@ async def answer(
     key: str | None,
     concurrency: int,
     progress: Callable[[bool], None] = lambda well: None,
+    tell: Callable[[str], None] = lambda words: None,
     transport: httpx.AsyncBaseTransport | None = None,
 ) -> int:
-    """Answer the jobs into `out`, as batches if the server has them, else one by one; how many failed."""
+    """Answer the jobs into `out`, as batches if the server has them, else one by one; how many failed.
+
+    `tell` gets a sentence about what keeps a batch from going on.
+    """
     async with client_of(url, key, transport=transport) as http:
-        batches = ServerBatches(http, progress, POLL_SECONDS)
+        batches = ServerBatches(http, progress, POLL_SECONDS, tell)
         if jobs and await batches.is_there():
             end_line(out)
             return await batches.answer(jobs, out)
@@ -49,10 +56,17 @@ async def answer(
 class ServerBatches:
     """`progress(True)` is called for each line that was answered, well or not."""
 
-    def __init__(self, http: httpx.AsyncClient, progress: Callable[[bool], None], poll: float) -> None:
+    def __init__(
+        self,
+        http: httpx.AsyncClient,
+        progress: Callable[[bool], None],
+        poll: float,
+        tell: Callable[[str], None] = lambda words: None,
+    ) -> None:
         self._http = http
         self._progress = progress
         self._poll = poll
+        self._tell = tell
 
     async def is_there(self) -> bool:
         """The server has batches; ConfigError if it does not let this key see them."""
@@ -102,17 +116,32 @@ class ServerBatches:
         return batch["status"] == "completed" and bool(files) and all(file.is_success for file in there)
 
     async def _ended(self, batch: dict[str, Any], lines: int) -> dict[str, Any]:
-        seen = 0
+        seen, told, since = 0, "", time.monotonic()
         while True:
             counts = batch["request_counts"]
             answered = lines if batch["status"] in _ENDED else counts["completed"] + counts["failed"]
             for _ in range(answered - seen):
                 self._progress(True)
-            seen = max(seen, answered)
+            if answered > seen:
+                seen, since = answered, time.monotonic()
             if batch["status"] in _ENDED:
                 return batch
+            if time.monotonic() - since >= STILL_SECONDS and (lacks := await self._lacks()) != told:
+                told = lacks
+                if lacks:
+                    self._tell(f"no request was answered for a while; the server says: {lacks}")
             await asyncio.sleep(self._poll)
             batch = (await self._call("GET", f"/v1/batches/{batch['id']}")).json()
+
+    async def _lacks(self) -> str:
+        """What does not work on the server, in its own words."""
+        try:
+            response = await self._http.get("/ready")
+        except httpx.TransportError:
+            return ""  # the next look at the batch says so
+        if not response.is_success:
+            return _message(response)
+        return "; ".join(f"{what}: {why}" for what, why in response.json().get("degraded", {}).items())
 
     async def _collect(self, batch: dict[str, Any], part: Sequence[Job], out: Path) -> int:
         if batch["status"] == "failed" and not (batch["output_file_id"] or batch["error_file_id"]):

@@ -215,7 +215,9 @@ class Server:
         self.heartbeat = heartbeat if config.registry else None
         living = heartbeat.living_ids if self.heartbeat else set
         self.swap_follower = SwapFollower(self.registry, self.fleet, me=self._me.id, living=living)
-        self.health = Health(self.fleet, self.registry, self.background, self.follower, self.swap_follower)
+        self.health = Health(
+            self.fleet, self.registry, self.background, self.follower, self.swap_follower, self.store.ledger
+        )
 
     def _membership(self) -> Membership | None:
         """This server among those that it shares homes with."""

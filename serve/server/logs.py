@@ -7,11 +7,13 @@ is entered, both lead into the file; the terminal keeps a descriptor of its own.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -27,11 +29,16 @@ LIBRARIES = ("uvicorn", "asyncio")
 MAX_BYTES, KEPT = 10 << 20, 3
 # Seconds between two looks at the file's size, and at what is new in it when the terminal shows all.
 LOOK, FOLLOW = 1.0, 0.1
+# A warning that comes again word for word within so many seconds is counted, and not written.
+REPEATED, REMEMBERED = 60.0, 1000
 # How much of a failed start's log is shown.
 ERRORS = 6
 
 _VLLM_ERROR = re.compile(r"^(?:\([^)]*\) )?(?:ERROR|CRITICAL) \S+ \S+ \[[^\]]*\] ?(.*)")
 _FRAME = re.compile(r"\s|Traceback|$|During handling|The above exception|[\^~]+$")
+
+
+clock = time.monotonic
 
 
 def log_to_stderr(level: str) -> None:
@@ -141,8 +148,32 @@ class Log:
         self._shown = self._began = 0
 
 
+class _Handler(logging.StreamHandler[IO[str]]):
+    """What goes on failing says so once a minute: on a full disk a log would take what is left of it."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        super().__init__(stream)
+        # By logger and message: when it was written, and how often it came since.
+        self._written: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.WARNING or record.exc_info:
+            return super().emit(record)
+        now, message = clock(), record.getMessage()
+        last, times = self._written.get((record.name, message), (-math.inf, 0))
+        if now - last < REPEATED:
+            self._written[record.name, message] = (last, times + 1)
+            return None
+        if len(self._written) >= REMEMBERED:
+            del self._written[next(iter(self._written))]
+        self._written[record.name, message] = (now, 0)
+        if times:
+            message += f" (and {times:,} times since it was last written)"
+        return super().emit(logging.makeLogRecord({**vars(record), "msg": message, "args": ()}))
+
+
 def _handler(stream: IO[str], level: str = "NOTSET") -> logging.Handler:
-    handler = logging.StreamHandler(stream)
+    handler = _Handler(stream)
     handler.setFormatter(logging.Formatter(FORMAT, DATES))
     handler.setLevel(level)
     return handler

@@ -62,7 +62,8 @@ async def is_ready(fleet: TheFleet, health: TheHealth) -> Response:
             raise base.unavailable()
     health.check_registry()
     body: dict[str, Any] = {"status": "ready", "model": fleet.first.name}
-    return JSONResponse(body | {"degraded": degraded} if (degraded := health.degraded) else body)
+    degraded = await asyncio.to_thread(lambda: health.degraded)
+    return JSONResponse(body | {"degraded": degraded} if degraded else body)
 
 
 @router.get("/version")

@@ -128,3 +128,9 @@ def test_what_another_program_wrote_is_counted_and_refused(tmp_path):
         room.measure(size_of(tmp_path / "job"))
     assert ledger.nbytes("acme") == 180
     room.measure(90)
+
+
+def test_a_disk_with_less_than_the_reserve_is_a_problem_in_a_sentence(tmp_path):
+    assert ledger_of(tmp_path, free=5 * MIB, reserve=5 * MIB).problem == ""
+    problem = ledger_of(tmp_path, free=4 * MIB, reserve=5 * MIB).problem
+    assert problem.startswith("the disk has 4 MiB free, less than the reserve of 5 MiB")

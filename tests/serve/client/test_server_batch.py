@@ -110,3 +110,23 @@ def test_characters_that_python_takes_for_the_end_of_a_line_are_none(tmp_path):
     file.write_text(text + "\n")
     (job,) = read(file)
     assert job.id == "a\u2028b"
+
+
+async def test_a_batch_that_stands_says_what_the_server_lacks(client, backend, jobs, tmp_path, monkeypatch):
+    monkeypatch.setattr(server_batch, "STILL_SECONDS", 0.05)
+    told, parts = [], client._transport.app.state.parts
+    ledger = parts.store.ledger
+
+    def room(nbytes):
+        monkeypatch.setattr(ledger, "_free", lambda root: nbytes)
+
+    def tell(words):
+        told.append(words)
+        room(1 << 40)
+
+    asked = asyncio.create_task(asking(client, jobs[:2], tmp_path / "out.jsonl", tell=tell))
+    assert await settled(lambda: parts.batches.schedule._working)
+    room(0)
+    assert await asked == 0
+    assert len(told) == 1, told
+    assert told[0].startswith("no request was answered for a while; the server says: disk: the disk has 0 MiB free")

@@ -122,3 +122,28 @@ def test_a_file_in_the_place_of_the_folder_is_a_sentence(tmp_path):
     (tmp_path / "log").touch()
     with pytest.raises(ConfigError, match="--data-dir"), Log(tmp_path / "log", "info"):
         pass
+
+
+def test_a_warning_that_is_repeated_word_for_word_is_written_once_a_minute(tmp_path):
+    body = """
+from serve.server import logs
+for seconds in (0, 0.2, 59, 61):
+    logs.clock = lambda: seconds
+    for batch in ("one", "two"):
+        log.warning("the disk is full: %s waits", batch)
+    log.info("a step")
+    try:
+        raise ValueError(seconds)
+    except ValueError:
+        log.exception("it failed")
+"""
+    shown = run(tmp_path, "info", body).stderr
+    waits = [line.rpartition("] ")[2] for line in shown.splitlines() if " waits" in line]
+    assert waits == [
+        "the disk is full: one waits",
+        "the disk is full: two waits",
+        "the disk is full: one waits (and 2 times since it was last written)",
+        "the disk is full: two waits (and 2 times since it was last written)",
+    ]
+    assert shown.count("a step") == 4 and shown.count("ValueError") == 4
+    assert logged(tmp_path).count("one waits") == 2
