@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,7 +20,7 @@ import typer
 
 from optimize import recipe as recipes
 from optimize.data import examples
-from optimize.errors import Differs, OptimizeError, RecipeError, Refused
+from optimize.errors import UNREAD, Differs, OptimizeError, RecipeError, Refused
 
 if TYPE_CHECKING:
     from optimize.pipeline.plan import Plan
@@ -78,17 +78,26 @@ def _exit_code(app: typer.Typer, arguments: Sequence[str], name: str) -> int:
         # What a command says by typer.Exit comes back as a number; commands return nothing.
         code = int(app(args=list(arguments), prog_name=name, standalone_mode=False) or 0)
     except OptimizeError as error:
-        print(f"loradock: {error.message}", file=sys.stderr)
+        _print_error(error.message)
         return error.exit_code
+    except SystemExit as ended:
+        if not isinstance(ended.__context__, BrokenPipeError):  # typer's, without a word
+            raise
+        _print_error(UNREAD)
+        return 1
     except Exception as error:  # typer's usage errors; their class depends on the click that typer uses
         if hasattr(error, "format_message"):
-            print(f"loradock: {error.format_message()}", file=sys.stderr)
+            _print_error(error.format_message())
             return 2
         raise
     if code == INTERRUPTED:
-        resumes = name == "loradock optimize"
-        print(f"loradock: stopped{'; go on with --resume' if resumes else ''}", file=sys.stderr)
+        _print_error(f"stopped{'; go on with --resume' if name == 'loradock optimize' else ''}")
     return code
+
+
+def _print_error(message: str) -> None:
+    with suppress(BrokenPipeError):  # its reader may be gone too
+        print(f"loradock: {message}", file=sys.stderr)
 
 
 def _optimize_command(embedded: Embedded, served: Served) -> Callable[..., None]:

@@ -15,6 +15,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+# After `| head -1`.
+UNREAD = "nothing reads what is printed any more, so this stopped; a run that is not done goes on with --resume"
+
 
 class OptimizeError(Exception):
     exit_code: ClassVar[int] = 1

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import msgspec
 
 from optimize import audio_packages
-from optimize.errors import OptimizeError
+from optimize.errors import UNREAD, OptimizeError
 from optimize.job import Job, Progress
 from optimize.steps.kind import kinds
 
@@ -77,6 +77,8 @@ def sentence(error: Exception) -> str:
     """The error as a message that says what to do."""
     if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "No space left" in str(error):
         return "the disk is full; free some space and go on with --resume"
+    if isinstance(error, BrokenPipeError):
+        return UNREAD
     if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
         return "the GPU's memory is full: end what else computes there, or say `device: cpu`, and go on with --resume"
     if isinstance(error, ModuleNotFoundError):
