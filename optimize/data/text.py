@@ -32,6 +32,7 @@ SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
 SHORTEST = 2000  # characters of an article worth having
 LONGEST = 1 << 20  # characters that become tokens at once; a tokenizer takes 200 bytes for each
 ENOUGH = 8 << 20  # characters that windows are drawn from, or 64 for each token that is asked for
+LONG_TOKEN = 16  # characters; the tokens of no text are as long on average
 REVISION = 1  # counts up when the cleaning changes, so that old cache files are not taken
 
 
@@ -69,6 +70,18 @@ def windows(tokenizer: Any, texts: Sequence[Any], samples: int, tokens: int, see
             f"the text gives {len(whole)} windows of {tokens} tokens, not {samples}: give more text or ask for less"
         )
     return random.Random(seed).sample(whole, samples)
+
+
+def whole_windows(tokenizer: Any, texts: Sequence[Any], tokens: int, fewest: int) -> list[list[int]]:
+    """Every window that lies within one text; Refused with less than `fewest`."""
+    begin = beginning(tokenizer)
+    whole = [row for text in texts for row in cut(tokens_of(tokenizer, text), tokens, begin)]
+    if len(whole) < fewest:
+        raise Refused(
+            f"the text gives {len(whole)} windows of {tokens} tokens, each of one text, and healing needs at least "
+            f"{fewest}: give more text, or ask for fewer `tokens`"
+        )
+    return whole
 
 
 def enough(texts: Sequence[Any], tokens: int, seed: int) -> Sequence[Any]:

@@ -104,3 +104,5 @@ def refuse(context: Context) -> None:
             "evaluate: tasks are scored by lm-eval, which is not installed: pip install 'loradock[lm-eval]', or leave "
             "`tasks` out"
         )
+    if not context.recipe.trains_alone:
+        context.refuse_too_little(context.recipe.evaluate, True)

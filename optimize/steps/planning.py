@@ -17,6 +17,9 @@ from typing import Any
 from optimize import processor
 from optimize.checkpoint.checkpoint import ADAPTER, Checkpoint, header
 from optimize.checkpoint.linears import input_widths, linear
+from optimize.data import text
+from optimize.errors import OptimizeError, Refused
+from optimize.options import Evaluate, Text
 from optimize.recipe import Recipe
 
 MOVED = 128  # tokens whose logits are compared before channels are scaled and after
@@ -36,6 +39,16 @@ def weight_bytes() -> int:
 def by_layer(size: int, memory: int) -> bool:
     """Whether models are read a layer at a time: two of `size` bytes do not fit into a bounded memory."""
     return bool(memory) and 2 * size > memory
+
+
+def texts_of(part: Text | Evaluate, held_out: bool) -> list[Any]:
+    """The texts of a recipe's section; none where the embedded ones cannot be fetched, which the run says."""
+    try:
+        return text.documents(part, held_out)
+    except Refused:
+        raise
+    except OptimizeError:
+        return []
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +100,14 @@ class Context:
     adapters: Mapping[str, Mapping[str, Any]]
     memory: int = 0  # that a step may have; 0 without a bound
     machine: Machine = Machine()
+
+    def refuse_too_little(self, part: Text | Evaluate, held_out: bool) -> None:
+        """Refused, where a section's text gives fewer windows than it asks for."""
+        texts = texts_of(part, held_out)
+        if texts and sum(len(str(each)) for each in texts) < text.LONG_TOKEN * part.samples * part.tokens:
+            from optimize.checkpoint.model import tokenizer
+
+            text.windows(tokenizer(self.base.folder), texts, part.samples, part.tokens, self.recipe.seed)
 
     @property
     def living(self) -> set[str]:

@@ -19,13 +19,11 @@ from optimize.checkpoint import artifact
 from optimize.checkpoint.checkpoint import Checkpoint, Writer
 from optimize.checkpoint.model import entered, layers, opened, prefix, settle, tokenizer
 from optimize.data import text
-from optimize.errors import OptimizeError
 from optimize.job import Job, Progress
 from optimize.steps.merge.merge import merged_into, read
 from optimize.steps.prune import repair
 from optimize.steps.prune.distillation import distilled
-
-HELD = 16  # windows of evaluation text on which the loss is measured
+from optimize.steps.prune.heal_rules import HELD
 
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
@@ -90,11 +88,8 @@ def _repaired(
 
 def _all_windows(words: Any, texts: list[Any], tokens: int, seed: int, samples: int) -> list[list[int]]:
     """Every window that the text gives, or `samples` of them, in an order that the seed decides."""
-    begin = text.beginning(words)
     texts = list(text.enough(texts, samples * tokens, seed)) if samples else texts
-    whole = [row for document in texts for row in text.cut(text.tokens_of(words, document), tokens, begin)]
-    if len(whole) < HELD:
-        raise OptimizeError(f"the text gives {len(whole)} windows of {tokens} tokens; healing needs at least {HELD}")
+    whole = text.whole_windows(words, texts, tokens, HELD)
     random.Random(seed).shuffle(whole)
     return whole[:samples] if samples else whole
 

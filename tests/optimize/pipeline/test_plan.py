@@ -42,7 +42,7 @@ def test_what_an_old_recipe_says_in_vain_is_read_and_said(step, sentence, writte
     [
         ("prune: {layers: 1}", "drop 1 layers by greedy choice"),
         ("prune: {pattern: 2:4}", "2:4 zeros by sparsegpt"),
-        ("heal: {rank: 4}", "least squares, then distil the original, LoRA of rank 4"),
+        ("heal: {rank: 4, tokens: 24}", "least squares, then distil the original, LoRA of rank 4"),
         ("quantize: {scheme: w4a16, budget: 0.02}", "w4a16, gptq, sensitive layers keep more bits until perplexity"),
         ("quantize: {scheme: w4a16, bits: 5}", "w4a16, gptq, sensitive layers keep more bits as long as a"),
     ],
@@ -65,6 +65,20 @@ def test_layers_are_chosen_on_a_part_of_the_text_and_the_plan_counts_no_more(wri
 
     few, many = (seconds(samples, ", bits: 5, smooth: false") - seconds(samples, "") for samples in (8, 800))
     assert 0 < few == pytest.approx(many)
+
+
+@pytest.mark.parametrize(
+    ("more", "setting", "sentence"),
+    [
+        ("steps: [{prune: {layers: 1}}, {heal: {tokens: 9000}}]", {}, "healing needs at least 16"),
+        ("steps: [{prune: {layers: 1}}]", {"evaluate.tokens": "9000"}, "windows of 9000 tokens, not 8"),
+    ],
+    ids=["heal", "evaluate"],
+)
+def test_too_little_text_for_what_comes_last_is_refused_before_any_work(more, setting, sentence, written, tmp_path):
+    recipe = load(written(more), setting)
+    with pytest.raises(Refused, match=sentence):
+        plan.made(recipe, plan.Path(recipe.model), {}, tmp_path / "out", 10**12)
 
 
 def test_fewer_bits_than_the_groups_scales_leave_room_for_are_refused(written, tmp_path):
