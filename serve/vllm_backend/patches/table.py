@@ -194,6 +194,20 @@ CORRECTNESS: tuple[Patch, ...] = (
         process="server",
     ),
     Patch(
+        "response-events",
+        "correctness",
+        "a stream that ends at max_output_tokens closes as a complete one",
+        (
+            Function(
+                f"{_STORED}.responses_stream_generator",
+                "aa8b4205b275",
+                f"{_HERE}.patches.response_events:generate",
+                fixed={"0.33.0": "6ab56c957a01"},
+            ),
+        ),
+        process="server",
+    ),
+    Patch(
         "grammar-backends",
         "correctness",
         "a schema is compiled by another library than it was checked by, which leaves out what it does not know",
