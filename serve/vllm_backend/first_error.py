@@ -7,6 +7,7 @@ requests of clients, lines of batches, prompts of baselines, golden sets and rep
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -85,9 +86,34 @@ def _few_keys(value: Any) -> Any:
     return value
 
 
+def _in_its_message(wrong: Any, body: Any) -> Any:
+    """The error, with its place in the whole body: vLLM reads tool calls one message at a time, and an error of them
+    begins with the number of the call."""
+    inside = wrong["loc"][1:]
+    messages = body.get("messages") if isinstance(body, dict) else None
+    if not (inside and isinstance(inside[0], int) and isinstance(messages, list)):
+        return wrong
+    for number, message in enumerate(messages):
+        if isinstance(message, dict) and _holds(message.get("tool_calls"), inside, wrong["input"]):
+            return {**wrong, "loc": ("body", "messages", number, "tool_calls", *inside)}
+    return wrong
+
+
+def _holds(value: Any, inside: Sequence[Any], said: Any) -> bool:
+    """Whether what an error is about is there; of a field that is missing, what should have it."""
+    for at in (each for each in inside if not str(each).startswith(CHOICE)):
+        if value is said:
+            return True
+        try:
+            value = list(value)[at] if isinstance(at, int) else value[at]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return value is said or (isinstance(said, str | int) and bool(value == said))
+
+
 async def _answer(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    refusal = refused(error.errors())
+    refusal = refused([_in_its_message(wrong, error.body) for wrong in error.errors()])
     # Their frames lead to one of FastAPI's that holds these errors, and the body: nothing would go before a collection.
     for each in (error, *((wrong.get("ctx") or {}).get("error") for wrong in error.errors())):
         if isinstance(each, BaseException):

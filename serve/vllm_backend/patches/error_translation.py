@@ -1,7 +1,7 @@
 """vLLM's errors under our names, and in a sentence.
 
 The Responses API's models let pass what its code looks into without asking: a tool's output in parts that were answers
-of the API before, an answer of the assistant that is empty or a refusal. That was a 500, and is the client's error.
+of the API before, an answer of the assistant that is empty. That was a 500, and is the client's error.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from openai.types.responses import ResponseOutputMessage, ResponseOutputText
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -98,8 +99,12 @@ async def parse_async(original: Callable[..., Any], messages: Any, *args: Any, *
 
 
 def construct(original: Callable[..., Any], **named: Any) -> Any:
-    """vLLM's, with parts of messages as dictionaries, which is how all other code reads them."""
+    """vLLM's, with parts of messages as dictionaries, which is how all other code reads them, and with all parts of an
+    answer: vLLM reads the first, and no refusal."""
     with _reading("input"):
+        items = named.get("request_input")
+        if isinstance(items, list):
+            named["request_input"] = [_in_one_part(item) if _is_answer(item) else item for item in items]
         messages = original(**named)
         for message in messages:
             if isinstance(message, dict) and isinstance(content := message.get("content"), list):
@@ -107,6 +112,15 @@ def construct(original: Callable[..., Any], **named: Any) -> Any:
                     part.model_dump(exclude_none=True) if isinstance(part, BaseModel) else part for part in content
                 ]
         return messages
+
+
+def _is_answer(item: Any) -> bool:
+    return isinstance(item, ResponseOutputMessage) and bool(item.content)
+
+
+def _in_one_part(answer: ResponseOutputMessage) -> ResponseOutputMessage:
+    said = "".join(part.text if part.type == "output_text" else part.refusal for part in answer.content)
+    return answer.model_copy(update={"content": [ResponseOutputText(type="output_text", text=said, annotations=[])]})
 
 
 @contextmanager

@@ -93,6 +93,11 @@ async def test_a_body_that_was_refused_is_gone_without_a_collection_of_garbage(w
         ("/v1/chat/completions", {"messages": [{}] * 5000}, "messages.0"),
         ("/v1/chat/completions", {"messages": SAY, "tools": [{}] * 300}, "tools.0.function"),
         ("/v1/chat/completions", {"messages": SAY, "logit_bias": dict.fromkeys("abcdefgh", "x")}, "logit_bias.a"),
+        (
+            "/v1/chat/completions",
+            {"messages": [*SAY, {"role": "assistant", "tool_calls": [3]}]},
+            "messages.1.tool_calls.0",
+        ),
         ("/v1/messages", {"max_tokens": 4, "messages": [{}] * 5000}, "messages.0.role"),
         ("/v1/completions", {"prompt": "x", "n": "many"}, "n"),
     ],

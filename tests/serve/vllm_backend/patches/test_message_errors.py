@@ -41,11 +41,20 @@ def test_vllm_alone_leaves_models():
     assert not isinstance(message["content"][0], dict)
 
 
-@pytest.mark.parametrize("content", [[], [{"type": "refusal", "refusal": "no"}]])
-def test_an_answer_that_is_empty_or_a_refusal_is_the_client_s_error(content):
-    item = {"type": "message", "id": "m", "status": "completed", "role": "assistant", "content": content}
+ANSWER = {"type": "message", "id": "m", "status": "completed", "role": "assistant"}
+
+
+def test_an_answer_that_is_empty_is_the_client_s_error():
     with pytest.raises(VLLMValidationError, match="input holds a message that cannot be read"):
-        constructed(item)
+        constructed(ANSWER | {"content": []})
+
+
+def test_an_answer_is_all_of_its_parts_and_a_refusal_is_what_it_says():
+    """vLLM reads the first part, and no refusal."""
+    one, two = ({"type": "output_text", "text": text, "annotations": []} for text in ("One.", "Two."))
+    refusal = {"type": "refusal", "refusal": "I cannot."}
+    for content, said in (([one], "One."), ([one, two], "One.Two."), ([refusal], "I cannot.")):
+        assert constructed(ANSWER | {"content": content}) == [{"role": "assistant", "content": said}]
 
 
 @pytest.mark.parametrize("parse", ["parse_chat_messages", "parse_chat_messages_async"])
