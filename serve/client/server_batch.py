@@ -116,7 +116,8 @@ class ServerBatches:
         return batch["status"] == "completed" and bool(files) and all(file.is_success for file in there)
 
     async def _ended(self, batch: dict[str, Any], lines: int) -> dict[str, Any]:
-        seen, told, since = 0, "", time.monotonic()
+        seen, since = 0, time.monotonic()
+        told = ""
         while True:
             counts = batch["request_counts"]
             answered = lines if batch["status"] in _ENDED else counts["completed"] + counts["failed"]
