@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
@@ -34,6 +35,9 @@ START_SECONDS = 300.0  # until the process that compiles is there
 REMEMBERED = 256  # that were compiled and are not compiled again
 
 FORBIDDING = ("allowed_token_ids", "bad_words", "min_tokens")
+
+# Before what xgrammar says: when, and where in its own code.
+_SOURCE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 
 # What this request's grammar became when it was compiled.
 _compiled: ContextVar[Any] = ContextVar("compiled", default=None)
@@ -155,10 +159,25 @@ def compile_grammars(connection: Connection, vllm_config: Any) -> None:
             _check_width(manager.backend, vllm_config.model_config.get_vocab_size())
             _check_answerable(manager.backend, request.structured_output_request._grammar.result())
         except Exception as error:  # whatever a grammar brings about is a sentence to who sent it
-            words = " ".join(str(error).split())[:500] or type(error).__name__
-            connection.send(f"the structured output cannot be compiled: {words}")
+            connection.send(_sentence(outputs, error))
         else:
             connection.send(params.structured_outputs)
+
+
+def _sentence(outputs: Any, error: Exception) -> str:
+    """Why it cannot be compiled. Of a structural tag, which strict tools become, vLLM asks a second library that knows
+    no such tags, and has its error; the first one's says what is wrong."""
+    what = "the structured output"
+    if outputs.structural_tag is not None:
+        from xgrammar import Grammar
+
+        what = "the structured output, or the parameters of a strict tool,"
+        try:
+            Grammar.from_structural_tag(outputs.structural_tag)
+        except Exception as first:
+            error = first
+    words = _SOURCE.sub("", " ".join(str(error).split()))[:500] or type(error).__name__
+    return f"{what} cannot be compiled: {words}"
 
 
 def _choose_library(params: Any, tokenizer: Any) -> None:

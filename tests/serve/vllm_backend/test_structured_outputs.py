@@ -200,6 +200,16 @@ async def test_vllms_own_compiler_in_the_process(tmp_path):
         grammars.close()
 
 
+def test_what_is_wrong_with_a_strict_tool_is_said_by_the_library_that_knows_its_tags():
+    content = {"type": "json_schema", "json_schema": {"type": "object", "properties": {"a": {"type": "strin"}}}}
+    tag = {"begin": "<tool_call>", "content": content, "end": "</tool_call>"}
+    triggered = {"type": "triggered_tags", "triggers": ["<tool_call>"], "tags": [tag]}
+    outputs = StructuredOutputsParams(structural_tag=json.dumps({"type": "structural_tag", "format": triggered}))
+    assert structured_outputs._sentence(outputs, KeyError("triggers")) == (
+        'the structured output, or the parameters of a strict tool, cannot be compiled: Unsupported type "strin"'
+    )
+
+
 PAIR = [{"type": "object", "properties": {name: {"type": "integer"}}, "required": [name]} for name in "ab"]
 EITHER = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": False}
 
