@@ -238,7 +238,8 @@ def _told_briefly(record: logging.LogRecord) -> bool:
 
 async def _serve(server: Server, app: FastAPI, sock: socket, config: Config, front_ends: FrontEnds) -> None:
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]  # nohup goes on
+    for number in (signal.SIGTERM, signal.SIGINT, *hangup):
         loop.add_signal_handler(number, server.ask_to_stop)
     scheme = "https" if config.ssl_certfile else "http"
     host, port = sock.getsockname()[:2]
