@@ -10,7 +10,8 @@ Broder 1997; numbers count as equal), or that is nothing but what recent prompts
 conversation or key within `window` requests or `interval` seconds. All requests are counted for the window, those left
 out too, so that what is accepted depends on a fixed span of the stream: were repeats dropped for ever, popular prompts
 would come first and rare ones later, and that would be a drift that the sampling makes itself. Until the first window
-is full nothing is accepted.
+is full nothing is accepted. It says how often two requests that have nothing to do with each other are nearly the same,
+as those of a narrow task are: the more, the fewer requests one is held against, or most of them would be left out.
 
 What recent prompts begin or end with alike (`features.shared_ends`) is no part of what is compared; a few requests
 ahead help to know it. Memory is bounded, and is passed on as arrays. Of a prompt hashes are kept; its tokens only until
@@ -20,8 +21,9 @@ the few requests after it have come.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -37,6 +39,8 @@ ACCEPTED, *REASONS = COUNTS = ("accepted", "repeated", "near_duplicate", "same_c
 _, REPEATED, NEAR, CROWDED, WARMING_UP = COUNTS
 # Raw requests after which a prompt, or nearly it, may be seen again.
 WINDOW = 64
+# Of unrelated requests about so many are left out as nearly the same; what comes in a burst is within NEAREST.
+LEFT_OUT, NEAREST = 0.15, 8
 # Raw requests after which an asker may be seen again, though the interval is not over.
 MOST_BETWEEN = 1000
 # Where more of the requests come from askers within their interval, their rule has to come to its steady state too.
@@ -51,7 +55,7 @@ class _Window:
     """Which digests came with the last `window` requests, and with which of them last."""
 
     def __init__(self, window: int) -> None:
-        self._window = window
+        self.window = window
         # In the order in which they came last, and what each request brought.
         self._last: dict[bytes, int] = {}
         self._came: deque[tuple[int, Sequence[bytes]]] = deque()
@@ -62,7 +66,7 @@ class _Window:
     def came(self, digests: Sequence[bytes], raw: int) -> bool:
         """Whether any of them came within the window; all are remembered as those of the request `raw`."""
         last, came = self._last, self._came
-        while came and came[0][0] < raw - self._window:
+        while came and came[0][0] < raw - self.window:
             then, gone = came.popleft()
             for digest in gone:
                 if last.get(digest) == then:
@@ -73,6 +77,16 @@ class _Window:
             last[digest] = raw
         came.append((raw, digests))
         return known
+
+    def shorten(self) -> None:
+        """Where requests half a window apart have digests in common, so that about LEFT_OUT of such would be known."""
+        came = defaultdict[int, set[bytes]](set)
+        for raw, digests in self._came:
+            came[raw].update(digests)
+        pairs = [(a, b) for (i, a), (j, b) in combinations(came.items(), 2) if j - i >= self.window // 2]
+        alike = sum(not a.isdisjoint(b) for a, b in pairs)
+        if alike:
+            self.window = min(max(int(LEFT_OUT * len(pairs) / alike), NEAREST), self.window)
 
     def state(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """(n, 16) the digests, and the request of each."""
@@ -118,10 +132,6 @@ class Thinning(Generic[Item]):
         ahead: int = AHEAD,
         numbers: NDArray[np.bool_] | None = None,
     ) -> None:
-        if window < 1 or warm_up < 0 or ahead < 0 or interval < 0:
-            raise ValueError(
-                f"window {window}, interval {interval}, warm_up {warm_up}, ahead {ahead}: 1, 0, 0, 0 at least"
-            )
         self.counts = dict.fromkeys(COUNTS, 0)
         # Why the last requests were left out, those that the share of the accepted is about.
         self._lately: deque[str] = deque(maxlen=SAMPLING_WINDOW)
@@ -167,6 +177,8 @@ class Thinning(Generic[Item]):
         reason = self._reason(request, own)
         if not self._steady:
             self._steady = self._is_steady(request.now)
+            if self._steady:
+                self._bands.shorten()
             reason = WARMING_UP if reason == ACCEPTED else reason
         else:
             self._lately.append(reason)
@@ -233,7 +245,7 @@ class Thinning(Generic[Item]):
         state["askers"] = np.array(list(self._askers), np.uint64)
         state["askers.raw"] = np.array([raw for raw, _ in self._askers.values()], np.int64)
         state["askers.seconds"] = np.array([seconds for _, seconds in self._askers.values()], np.float64)
-        state["raw"] = np.array([self._raw, self._steady, self._returned])
+        state["raw"] = np.array([self._raw, self._steady, self._returned, self._bands.window])
         state["shared.openings"] = np.array(self.shared.openings, np.int64).reshape(-1, 2)
         state["shared.endings"] = np.array(self.shared.endings, np.int64).reshape(-1, 2)
         state |= prefixed(self.acceptance.state(), "acceptance.")
@@ -243,15 +255,15 @@ class Thinning(Generic[Item]):
 
     def restore(self, state: Mapping[str, NDArray]) -> None:
         """Go on where the thinning was whose `state()` this is, or what an heir takes over of it (`inherited`)."""
+        numbers = state["raw"].tolist()
+        # Earlier releases did not count who came back, and had one window for all.
+        self._raw, steady, self._returned, near = numbers + [0, self._window][len(numbers) - 2 :]
+        self._steady = bool(steady)
+        self._bands = _Window(near)
         for name, window in (("prompts", self._prompts), ("bands", self._bands)):
             window.restore(state[name], state[f"{name}.raw"])
         seen = zip(state["askers.raw"].tolist(), state["askers.seconds"].tolist(), strict=True)
         self._askers.update(zip(state["askers"].tolist(), seen, strict=True))
-        # Earlier releases did not count who came back.
-        raw, steady, *returned = state["raw"].tolist()
-        self._raw = raw
-        self._steady = bool(steady)
-        self._returned = sum(returned)
         if "shared.openings" in state:  # earlier releases wrote neither
             self.shared.know(_pairs(state["shared.openings"]), _pairs(state["shared.endings"]))
         self.acceptance.restore(below(state, "acceptance."))

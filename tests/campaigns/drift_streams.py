@@ -17,6 +17,7 @@ sessions  six questions on one topic by one user, one session after the other or
 bursts    300 near-duplicates in a row, with other numbers and nobody's, three times in the stream
 openings  the system prompt changes from 454 to 555 tokens and back, three times, and the questions stay; in a chat
           template, or right behind it, and there from 9 tokens to 12 too
+narrow    the requests of an adapter for one task: thirty things, in seven ways to say when
 tenants   four system prompts at once, of 55, 25, 10 and 5 % of the requests, and none; or one, of half of the requests
 
 `--changes` counts the requests until a new system prompt together with another language, or another topic, is a drift
@@ -29,6 +30,7 @@ import argparse
 import importlib
 import inspect
 import math
+import random
 import tempfile
 import time
 from collections import Counter
@@ -50,6 +52,7 @@ from serve.drift.watched_version import DriftSettings
 from serve.events import DriftAlarm, Events
 from serve.models.embedded import ensure
 from tests.campaigns.finished_streams import FinishedStreams, add_options, digest, interval, run_chosen
+from tests.campaigns.real_tasks import schedules
 from tests.support.prompts import pool
 
 POPULAR, SYSTEM = 3000, (454, 555)
@@ -222,6 +225,12 @@ def tenants(rng: np.random.Generator, *, lengths: Sequence[int], shares: Sequenc
         yield chat(texts[rng.integers(len(texts))], opening), None
 
 
+def narrow(rng: np.random.Generator) -> Iterator[Request]:
+    rows = schedules(random.Random(int(rng.integers(1 << 32))))
+    while True:
+        yield chat(tokens(next(rows)[0])), None
+
+
 def streams(requests: int) -> dict[str, Callable[[np.random.Generator], Iterator[Request]]]:
     made: dict[str, Callable[[np.random.Generator], Iterator[Request]]] = {"uniform": uniform}
     for exponent in (0.6, 0.8, 1.0, 1.2):
@@ -235,6 +244,7 @@ def streams(requests: int) -> dict[str, Callable[[np.random.Generator], Iterator
     made["topics of an AR(1) 0.5"] = lambda rng: topics(rng, wave=False)
     for at_a_time in (1, 5):
         made[f"sessions of six, {at_a_time} at a time"] = lambda rng, n=at_a_time: sessions(rng, at_a_time=n)
+    made["narrow"] = narrow
     made["bursts of 300"] = lambda rng: bursts(rng, requests=requests)
     made["openings 454 - 555"] = lambda rng: openings(rng, requests=requests)
     made["openings, no template"] = partial(openings, requests=requests, template=False)

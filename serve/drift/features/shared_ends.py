@@ -33,6 +33,8 @@ AHEAD = 8
 # Other prompts, at least, that share something; the part of all that is many, and the part of some that is most.
 SHARED = 4
 OFTEN, MOST = 1 / 4, 3 / 4
+# The part that goes on alike: what a sixth do is wording, whose share comes near a quarter now and then.
+SEVERAL = 1 / 3
 # Symbols of what few have in common, and of what some of those have that others have not; and which part they are.
 STRETCH, LONG = 64, 16
 SOME = 1 / 10
@@ -250,7 +252,7 @@ def _common(number: int, group: Sequence[tuple[int, int]], many: float) -> int:
         if most < STRETCH and len(lengths) < many:
             break
         common, n = most, len(lengths)
-        many = OFTEN * n
+        many = SEVERAL * n
         lengths = [length for length in lengths if length >= common + RUN]
         if len(lengths) < many:
             lengths, many = [length for length in lengths if length >= common + LONG], SOME * n
