@@ -76,14 +76,14 @@ class AdapterTraffic:
         return self._conversations.forget(tenant, key, models, id, self._note)
 
     def _note(self, tenant: str, gone: Sequence[Captured]) -> None:
-        """These are about to be deleted; first their texts, which nobody finds without them."""
         self._deleted.note(tenant, gone)
+        self._forget_text(tenant, gone)
+
+    def _forget_text(self, tenant: str, gone: Sequence[Captured]) -> None:
+        """These are about to be deleted; first their texts, which nobody finds without them."""
         self._capture.forget(tenant, [captured.id for captured in gone])
 
     def apply_deletions(self) -> list[Captured]:
         """Delete what was deleted through other servers; what that was."""
         self._worker.settle()
-        gone = self._deleted.apply()
-        for tenant in {captured.tenant for captured in gone}:
-            self._capture.forget(tenant, [captured.id for captured in gone if captured.tenant == tenant])
-        return gone
+        return self._deleted.apply(self._forget_text)

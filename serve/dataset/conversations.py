@@ -242,13 +242,20 @@ class Conversations:
         self._wipe()
         return str(row[0]), gone
 
-    def remove(self, tenant: str, which: Callable[[Captured], bool]) -> list[Captured]:
-        """Delete those of a tenant's requests; what they were."""
+    def remove(
+        self,
+        tenant: str,
+        which: Callable[[Captured], bool],
+        note: Callable[[str, Sequence[Captured]], None] = lambda tenant, gone: None,
+    ) -> list[Captured]:
+        """Delete those of a tenant's requests; what they were. `note` is as `forget` takes it."""
         if not self._file.exists():
             return []
         with self._changing() as database:
             query = f"select {_COLUMNS} from requests where tenant = ? order by id"
             gone = [captured for captured in map(_captured, database.execute(query, (tenant,))) if which(captured)]
+            if gone:
+                note(tenant, gone)
             ids = [(tenant, captured.id) for captured in gone]
             database.executemany("delete from requests where tenant = ? and id = ?", ids)
         if gone:
@@ -353,7 +360,7 @@ class Conversations:
                 if not _is_full(wrong):
                     raise
                 raise OutOfSpace(
-                    "the disk is full: what is captured cannot be changed; make room, then try again"
+                    f"what is captured cannot be changed ({wrong}): make room on the disk, then try again"
                 ) from wrong
 
     @contextmanager

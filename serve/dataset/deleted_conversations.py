@@ -66,8 +66,11 @@ class DeletedConversations:
             connection.execute(delete(table).where(table.c.until < now))
             self._own.add(connection.execute(insert(table).values(row).returning(table.c.id)).scalar_one())
 
-    def apply(self) -> list[Captured]:
-        """Delete here what was deleted anywhere since this was called last; what that was."""
+    def apply(self, note: Callable[[str, Sequence[Captured]], None] = lambda tenant, gone: None) -> list[Captured]:
+        """Delete here what was deleted anywhere since this was called last; what that was.
+
+        `note` is told what is about to be deleted of a tenant; if it fails it is deleted at the next call.
+        """
         applied = self._conversations.last_deletion if self._applied is None else self._applied
         with self._registry.reading() as connection:
             last = connection.scalar(select(func.max(table.c.id))) or 0
@@ -90,7 +93,7 @@ class DeletedConversations:
         gone: list[Captured] = []
         for tenant in {deletion.tenant for deletion in deletions}:
             theirs = [deletion for deletion in deletions if deletion.tenant == tenant]
-            gone += self._conversations.remove(tenant, partial(_is_of, theirs))
+            gone += self._conversations.remove(tenant, partial(_is_of, theirs), note)
         self._applied = max(deletion.number for deletion in deletions)
         self._conversations.note_deletion(self._applied)
         return gone

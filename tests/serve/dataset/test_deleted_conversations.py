@@ -25,7 +25,7 @@ class Kept:
     def __init__(self, *requests):
         self.requests = list(requests)
 
-    def remove(self, tenant, which):
+    def remove(self, tenant, which, note):
         gone = [one for one in self.requests if which(one)]
         self.requests = [one for one in self.requests if one not in gone]
         return gone
