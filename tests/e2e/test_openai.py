@@ -51,7 +51,7 @@ EVENTS = [
     "response.output_text.done",
     "response.content_part.done",
     "response.output_item.done",
-    "response.completed",
+    "response.incomplete",
 ]
 
 TOOL: Any = {
