@@ -169,9 +169,11 @@ def adapter_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / ADAPTER, {"format": "pt"})
+    # Its `save_file` makes a file for its owner alone.
+    whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    (folder / ADAPTER).write_bytes(save(whole, {"format": "pt"}))
 
 
 class Schemes:

@@ -52,34 +52,28 @@ def documents(part: Text | Evaluate, held_out: bool) -> list[Any]:
 
 
 def windows(tokenizer: Any, texts: Sequence[Any], samples: int, tokens: int, seed: int) -> list[list[int]]:
-    """`samples` windows of exactly `tokens` tokens, drawn with `seed`; short texts are joined, none is cut in two.
+    """`samples` of the windows that the texts give, or a large part of them, drawn with `seed`."""
+    every = every_window(tokenizer, enough(texts, samples * tokens, seed), tokens, samples)
+    return random.Random(seed).sample(every, samples)
+
+
+def every_window(tokenizer: Any, texts: Sequence[Any], tokens: int, fewest: int) -> list[list[int]]:
+    """Windows of exactly `tokens` tokens, short texts joined; Refused with less than `fewest`.
 
     Each begins as a prompt does in the engine.
     """
     begin = beginning(tokenizer)
     whole: list[list[int]] = []
     joined: list[int] = []
-    for text in enough(texts, samples * tokens, seed):
+    for text in texts:
         ids = tokens_of(tokenizer, text)
         if len(ids) < tokens - len(begin):
             joined += ids
             ids, joined = (joined, []) if len(joined) >= tokens - len(begin) else ([], joined)
         whole += cut(ids, tokens, begin)
-    if len(whole) < samples:
-        raise Refused(
-            f"the text gives {len(whole)} windows of {tokens} tokens, not {samples}: give more text or ask for less"
-        )
-    return random.Random(seed).sample(whole, samples)
-
-
-def whole_windows(tokenizer: Any, texts: Sequence[Any], tokens: int, fewest: int) -> list[list[int]]:
-    """Every window that lies within one text; Refused with less than `fewest`."""
-    begin = beginning(tokenizer)
-    whole = [row for text in texts for row in cut(tokens_of(tokenizer, text), tokens, begin)]
     if len(whole) < fewest:
         raise Refused(
-            f"the text gives {len(whole)} windows of {tokens} tokens, each of one text, and healing needs at least "
-            f"{fewest}: give more text, or ask for fewer `tokens`"
+            f"the text gives {len(whole)} windows of {tokens} tokens, not {fewest}: give more text or ask for less"
         )
     return whole
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from optimize.errors import Refused
 from optimize.options import Step
 from optimize.steps.planning import Context, Estimate, by_layer, weight_bytes
@@ -105,4 +107,8 @@ def refuse(context: Context) -> None:
             "`tasks` out"
         )
     if not context.recipe.trains_alone:
-        context.refuse_too_little(context.recipe.evaluate, True)
+        context.refuse_too_little(context.recipe.evaluate, "evaluate")
+        for name in sorted(_measured(context) & set(context.recipe.evaluate.adapter_texts)):
+            own = context.recipe.evaluate.adapter_texts[name]
+            part = replace(context.recipe.evaluate, text=own, samples=ADAPTED)
+            context.refuse_too_little(part, f"evaluate: adapter_texts: {name}")

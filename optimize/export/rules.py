@@ -160,6 +160,7 @@ def _refuse_gguf(context: Context) -> None:
         raise Refused(f"{reason}: say `format: vllm`")
     if recipe.export.calibrates:
         architectures.dense(base.config, "calibration")
+        context.refuse_too_little(recipe.calibration, "calibration")
     _refuse_beside_products(context, "a GGUF file")
     for name in sorted(context.living & set(context.adapters)):
         tensors = header(Path(recipe.adapters[name]) / ADAPTER)

@@ -101,13 +101,16 @@ class Context:
     memory: int = 0  # that a step may have; 0 without a bound
     machine: Machine = Machine()
 
-    def refuse_too_little(self, part: Text | Evaluate, held_out: bool) -> None:
+    def refuse_too_little(self, part: Text | Evaluate, where: str) -> None:
         """Refused, where a section's text gives fewer windows than it asks for."""
-        texts = texts_of(part, held_out)
+        texts = texts_of(part, held_out=isinstance(part, Evaluate))
         if texts and sum(len(str(each)) for each in texts) < text.LONG_TOKEN * part.samples * part.tokens:
             from optimize.checkpoint.model import tokenizer
 
-            text.windows(tokenizer(self.base.folder), texts, part.samples, part.tokens, self.recipe.seed)
+            try:
+                text.windows(tokenizer(self.base.folder), texts, part.samples, part.tokens, self.recipe.seed)
+            except Refused as error:
+                raise Refused(f"{where}: {error.message}") from error
 
     @property
     def living(self) -> set[str]:

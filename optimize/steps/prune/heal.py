@@ -89,9 +89,9 @@ def _repaired(
 def _all_windows(words: Any, texts: list[Any], tokens: int, seed: int, samples: int) -> list[list[int]]:
     """Every window that the text gives, or `samples` of them, in an order that the seed decides."""
     texts = list(text.enough(texts, samples * tokens, seed)) if samples else texts
-    whole = text.whole_windows(words, texts, tokens, HELD)
-    random.Random(seed).shuffle(whole)
-    return whole[:samples] if samples else whole
+    every = text.every_window(words, texts, tokens, HELD)
+    random.Random(seed).shuffle(every)
+    return every[:samples] if samples else every
 
 
 @torch.inference_mode()

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from msgspec.structs import replace
+
 from optimize.checkpoint import architectures
-from optimize.data import text
 from optimize.errors import RecipeError, Refused
 from optimize.options import Step
 from optimize.steps.kind import StepKind
-from optimize.steps.planning import Context, Estimate, texts_of
+from optimize.steps.planning import Context, Estimate
 from optimize.steps.prune.rules import Prune
 
 HELD = 16  # windows of evaluation text on which the loss is measured
@@ -69,12 +70,9 @@ def refuse(step: Heal, context: Context) -> None:
             f"{family.name} has a norm between down_proj and the stream, and least squares fit down_proj to the "
             "stream: say `repair: false` and some `steps`"
         )
-    for part, held_out in ((context.recipe.calibration, False), (context.recipe.evaluate, True)):
-        texts = texts_of(part, held_out)
-        if texts and sum(len(str(each)) // (text.LONG_TOKEN * step.tokens) for each in texts) < HELD:
-            from optimize.checkpoint.model import tokenizer
-
-            text.whole_windows(tokenizer(context.base.folder), texts, step.tokens, HELD)
+    for name in ("calibration", "evaluate"):
+        part = replace(getattr(context.recipe, name), samples=HELD, tokens=step.tokens)
+        context.refuse_too_little(part, f"heal: {name}")
 
 
 def sentence(options: Mapping[str, Any], notes: Mapping[str, Any]) -> str:

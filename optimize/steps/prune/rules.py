@@ -123,6 +123,8 @@ def refuse(step: Prune, context: Context) -> None:
         architectures.dense(base.config, "prune: mlp" if step.mlp < 1 else "prune: sparsity")
     if step.vocabulary:
         architectures.readable(base.config, base.shapes, "prune: vocabulary")
+    else:
+        context.refuse_too_little(context.recipe.calibration, "calibration")
     if step.layers:
         architectures.of(base.config, "prune: layers")
         if int(base.config.get("decoder_sparse_step") or 1) > 1:

@@ -189,6 +189,7 @@ def _warning(step: Quantize, context: Context) -> str:
 def refuse(step: Quantize, context: Context) -> None:
     base, target = context.base, context.recipe.target
     architectures.dense(base.config, "quantize")
+    context.refuse_too_little(context.recipe.calibration, "calibration")
     if target == "cpu" and step.scheme in NOT_ON_CPU:
         raise Refused(f"vLLM {NOT_ON_CPU[step.scheme]}: take w8a8, or `target: gpu`")
     if target == "cpu" and step.kv_cache == "fp8" and "avx512f" not in processor.instruction_sets().split():

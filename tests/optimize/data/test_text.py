@@ -68,6 +68,12 @@ def test_windows_are_whole_and_drawn_with_the_seed(tokenizer):
         text.windows(tokenizer, texts, 99, 16, seed=1)
 
 
+def test_short_texts_are_joined_wherever_windows_are_taken(tokenizer):
+    """Healing took windows of one text each: of a file of short texts nothing, of a mixed one only the long ones."""
+    every = text.every_window(tokenizer, ["the river ran past a small town"] * 20, 16, fewest=5)
+    assert len(every) >= 5 and {len(window) for window in every} == {16}
+
+
 def test_a_long_text_becomes_tokens_in_pieces_and_much_of_it_is_drawn_from(tokenizer, monkeypatch):
     line = "the river ran past a small town " * 300
     whole = text.windows(tokenizer, [line], 5, 16, seed=1)

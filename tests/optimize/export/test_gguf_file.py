@@ -201,6 +201,13 @@ def test_what_no_file_is_made_of_is_refused(written, more, says, tmp_path):
         plan.made(read, Path(read.model), {}, tmp_path / "out", 10**12)
 
 
+def test_too_little_text_to_calibrate_a_file_on_is_refused_before_any_work(model, written, tmp_path):
+    file = written("steps: []\nexport: {format: gguf, precision: q8_0, method: gptq}")
+    read = recipe.load(file, {"calibration.tokens": "9000"}, model=str(model))
+    with pytest.raises(Refused, match="calibration: .* windows of 9000 tokens, not 16"):
+        plan.made(read, model, {}, tmp_path / "out", 10**12)
+
+
 @pytest.mark.parametrize("precision", ["q4_0", "q4_k_m"])
 def test_an_output_layer_has_six_bits_where_layers_have_four(precision, model):
     source = Checkpoint(model)

@@ -59,7 +59,8 @@ def test_layers_are_chosen_on_a_part_of_the_text_and_the_plan_counts_no_more(wri
 
     def seconds(samples: int, mixing: str) -> float:
         recipe = load(
-            written(f"steps: [{{quantize: {{scheme: w4a16{mixing}}}}}]"), {"calibration.samples": str(samples)}
+            written(f"steps: [{{quantize: {{scheme: w4a16{mixing}}}}}]"),
+            {"calibration.samples": str(samples), "calibration.text": "default"},
         )
         return plan.made(recipe, plan.Path(recipe.model), {}, tmp_path / "out", 10**12).steps[0].seconds
 
@@ -67,18 +68,37 @@ def test_layers_are_chosen_on_a_part_of_the_text_and_the_plan_counts_no_more(wri
     assert 0 < few == pytest.approx(many)
 
 
+LITTLE = {"calibration.tokens": "9000"}
+
+
 @pytest.mark.parametrize(
     ("more", "setting", "sentence"),
     [
-        ("steps: [{prune: {layers: 1}}, {heal: {tokens: 9000}}]", {}, "healing needs at least 16"),
+        ("steps: [{prune: {layers: 1}}, {heal: {tokens: 9000}}]", {}, "heal: calibration: .* of 9000 tokens, not 16"),
         ("steps: [{prune: {layers: 1}}]", {"evaluate.tokens": "9000"}, "windows of 9000 tokens, not 8"),
+        ("steps: [{quantize: {scheme: w8a8}}]", LITTLE, "calibration: .* windows of 9000 tokens, not 16"),
+        ("steps: [{quantize: {scheme: w8a8, method: rtn}}]", LITTLE, "calibration: .* windows of 9000 tokens, not 16"),
+        ("steps: [{prune: {mlp: 0.5}}]", LITTLE, "calibration: .* windows of 9000 tokens, not 16"),
+        ("steps: [{prune: {sparsity: 0.5}}]", LITTLE, "calibration: .* windows of 9000 tokens, not 16"),
+        ("adapters: {tone: ADAPTER}", {"evaluate.adapter_texts": "{tone: SHORT}"}, "tone: .* of 48 tokens, not 8"),
     ],
-    ids=["heal", "evaluate"],
+    ids=["heal", "evaluate", "quantize", "rtn", "prune", "zeros", "adapter"],
 )
-def test_too_little_text_for_what_comes_last_is_refused_before_any_work(more, setting, sentence, written, tmp_path):
-    recipe = load(written(more), setting)
+def test_too_little_text_for_what_comes_last_is_refused_before_any_work(
+    more, setting, sentence, written, tmp_path, adapter
+):
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "a town by the river"}')
+    setting = {name: value.replace("SHORT", str(short)) for name, value in setting.items()}
+    recipe = load(written(more.replace("ADAPTER", str(adapter()))), setting)
     with pytest.raises(Refused, match=sentence):
         plan.made(recipe, plan.Path(recipe.model), {}, tmp_path / "out", 10**12)
+
+
+@pytest.mark.parametrize("more", ["steps: [{prune: {vocabulary: used}}]", "steps: []", "export: {format: onnx}"])
+def test_text_that_nothing_reads_in_windows_may_be_short(more, written, tmp_path):
+    recipe = load(written(more), LITTLE)
+    assert plan.made(recipe, plan.Path(recipe.model), {}, tmp_path / "out", 10**12).steps
 
 
 def test_fewer_bits_than_the_groups_scales_leave_room_for_are_refused(written, tmp_path):

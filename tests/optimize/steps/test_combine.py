@@ -94,3 +94,13 @@ def test_linear_says_what_it_does_with_a_and_with_b(three, job):
         rows = [w * part.scale(module) * part.lora[module]["B"] for w, part in zip(WEIGHTS, parts, strict=True)]
         assert torch.allclose(made.lora[module]["B"], sum(rows), atol=1e-6)
     assert notes["means"].startswith("the mean of the A and the weighted sum of the B")
+
+
+def test_others_may_read_an_adapter_as_they_may_read_what_stands_beside_it(base, adapter, job, tmp_path):
+    """safetensors writes files for their owner alone: a server with a user of its own could not open an export's."""
+    from optimize.checkpoint.checkpoint import ADAPTER, ADAPTER_CONFIG
+
+    made = job("combine", adapters={"one": adapter(1), "two": adapter(2)}, names=["one", "two"], name="both")
+    combine.run(made, silent)
+    folder = made.folder / "adapters" / "both"
+    assert (folder / ADAPTER).stat().st_mode == (folder / ADAPTER_CONFIG).stat().st_mode

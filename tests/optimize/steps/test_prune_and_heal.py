@@ -57,6 +57,13 @@ def test_healing_brings_back_what_pruning_lost(base, job):
     assert notes["losses"][-1] < notes["losses"][0]
 
 
+def test_healing_learns_from_short_texts_too(base, job):
+    pruned = job("prune", layers=1)
+    prune.run(pruned, silent)
+    made = job("heal", model=pruned.folder / "model", out="healed", steps=2, rank=4, batch=2, tokens=64)
+    assert heal.run(made, silent)["trained_tokens"] == 2 * 2 * 64
+
+
 def test_healing_that_was_killed_ends_in_the_same_bytes(base, job, monkeypatch):
     pruned = job("prune", layers=1)
     prune.run(pruned, silent)
