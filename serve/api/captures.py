@@ -87,10 +87,8 @@ class Captures:
                 log.warning("what was deleted through other servers is not known now: %s", error)
             await asyncio.sleep(DELETIONS_SECONDS)
 
-    def rated(self, answered: Answered, tenant: str, rating: float | None, answer: str | None) -> None:
-        """Note what somebody said of an answer, behind the request itself."""
-
-        def rate() -> None:
-            self.conversations.rate(tenant, answered.key, answered.id, rating, answer)
-
-        self.worker.submit(rate)
+    async def rated(self, answered: Answered, tenant: str, rating: float | None, answer: str | None) -> None:
+        """Write down what somebody said of an answer, behind the request itself; OutOfSpace."""
+        if self.takes:
+            await asyncio.to_thread(self.worker.settle)
+            await asyncio.to_thread(self.conversations.rate, tenant, answered.key, answered.id, rating, answer)

@@ -58,7 +58,11 @@ class RatedAnswers:
             if is_rated or not await asyncio.to_thread(self._captures.conversations.rate, *said):
                 raise
             return {"object": "feedback", "request_id": request_id, "rating": rating}
-        self._captures.rated(answered, tenant, rating, answer)
+        try:
+            await self._captures.rated(answered, tenant, rating, answer)
+        except BaseException:
+            answered.withdraw()  # nothing was counted: it can be said again
+            raise
         label = "good" if score >= GOOD else "bad"
         self._metrics.rated(answered.adapter, answered.version, label)
         has_say = self._policies[answered.adapter].verdicts.has(answered.adapter, tenant)

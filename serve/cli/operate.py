@@ -61,8 +61,8 @@ def restore(
 
 
 def _held(counts: Mapping[str, Any]) -> str:
-    files = counts.get("files", 0)
-    return f"{counted(counts['adapters'], 'adapter')}, {files:,} {'file' if files == 1 else 'files'} of batches"
+    versions, files = counted(counts["adapters"], "version"), counted(counts.get("files", 0), "file")
+    return f"{versions} of adapters, {files} of batches"
 
 
 def batch(

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from serve.client.batch import ATTEMPTS, Job, client_of, end_line, run
+from serve.client.batch import ATTEMPTS, Job, answered, client_of, end_line, run
 from serve.errors import ConfigError
 
 # Of one batch; a longer file becomes several.
@@ -77,8 +77,15 @@ class ServerBatches:
         """Append the answers to `out`, those of a batch once it is at its end; how many failed."""
         failed = 0
         for part in _parts(jobs):
-            batch = await self._ended(await self._batch(part), len(part))
-            failed += await self._collect(batch, part, out)
+            while part:
+                batch = await self._ended(await self._batch(part), len(part))
+                contents = await self._contents(batch, part)
+                if contents is not None:
+                    failed += await self._collect(batch, contents, part, out)
+                    break
+                self._tell("another run fetched these answers and deleted them: what is not in --out is asked again")
+                done = answered(out)
+                part = [job for job in part if job.id not in done]
         return failed
 
     async def _batch(self, part: Sequence[Job]) -> dict[str, Any]:
@@ -144,14 +151,23 @@ class ServerBatches:
             return _message(response)
         return "; ".join(f"{what}: {why}" for what, why in response.json().get("degraded", {}).items())
 
-    async def _collect(self, batch: dict[str, Any], part: Sequence[Job], out: Path) -> int:
+    async def _contents(self, batch: dict[str, Any], part: Sequence[Job]) -> list[str] | None:
+        """The files of its answers; None if another run of these requests has fetched and deleted one."""
         if batch["status"] == "failed" and not (batch["output_file_id"] or batch["error_file_id"]):
             raise ConfigError(f"the server does not take the requests: {_first_error(batch, part)}")
+        contents = []
+        for id in filter(None, (batch["output_file_id"], batch["error_file_id"])):
+            content = await self._call("GET", f"/v1/files/{id}/content", accepted=(404,))
+            if not content.is_success:
+                return None
+            contents.append(content.text)
+        return contents
+
+    async def _collect(self, batch: dict[str, Any], contents: Sequence[str], part: Sequence[Job], out: Path) -> int:
         wanted, failed = {job.id for job in part}, 0
         with out.open("a") as file:
-            for id in filter(None, (batch["output_file_id"], batch["error_file_id"])):
-                content = await self._call("GET", f"/v1/files/{id}/content")
-                for line in filter(None, content.text.split("\n")):
+            for content in contents:
+                for line in filter(None, content.split("\n")):
                     if (row := json.loads(line))["custom_id"] in wanted:
                         wanted.discard(row["custom_id"])
                         failed += (row["response"] or {}).get("status_code") != 200

@@ -44,6 +44,10 @@ class Answered:
     rating: float | None = None
     trace: RequestTrace | None = None
 
+    def withdraw(self) -> None:
+        """Nobody has said anything of it yet."""
+        self.rating = None
+
 
 @dataclass(slots=True)
 class _Recent:

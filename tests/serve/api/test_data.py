@@ -127,6 +127,22 @@ async def test_a_late_correction_still_counts(learning):
     assert built["card"]["sources"]["train"]["corrected"] == 1 and built["validation_file"] is None
 
 
+async def test_what_is_said_while_the_disk_is_full_can_be_said_again(learning):
+    id = await asked(learning, "what was that?")
+    await kept(learning, 1)
+    conversations = learning._transport.app.state.parts.captures.conversations
+    nbytes = conversations._file.stat().st_size
+    conversations._writer.execute(f"pragma max_page_count = {nbytes // 4096}")
+    said = {"request_id": id, "answer": "it was a bird " * 5000}
+    refused = await learning.post("/v1/feedback", json=said)
+    assert refused.status_code == 507 and "make room" in refused.json()["error"]["message"]
+    conversations._writer.execute("pragma max_page_count = 100000")
+    assert (await learning.post("/v1/feedback", json=said)).status_code == 200
+    assert (await learning.post("/v1/feedback", json=said)).status_code == 404
+    built = (await learning.post("/v1/adapters/tone/data", json={"held_out": 0})).json()
+    assert built["card"]["sources"]["train"]["corrected"] == 1
+
+
 async def test_a_tenant_has_one_build_at_a_time(learning, make_adapter, monkeypatch):
     datasets = learning._transport.app.state.parts.captures.datasets
     begun, goes_on, build = threading.Event(), threading.Event(), datasets._build

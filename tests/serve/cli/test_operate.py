@@ -56,7 +56,10 @@ def test_a_backup_of_the_default_folder_is_none_of_the_server_that_loradock_url_
     assert "LORADOCK_URL" not in str(done.exception)
 
 
-@pytest.mark.parametrize(("adapters", "files", "text"), [(1, 1, "1 adapter, 1 file of"), (2, 0, "2 adapters, 0 files")])
+@pytest.mark.parametrize(
+    ("adapters", "files", "text"),
+    [(1, 1, "1 version of adapters, 1 file of"), (2, 0, "2 versions of adapters, 0 files")],
+)
 def test_one_is_not_said_as_many(tmp_path, monkeypatch, adapters, files, text):
     written = {"adapters": adapters, "files": files, "bytes": 0}
     monkeypatch.setattr("serve.adapters.registry.backup.backup", lambda *_: written)

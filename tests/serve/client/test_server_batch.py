@@ -73,6 +73,29 @@ async def test_a_run_that_was_broken_off_finds_its_batch_again(client, backend, 
     assert rows[0].startswith('{"custom_id": "torn"') and len([row for row in rows[1:] if row]) == len(jobs)
 
 
+@pytest.mark.parametrize("outs", [("a.jsonl", "b.jsonl"), ("a.jsonl", "a.jsonl")])
+async def test_of_two_runs_at_once_each_gets_every_answer(client, backend, jobs, tmp_path, outs):
+    jobs = [job for job in jobs if job.url == "/v1/completions"]
+    files = [tmp_path / name for name in outs]
+
+    told = []
+    async with httpx.AsyncClient(base_url="http://localhost", transport=client._transport) as http:
+        batches = server_batch.ServerBatches(http, lambda well: None, 0.02, told.append)
+        first, original = [], batches._batch
+
+        async def batch(part):
+            if not first:
+                first.append(await original(part))
+                assert await asking(client, jobs, files[0]) == 0, "the other run finds this batch"
+                return first[0]
+            return await original(part)
+
+        batches._batch = batch
+        assert await batches.answer(jobs, files[1]) == 0
+    assert [len(told), *map(answered, files)] == [1, *[{job.id for job in jobs}] * 2]
+    assert len(files[1].read_text().splitlines()) == len(jobs), "none twice"
+
+
 async def test_a_server_without_batches_is_asked_line_by_line(client, backend, jobs, tmp_path):
     class Without(httpx.AsyncBaseTransport):
         async def handle_async_request(self, request):
