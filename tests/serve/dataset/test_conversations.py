@@ -125,6 +125,13 @@ def test_users_who_begin_alike_go_on_with_their_own_conversations(kept, now):
     assert of["anna 1"] == of["anna 2"] == of["anna 3"] != of["bert 1"] == of["new"]
 
 
+def test_a_column_of_a_later_release_keeps_none_from_being_written(kept):
+    kept.observe(exchange("a", [user("hi")]))
+    kept._writer.execute("alter table requests add column later text not null default ''")
+    kept.observe(exchange("b", [user("hello")]))
+    assert {row.id for row in rows(kept)} == {"a", "b"}
+
+
 def test_a_conversation_of_another_tenant_is_another_one(kept):
     kept.observe(exchange("a", [user("hi")], "hello"))
     kept.observe(exchange("b", [user("hi"), assistant("hello"), user("and?")], tenant="acme"))
