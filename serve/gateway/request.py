@@ -246,6 +246,21 @@ def _check_kinds(fields: dict[str, Any]) -> None:
         # Texts and lists of token ids, the inputs of embeddings, have a bound of their own.
         if isinstance(items, list) and len(items) > MAX_ITEMS and not isinstance(items[0], str | int | list):
             raise BadRequest(f"{field} holds {len(items)} items, and {MAX_ITEMS} are the most", param=field)
+    for number, tool in enumerate(fields.get("tools") or ()):
+        if isinstance(tool, dict):
+            _check_properties(tool, f"tools.{number}")
+
+
+def _check_properties(tool: dict[str, Any], field: str) -> None:
+    """BadRequest for parameters of a tool that a chat template looks into and cannot read."""
+    if isinstance(function := tool.get("function"), dict):
+        tool, field = function, f"{field}.function"
+    for name in ("parameters", "input_schema"):
+        schema = tool.get(name)
+        properties = schema.get("properties") if isinstance(schema, dict) else None
+        if properties is not None and not isinstance(properties, dict):
+            field = f"{field}.{name}.properties"
+            raise BadRequest(f"{field} takes an object of schemas by name, not {shown(properties, 40)}", param=field)
 
 
 def _model_names(fields: dict[str, Any]) -> tuple[str | None, tuple[str, ...]]:

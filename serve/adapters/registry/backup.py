@@ -60,6 +60,8 @@ def backup(data_dir: Path, out: Path, registry: str = "") -> dict[str, Any]:
             return _write(data_dir, source, out)
         except FileNotFoundError:
             continue
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(f"{out} was not written: {error}") from error
     raise ConfigError(f"adapters are deleted faster than they can be read: try again, or stop the server ({data_dir})")
 
 

@@ -174,3 +174,23 @@ async def test_a_conversation_that_nobody_keeps_is_not_left_out_in_silence(clien
     assert "previous_response_id" in refused.json()["error"]["message"] and not backend.bodies
     await client.post("/v1/responses", json={**asked, "conversation": None})
     assert backend.bodies
+
+
+@pytest.mark.parametrize(
+    ("path", "tool", "field"),
+    [
+        (CHAT, {"function": {"name": "f", "parameters": {"properties": ["a"]}}}, "function.parameters"),
+        ("/v1/responses", {"name": "f", "parameters": {"properties": ["a"]}}, "parameters"),
+        ("/v1/messages", {"name": "f", "input_schema": {"properties": ["a"]}}, "input_schema"),
+    ],
+)
+async def test_properties_of_a_tool_that_no_template_can_read_are_named(client, backend, path, tool, field):
+    fields = {"model": "base", "messages": [], "tools": [{"type": "function"}, tool]}
+    refused = await client.post(path, json=fields)
+    assert refused.status_code == 400
+    said = refused.json()["error"]["message"]
+    assert said == f"tools.1.{field}.properties takes an object of schemas by name, not ['a']"
+    assert not backend.bodies
+    for properties in (None, {}):
+        fields["tools"] = [{"function": {"name": "f", "parameters": {"properties": properties}}}]
+        assert (await client.post(CHAT, json=fields)).status_code == 200

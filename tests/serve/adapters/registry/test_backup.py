@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import tarfile
@@ -132,3 +133,18 @@ def test_a_file_that_is_not_as_long_as_it_was_is_refused(tmp_path):
     backup(tmp_path, tmp_path / "out" / "backup.tar")
     with pytest.raises(ConfigError, match="file-1 has 3 bytes"):
         restore(tmp_path / "out" / "backup.tar", tmp_path / "restored")
+
+
+async def test_a_disk_that_is_full_is_said_and_keeps_nothing(connect, config, make_adapter, tmp_path, monkeypatch):
+    async with connect(config) as client:
+        await client.post("/v1/adapters", **upload(make_adapter()))
+    out = tmp_path / "there"
+    out.mkdir()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("serve.adapters.registry.backup.fsync", full)
+    with pytest.raises(ConfigError, match="backup.tar was not written: .*No space left on device"):
+        backup(config.data_dir, out / "backup.tar")
+    assert not list(out.iterdir())
