@@ -253,11 +253,12 @@ class Conversations:
         which: Callable[[Captured], bool],
         note: Callable[[str, Sequence[Captured]], None] = lambda tenant, gone: None,
     ) -> list[Captured]:
-        """Delete those of a tenant's requests; what they were. `note` is as `forget` takes it."""
+        """Delete those of a tenant's requests, asked from the earliest on; what they were. `note` is as `forget`
+        takes it."""
         if not self._file.exists():
             return []
         with self._changing() as database:
-            query = f"select {_COLUMNS} from requests where tenant = ? order by id"
+            query = f"select {_COLUMNS} from requests where tenant = ? order by moment, id"
             gone = [captured for captured in map(_captured, database.execute(query, (tenant,))) if which(captured)]
             if gone:
                 note(tenant, gone)

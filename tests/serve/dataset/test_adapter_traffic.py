@@ -27,16 +27,20 @@ class Texts:
         self.ids -= set(ids)
 
 
+MESSAGE = {"role": "user", "content": "My name is Anna"}
+
+
 @pytest.fixture
 def server(tmp_path):
-    """Of one registry, with one answer by this id: what it keeps, and where its texts are."""
+    """Of one registry, with one answer by this id, after what was said `earlier`: what it keeps, and where its texts
+    are."""
     registry = Registry(f"sqlite:///{tmp_path / 'registry.sqlite'}")
 
-    def made(id):
+    def made(id, *earlier):
         kept = Conversations(tmp_path / f"{id}.db")
         kept.start()
         answer = (Generation([1], [2], "stop", text="Hello"),)
-        asked = {"messages": [{"role": "user", "content": "My name is Anna"}]}
+        asked = {"messages": [*earlier, MESSAGE]}
         named = {"request_id": id, "tenant": "default", "asker": b"anna"}
         kept.observe(Exchange("tone", "v1", 200, 0.1, 0.2, question=asked, generations=answer, **named))
         texts, worker = Texts(id), SimpleNamespace(settle=lambda: None)
@@ -58,7 +62,7 @@ def test_a_conversation_whose_text_could_not_be_deleted_is_there_to_be_deleted_a
 
 
 def test_what_was_deleted_elsewhere_is_deleted_once_it_can_be(server):
-    (here, texts), (there, its_texts) = server("a"), server("b")
+    (here, texts), (there, its_texts) = server("a"), server("b", MESSAGE, {"role": "assistant", "content": "Hello"})
     texts.full = False
     here.forget("tone", "", "a")
     with pytest.raises(OutOfSpace):

@@ -131,3 +131,36 @@ def test_another_server_deletes_its_turns_of_the_conversation_once_it_starts_aga
     kept.forget("acme", "", ["acme/tone"], "a", deleted.note)
     there, deleted_there = server("other")
     assert [row.id for row in deleted_there.apply()] == ["a2"] and ids(there) == set()
+
+
+@pytest.mark.parametrize("first", ["there", "here"])
+def test_another_server_keeps_its_own_conversation_that_begins_alike(server, first):
+    kept, deleted = server("one")
+    there, deleted_there = server("other")
+    own = [(there, "b"), (there, "b2", "And my order?", "Which one?")]
+    deleted_here = [(kept, "a"), (kept, "a2", "Where is my order?", "On its way.")]
+    for place, id, *more in own + deleted_here if first == "there" else deleted_here + own:
+        place.observe(turn(id, *GREETING, *more))
+    kept.forget("acme", "", ["acme/tone"], "a", deleted.note)
+    assert deleted_there.apply() == [] and ids(there) == {"b", "b2"}
+
+
+def test_examples_that_an_application_sends_first_are_no_conversation_on_another_server_either(server):
+    kept, deleted = server("one")
+    there, deleted_there = server("other")
+    kept.observe(turn("a", *GREETING, "Where is my order?", "On its way."))
+    there.observe(turn("b", *GREETING, "What do you sell?", "Kettles."))
+    kept.forget("acme", "", ["acme/tone"], "a", deleted.note)
+    assert deleted_there.apply() == [] and ids(there) == {"b"}
+
+
+def test_all_turns_of_a_conversation_that_went_to_and_fro_are_deleted(server):
+    kept, deleted = server("one")
+    there, deleted_there = server("other")
+    said = [*GREETING, "Where is my order?", "On its way.", "When is it here?", "Tomorrow.", "Thanks", "Bye"]
+    for place, id, length in ((there, "1", 2), (kept, "2", 4), (there, "3", 6), (kept, "4", 8)):
+        place.observe(turn(id, *said[:length]))
+    kept.forget("acme", "", ["acme/tone"], "4", deleted.note)
+    for server_deletions in (deleted, deleted_there):
+        server_deletions.apply()
+    assert ids(kept) == set() and ids(there) == set()
