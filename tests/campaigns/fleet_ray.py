@@ -32,9 +32,10 @@ import httpx
 import numpy as np
 
 from serve.server.ray_proxy import CALLBACK, ModelHeader
+from tests.campaigns.fleet_load import Load, Request, requests_of
 from tests.campaigns.fleet_service_times import SHORT, WORD, first_seconds, service_of, streamed
-from tests.campaigns.fleet_sim import Load, Request, Service, Simulation, requests_of
 from tests.campaigns.fleet_sim import Server as Simulated
+from tests.campaigns.fleet_sim import Service, Simulation
 from tests.campaigns.paired_spells import compared, order
 from tests.support import switched_middleware
 from tests.support.lora import WORDS, trained, variant
@@ -183,7 +184,7 @@ def traces(options: argparse.Namespace) -> list[list[Request]]:
             replicas=2, adapters=options.adapters, zipf=options.zipf, burst=options.burst, requests=options.requests,
             warm=0, seed=seed,
         )  # fmt: skip
-        every, _, end = requests_of(load, _ANY)
+        every, _, end = requests_of(load, 1.0)
         slower = options.requests / options.rate / end
         made.append(
             [
@@ -197,9 +198,6 @@ def traces(options: argparse.Namespace) -> list[list[Request]]:
             ]
         )
     return made
-
-
-_ANY = Service(step=0.01, step_per_answer=0.001, prompt_token=0.0003, load=0.05, fetch=0.05, seats=16, resident=8)
 
 
 async def _asked(client: httpx.AsyncClient, request: Request, began: float) -> tuple[float, str]:

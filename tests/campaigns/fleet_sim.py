@@ -28,6 +28,7 @@ import numpy as np
 
 from serve.fleet.homes import Replica, Replicas, order
 from serve.fleet.placement import Placement
+from tests.campaigns.fleet_load import Load, Request, Trace, happenings, requests_of
 
 
 @dataclass(frozen=True)
@@ -54,49 +55,15 @@ class Service:
     # Whether a step beside answers takes no more of prompts than `serve.cpu_kernels.prompt_budget` lets it.
     on_cpu: bool = False
 
-    @property
-    def answers_per_second(self) -> float:
-        """What one replica sustains, with every seat taken and every adapter there."""
+    def sustained(self, load: Load) -> float:
+        """Requests a second of one replica, with every seat taken and every adapter there."""
+        prompt, answer = load.mean
         step = self.step + self.seats * self.step_per_answer
-        per_answer = Load.answer * step / self.seats + Load.prompt * self.prompt_token
-        return 1 / per_answer
+        return 1 / (answer * step / self.seats + prompt * self.prompt_token)
 
 
 # Prompts cost little beside adapters, as on a GPU, and every adapter of ten thousand is held by one of twenty replicas.
 ASSUMED = Service(step=0.02, step_per_answer=0.0005, prompt_token=0.0001, load=0.2, fetch=0.5, seats=32, resident=640)
-
-
-@dataclass(frozen=True)
-class Load:
-    """What is asked: `use` is the part of what the replicas sustain, `burst` the coefficient of variation of the time
-    between two requests."""
-
-    replicas: int = 20
-    adapters: int = 10_000
-    zipf: float = 1.0
-    use: float = 0.6
-    burst: float = 2.0
-    requests: int = 80_000
-    # Requests before those, which fill the replicas and are not counted.
-    warm: int = 400_000
-    events: str = "steady"
-    seed: int = 0
-    # Mean tokens.
-    prompt = 160
-    answer = 60
-
-
-@dataclass
-class Request:
-    came: float
-    name: str
-    prompt: int
-    answer: int
-    counts: bool = True
-    first: float = -1.0
-    place: int = -1
-    # Counts up when its replica dies under it, so that what was scheduled there is void.
-    tries: int = 0
 
 
 @dataclass(slots=True)
@@ -284,50 +251,6 @@ def policy_of(name: str, seed: int, servers: Sequence[Server], service: Service)
     return Random2(seed)
 
 
-def requests_of(load: Load, service: Service) -> tuple[list[Request], float, float]:
-    """The requests in order of their arrival, when the first comes that counts, and the last."""
-    rng = np.random.default_rng(load.seed)
-    rate = load.use * load.replicas * service.answers_per_second
-    shape = 1 / load.burst**2
-    total = load.warm + load.requests
-    gaps = rng.gamma(shape, 1 / (rate * shape), total)
-    times = np.cumsum(gaps)
-    began, end = float(times[load.warm]), float(times[-1])
-    if load.events == "diurnal":  # two days in a run, from 0.4 to 1.6 of the mean
-        times = _bent(times, lambda at: 1 + 0.6 * np.sin(4 * np.pi * (at - began) / (end - began)))
-        began, end = float(times[load.warm]), float(times[-1])
-    ranks = np.arange(1, load.adapters + 1, dtype=np.float64) ** -load.zipf
-    picked = np.searchsorted(np.cumsum(ranks) / ranks.sum(), rng.random(total))
-    picked = np.minimum(picked, load.adapters - 1)
-    if load.events == "flash crowd":  # a name that hardly anybody asked has a third of the requests
-        first, last = began + 0.4 * (end - began), began + 0.6 * (end - began)
-        crowd = (times > first) & (times < last) & (rng.random(total) < 1 / 3)
-        picked[crowd] = load.adapters // 2
-    prompts = np.maximum(rng.lognormal(math.log(load.prompt) - 0.32, 0.8, total), 1).astype(int)
-    answers = np.maximum(rng.lognormal(math.log(load.answer) - 0.32, 0.8, total), 1).astype(int)
-    rows = zip(times.tolist(), picked.tolist(), prompts.tolist(), answers.tolist(), strict=True)
-    return (
-        [Request(came, f"adapter-{name}", prompt, answer, came >= began) for came, name, prompt, answer in rows],
-        began,
-        end,
-    )
-
-
-def _bent(times: Any, rate: Any) -> Any:
-    """The same arrivals on a clock that runs at `rate`."""
-    grid = np.linspace(0, times[-1], 4096)
-    passed = np.concatenate([[0], np.cumsum(rate((grid[1:] + grid[:-1]) / 2) * np.diff(grid))])
-    return np.interp(times * passed[-1] / times[-1], passed, grid)
-
-
-def happenings(load: Load, began: float, end: float) -> list[tuple[float, str, int]]:
-    """What happens to replicas: when, what, to which."""
-    if load.events != "replicas die, join, slow down":
-        return []
-    parts = ((0.1, "die", 0), (0.3, "slow", 1), (0.5, "well", 1), (0.6, "join", 0), (0.8, "join", load.replicas))
-    return [(began + part * (end - began), what, place) for part, what, place in parts]
-
-
 class Simulation:
     """One policy on one load."""
 
@@ -339,7 +262,7 @@ class Simulation:
         self.holders: dict[str, set[int]] = defaultdict(set)
         self.events: list[tuple[float, int, str, Any, int]] = []
         self.numbers = itertools.count()
-        self.requests, began, end = requests_of(load, service)
+        self.requests, began, end = requests_of(load, service.sustained(load))
         self.open: dict[int, Request] = {}
         self.firsts: list[float] = []
         self.cold = self.counted = self.moved = 0
@@ -602,6 +525,20 @@ def simulate(load: Load, service: Service, policies: Sequence[str] = POLICIES) -
     return {policy: Simulation(load, service, policy).run() for policy in policies}
 
 
+def fewest(load: Load, service: Service, policy: str, objective: float) -> int:
+    """Replicas of these requests, as many a second as they are, so that p99 of the first token is at most `objective`
+    seconds; none above eight times as many as `load` has."""
+    below, enough = 0, 8 * load.replicas
+    while enough - below > 1:
+        some = (below + enough) // 2
+        asked = replace(load, replicas=some, use=load.use * load.replicas / some)
+        if Simulation(asked, service, policy).run()["p99"] <= objective:
+            enough = some
+        else:
+            below = some
+    return enough
+
+
 def ratios(reports: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Of homes: p99 of the first token beside power of two and the best other, and cold loads beside power of two."""
     homes, two = reports["homes"], reports["power of two"]
@@ -615,8 +552,10 @@ def ratios(reports: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 def loads(options: argparse.Namespace) -> Iterator[Load]:
     """The loads of a whole run, or the one that was asked for."""
-    first = Load(requests=options.requests, warm=options.warm, use=options.use, seed=options.seed)
-    if options.adapters or options.zipf or options.events:
+    trace = Trace.read(options.trace) if options.trace else None
+    requests = min(options.requests, len(trace.gaps)) if trace else options.requests
+    first = Load(requests=requests, warm=options.warm, use=options.use, seed=options.seed, trace=trace)
+    if options.adapters or options.zipf or options.events or trace:
         yield replace(
             first,
             adapters=options.adapters or first.adapters,
@@ -642,6 +581,8 @@ def main() -> None:
     parser.add_argument("--zipf", type=float)
     parser.add_argument("--events", choices=("steady", "diurnal", "flash crowd", "replicas die, join, slow down"))
     parser.add_argument("--use", type=float, default=0.6, help="part of what the replicas sustain that is asked")
+    parser.add_argument("--trace", type=Path, help="a public trace: TIMESTAMP,ContextTokens,GeneratedTokens")
+    parser.add_argument("--objective", type=float, help="also the fewest replicas of p99 below so many seconds")
     parser.add_argument("--requests", type=int, default=80_000)
     parser.add_argument("--warm", type=int, default=400_000, help="requests before those that count")
     parser.add_argument("--seed", type=int, default=0)
@@ -651,12 +592,16 @@ def main() -> None:
     service = service_of(options.service) if options.service else ASSUMED
     if options.resident:
         service = replace(service, resident=options.resident)
-    print(f"service: {asdict(service)}; a replica sustains {service.answers_per_second:.2f} requests a second")
+    print(f"service: {asdict(service)}")
     out = []
     for load in loads(options):
-        reports = simulate(load, service, options.policies.split(","))
-        out.append({"load": asdict(load), "reports": reports})
+        sustained = service.sustained(load)
         print(f"\n{load.replicas} replicas, {load.adapters} adapters, Zipf {load.zipf}, {load.events}, use {load.use}")
+        print(f"  tokens of a prompt, an answer: {load.mean}; a replica sustains {sustained:.2f} requests a second")
+        reports = simulate(load, service, options.policies.split(","))
+        for policy, report in reports.items() if options.objective else ():
+            report["fewest"] = fewest(load, service, policy, options.objective)
+        out.append({"load": asdict(replace(load, trace=None)), "trace": options.trace, "reports": reports})
         for policy, report in reports.items():
             print(f"  {policy:16} " + "  ".join(f"{name} {value}" for name, value in report.items()))
         if len(reports) == len(POLICIES):
@@ -664,7 +609,7 @@ def main() -> None:
             print(f"  ratios           {out[-1]['ratios']}")
         sys.stdout.flush()
     if options.json:
-        options.json.write_text(json.dumps({"service": asdict(service), "runs": out}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"service": asdict(service), "runs": out}, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from serve.fleet.homes import order
-from tests.campaigns.fleet_sim import POLICIES, Load, Request, Service, Simulation, ratios, requests_of, simulate
+from tests.campaigns.fleet_load import Load, Request, Trace, requests_of
+from tests.campaigns.fleet_sim import POLICIES, Service, Simulation, fewest, ratios, simulate
 
 # Of a model, not of an engine: prompts are cheap, and an adapter costs what a hundred tokens of an answer do.
 SERVICE = Service(step=0.01, step_per_answer=0.001, prompt_token=0.0001, load=0.2, fetch=0.3, seats=16, resident=128)
@@ -72,5 +73,28 @@ def test_the_simulation_places_by_the_servers_own_code():
     simulation = Simulation(LOAD, SERVICE, "homes")
     placement = simulation.policy.placement
     assert placement.homes("adapter-7")[0] == order(placement._replicas, "adapter-7")[0]
-    requests, began, end = requests_of(LOAD, SERVICE)
+    requests, began, end = requests_of(LOAD, SERVICE.sustained(LOAD))
     assert len(requests) == LOAD.warm + LOAD.requests and 0 < began < end == requests[-1].came
+
+
+def test_a_public_trace_gives_times_and_tokens_and_adapters_are_laid_over_it(tmp_path):
+    rows = [f"2023-11-16 18:15:{at % 60:02}.{at % 7}805900,{100 + at},{1 + at % 40}" for at in range(60)]
+    (tmp_path / "trace.csv").write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]) + "\n")
+    trace = Trace.read(tmp_path / "trace.csv")
+    load = Load(replicas=2, adapters=10, use=0.5, requests=60, warm=100, trace=trace)
+    sustained = SERVICE.sustained(load)
+    assert load.mean == (129.5, pytest.approx(17.17, abs=0.01))
+    requests, began, end = requests_of(load, sustained)
+    counted = [one for one in requests if one.counts]
+    assert [one.prompt for one in counted] == [100 + at for at in range(60)]
+    assert (counted[10].came - counted[9].came) / (end - began) == pytest.approx(trace.gaps[10] / trace.gaps[1:].sum())
+    assert {one.prompt for one in requests[:100]} <= {100 + at for at in range(60)}
+    assert Simulation(load, SERVICE, "homes").run()["requests"] == 60
+
+
+def test_the_fewest_replicas_meet_the_objective_and_one_less_does_not():
+    load = Load(replicas=4, adapters=50, use=0.5, requests=1500, warm=1500)
+    least = fewest(load, SERVICE, "homes", 0.5)
+    for replicas, meets in ((least, True), (least - 1, False)):
+        asked = Load(**{**vars(load), "replicas": replicas, "use": load.use * load.replicas / replicas})
+        assert (Simulation(asked, SERVICE, "homes").run()["p99"] <= 0.5) is meets
