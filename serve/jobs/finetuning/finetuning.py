@@ -150,8 +150,8 @@ class FineTuning:
         try:
             short = check_name(suffix) if suffix is not None else f"ft-{id.removeprefix('ftjob-')[:8]}"
             name = check_adapter_name(full_name(caller.tenant, short), [base.name for base in self._fleet])
-        except BadRequest as bad:
-            raise BadRequest(f"suffix is the adapter's name here: {bad.message}", param="suffix") from bad
+        except (BadRequest, Conflict) as bad:
+            raise type(bad)(f"suffix is the adapter's name here: {bad.message}", param="suffix") from bad
         if (now := self._registry.moved_to(name)) is not None:
             raise Conflict(f"the adapter {shown(suffix)} is called {now} now: take that as suffix", param="suffix")
         if name in self._registry and self._fleet.of(name) is not base:

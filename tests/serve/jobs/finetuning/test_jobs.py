@@ -353,7 +353,7 @@ REFUSED = {
     "model": ({"model": "nobody"}, openai.NotFoundError, "The model `nobody` does not exist"),
     "file": ({"training_file": "file-nowhere"}, openai.BadRequestError, "No such File object: file-nowhere"),
     "suffix": ({"suffix": "no spaces"}, openai.BadRequestError, "suffix is the adapter's name here"),
-    "base's name": ({"suffix": "base"}, openai.ConflictError, "is the base model's name"),
+    "base's name": ({"suffix": "base"}, openai.ConflictError, "suffix is the adapter's name here"),
     "method": ({"method": {"type": "reinforcement"}}, openai.BadRequestError, "method.type"),
     "other method": ({"method": {"type": "dpo", "supervised": {}}}, openai.BadRequestError, "leave the other method's"),
     "beta": ({"method": {"type": "supervised", "supervised": {"hyperparameters": {"beta": 0.1}}}},
@@ -371,8 +371,10 @@ async def test_what_cannot_be_a_job_is_refused_in_a_sentence(training, sdk, conf
     async with training() as client:
         ai = sdk(client)
         for more, kind, sentence in REFUSED.values():
-            with pytest.raises(kind, match=sentence):
+            with pytest.raises(kind, match=sentence) as refused:
                 await begun(ai, **more)
+            if "suffix" in more:
+                assert refused.value.body["param"] == "suffix"
         batch = await ai.files.create(file=("in.jsonl", b"{}\n"), purpose="batch")
         with pytest.raises(openai.BadRequestError, match="send a file with `fine-tune`"):
             await begun(ai, training_file=batch.id)
