@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from serve.cli.arguments import Commands, VersionOption, name_and_version
-from serve.cli.terminal import URL, Json, Key, Url, connected, example, say, table
+from serve.cli.terminal import URL, Json, Key, Url, connected, counted, example, say, table
 from serve.errors import ConfigError
 
 # Seconds between two looks while `run` waits.
@@ -53,7 +53,11 @@ def put(
     document = read_document(file)
     with connected("golden", url, key) as client:
         answer = client.put_golden(name, document)
-    say(answer, as_json, lambda kept: f"{name} has a golden set of {kept['count']} cases ({kept['digest'][:12]})")
+    say(
+        answer,
+        as_json,
+        lambda kept: f"{name} has a golden set of {counted(kept['count'], 'case')} ({kept['digest'][:12]})",
+    )
 
 
 @golden_app.command("list", epilog=example("loradock golden list"))

@@ -44,7 +44,27 @@ def body_fields(app: FastAPI) -> list[ModelField]:
 def validator(schema: Any) -> SchemaValidator:
     """Of a model with this core schema, which looks up to the first wrong item."""
     # Without what the models built for themselves, which collects.
-    return SchemaValidator(tagged(ends_at_first_error(schema)), _use_prebuilt=False)
+    read = no_info_before_validator_function(_with_types, tagged(ends_at_first_error(schema)))
+    return SchemaValidator(read, _use_prebuilt=False)
+
+
+def _with_types(body: Any) -> Any:
+    """The body, with the type of each answer in `input` that has parts. OpenAI lets it be left out, and vLLM takes
+    such an answer for a client's message, whose parts are others."""
+    items = body.get("input") if isinstance(body, dict) else None
+    if not isinstance(items, list) or not any(map(_is_untyped_answer, items)):
+        return body
+    typed = [{"type": "message", **item} if _is_untyped_answer(item) else item for item in items]
+    return {**body, "input": typed}
+
+
+def _is_untyped_answer(item: Any) -> bool:
+    return (
+        isinstance(item, dict)
+        and "type" not in item
+        and item.get("role") == "assistant"
+        and isinstance(item.get("content"), list)
+    )
 
 
 def ends_at_first_error(schema: Any) -> Any:

@@ -110,3 +110,11 @@ async def test_the_error_is_a_sentence_that_names_the_field(path, body, where, a
     assert answer.status_code == 400
     assert error["param"].startswith(where)
     assert len(json.dumps(error)) < 500 and "\n" not in error["message"]
+
+
+def test_an_answer_whose_type_a_client_left_out_is_read_as_one(validators):
+    answer = {"role": "assistant", "content": [{"type": "output_text", "text": "Hello"}]}
+    body = {"model": "base", "input": [*SAY, answer, *SAY]}
+    read = validators["/v1/responses"].validate_python(body).input
+    assert (read[1].type, read[1].content[0].text, read[0]["content"]) == ("message", "Hello", "x")
+    assert answer == {"role": "assistant", "content": [{"type": "output_text", "text": "Hello"}]}
