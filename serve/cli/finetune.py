@@ -92,13 +92,11 @@ def create(  # long: a parameter is an option
     with _connected(url, key) as client:
         asked: dict[str, Any] = {
             "model": model,
-            "training_file": client.send(examples),
             "method": {"type": method, method: {"hyperparameters": hyperparameters}},
         }
         asked |= {"suffix": name} if name else {}
         asked |= {"seed": seed} if seed is not None else {}
-        asked |= {"validation_file": client.send(validation)} if validation else {}
-        job = client.create(asked)
+        job = client.train(asked, examples, validation)
         if wait:
             job = client.ended(job["id"], lambda message: typer.echo(message, err=True))
     say(job, as_json, _line)

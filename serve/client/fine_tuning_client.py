@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from serve.client.api_client import ApiClient
-from serve.errors import ConfigError
+from serve.errors import ConfigError, LoradockError
 
 JOBS = "/v1/fine_tuning/jobs"
 ENDED = ("succeeded", "failed", "cancelled")
@@ -31,6 +32,20 @@ class FineTuningClient(ApiClient):
     def create(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """A new job; `asked` is the body, as OpenAI's."""
         return self._call("POST", JOBS, json=dict(asked))
+
+    def train(self, asked: Mapping[str, Any], examples: Path, validation: Path | None = None) -> dict[str, Any]:
+        """A new job over these files, which are sent first, and deleted if the job is refused."""
+        files = {"training_file": examples} | ({"validation_file": validation} if validation else {})
+        sent: dict[str, str] = {}
+        try:
+            for field, file in files.items():
+                sent[field] = self.send(file)
+            return self.create({**asked, **sent})
+        except LoradockError as error:
+            for id in sent.values() if 400 <= error.status < 500 else ():
+                with suppress(LoradockError):
+                    self._call("DELETE", f"/v1/files/{id}")
+            raise
 
     def jobs(self, limit: int = 20) -> dict[str, Any]:
         """The latest jobs."""

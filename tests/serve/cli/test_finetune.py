@@ -64,5 +64,8 @@ def test_what_is_wrong_is_a_sentence(run, server, tmp_path):
         missing = run("create", *words, "--model", "base")
         assert missing.exit_code == 2 and "does not exist" in missing.stderr
     assert server.client.get("/v1/files").json() == kept, "nothing is sent before everything is there"
+    refused = run("create", file, "--validation", file, "--model", "nowhere")
+    assert refused.exit_code == 1 and "`nowhere` does not exist" in refused.stderr
+    assert server.client.get("/v1/files").json() == kept, "what no job takes is not left there"
     unknown = run("show", "ftjob-0", "--json")
     assert unknown.exit_code == 1 and json.loads(unknown.stderr)["error"]["code"] == "fine_tune_not_found"
