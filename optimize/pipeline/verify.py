@@ -112,7 +112,7 @@ class Verify:
     def __call__(self, rebuild: bool = False, key: Path | None = None) -> Verification:
         """Refused when the original or a text is not there, or is another one."""
         if not self.folder.is_dir():
-            raise Refused(f"there is no folder {self.folder}")
+            raise Refused(f"{self.folder} is no folder: name the one that holds the export")
         found, read = Verification(), manifest.whole(self.folder)
         if key is not None:
             signature.check(self.folder, key)
@@ -157,13 +157,7 @@ class Verify:
     def _recipe(self, read: dict[str, Any], whole: bool) -> Recipe:
         """The export's recipe with the steps that decide what it is compared with, or all."""
         if not read:
-            if whole:
-                raise Refused(f"{self.folder} has no manifest.json, and so no recipe to carry out again")
-            if not self.sources.model:
-                raise Refused(f"{self.folder} has no manifest.json: name the model that it came from with --model")
-            form = "onnx" if list(self.folder.glob("model.onnx*")) else "vllm"
-            made: dict[str, Any] = {"export": {"format": form}}
-            return recipes.made(made | {"model": self._model(made)}, Path.cwd(), self.settings)
+            return self._recipe_of_others(whole)
         if self.settings:
             raise Refused("the manifest says what the export was measured on: --set is for exports of others")
         made = {**read["recipe"]}
@@ -194,6 +188,21 @@ class Verify:
             return recipe
         deciding = [at for at, step in enumerate(recipe.steps, 1) if step.makes or isinstance(step, Merge)]
         return recipes.changed(recipe, steps=recipe.steps[: max(deciding, default=0)])
+
+    def _recipe_of_others(self, whole: bool) -> Recipe:
+        """What an export without a manifest is measured by."""
+        if whole:
+            raise Refused(f"{self.folder} has no manifest.json, and so no recipe to carry out again")
+        if not (self.folder / "config.json").is_file():
+            raise Refused(
+                f"{self.folder} has no manifest.json, and no config.json either: of others, a checkpoint or an "
+                "ONNX export is measured, and no GGUF file"
+            )
+        if not self.sources.model:
+            raise Refused(f"{self.folder} has no manifest.json: name the model that it came from with --model")
+        form = "onnx" if list(self.folder.glob("model.onnx*")) else "vllm"
+        made: dict[str, Any] = {"export": {"format": form}}
+        return recipes.made(made | {"model": self._model(made)}, Path.cwd(), self.settings)
 
     def _model(self, made: dict[str, Any]) -> str:
         return str(self.find(self.sources.model or made["model"]))

@@ -139,6 +139,16 @@ def test_an_export_of_others_is_measured_and_held_against_what_is_claimed(export
     command("verify", *words, "--rebuild", expect=2)
 
 
+def test_a_gguf_file_of_others_is_no_checkpoint_and_the_command_says_so(base, tmp_path, capsys):
+    """It blamed the tokenizer (exit code 1), and said of the file's own name that there is no such folder."""
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    command("verify", tmp_path, "--model", base, expect=2)
+    command("verify", tmp_path / "model.gguf", "--model", base, expect=2)
+    first, second = capsys.readouterr().err.strip().splitlines()
+    assert "no manifest.json, and no config.json either: of others, a checkpoint or an ONNX export is" in first
+    assert second.endswith("model.gguf is no folder: name the one that holds the export")
+
+
 def test_an_original_that_comes_along_is_found_by_the_name_that_the_recipe_gave(
     written, base, texts, tmp_path, capsys, steps_here
 ):
