@@ -30,7 +30,18 @@ if TYPE_CHECKING:
 Embedded = Callable[[str], Path]
 Served = Callable[[], dict[str, str]]
 Show = Callable[["Plan", Path], None]
-Memory = Annotated[float, typer.Option("--memory", help="GB that a step may use (default: 4/5 of what is free).")]
+
+
+def _gigabytes(value: float) -> float:
+    if not 0 <= value < 1e6:
+        raise typer.BadParameter(f"takes GB, such as 12, not {value:g}")
+    return value
+
+
+Memory = Annotated[
+    float,
+    typer.Option("--memory", help="GB that a step may use (default: 4/5 of what is free).", callback=_gigabytes),
+]
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 EVERY = 15.0  # seconds between two lines when there is no terminal
 

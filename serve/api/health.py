@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from serve.adapters.byte_ledger import ByteLedger
 from serve.adapters.registry.registry import Registry
@@ -12,7 +17,7 @@ from serve.rollout.registry_sync import RegistrySync
 from serve.rollout.swap_follower import SwapFollower
 
 
-class Health:
+class Health(Collector):
     """`ready` is set once every engine has answered. Without a `follower` nobody shares the registry."""
 
     def __init__(
@@ -45,6 +50,16 @@ class Health:
         if self._swap_follower.problem:
             problems["base_swap"] = self._swap_follower.problem
         return problems
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily(
+            "loradock_degraded",
+            "1 for each thing that does not work though requests are answered, as /ready names it; none while all do.",
+            labels=("what",),
+        )
+        for what in self.degraded:
+            family.add_metric((what,), 1.0)
+        yield family
 
     def check_started(self) -> None:
         """EngineUnavailable while the server starts, and as long as /ready says so."""

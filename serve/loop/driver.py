@@ -25,6 +25,7 @@ from serve.loop.gatekeeper import Gatekeeper, Interrupted
 from serve.loop.journal import WHO, Journal
 from serve.loop.loop_rows import LoopRows
 from serve.loop.objects import Loop, Outcome, Phase
+from serve.names import short_name, tenant_of
 from serve.rollout.admit import VersionAdmission
 from serve.rollout.lifecycle import Lifecycle
 from serve.rollout.loop_policy import ASK, LoopPolicy
@@ -292,7 +293,8 @@ class LoopDriver:
         elif self._clock() - loop.state.since > ASK_MOST:
             await self._reject(loop, "nobody said yes for 30 days")
         else:
-            note = f"v{loop.state.candidate} waits for a yes: loradock loop approve NAME"
+            name = short_name(loop.name, tenant_of(loop.name))
+            note = f"v{loop.state.candidate} waits for a yes: loradock loop approve {name}"
             await self._later(loop, note, RETRY_SECONDS)
 
     # The end of a try

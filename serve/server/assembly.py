@@ -464,6 +464,7 @@ class Server:
             DroppedExchanges(capture=self.captures.worker, data_quality=self.quality_worker),
             self.events,
             self.background,
+            self.health,
             self.drift_monitor,
             self.canary_monitor,
             self.rollout_controller,

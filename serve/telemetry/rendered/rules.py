@@ -92,7 +92,7 @@ def groups(slos: Sequence[Slo]) -> list[dict[str, Any]]:
         {"name": "loradock-golden", "rules": list(_golden())},
         # Often enough that an overload is told within a minute.
         {"name": "loradock-queue", "interval": "5s", "rules": [_queue()]},
-        {"name": "loradock-server", "rules": list(_server())},
+        {"name": "loradock-server", "rules": [*_server(), *_upkeep()]},
         {"name": "loradock-batches", "rules": [*batches(), *guards()]},
     ]
 
@@ -351,6 +351,10 @@ def _server() -> Iterator[Rule]:
         wait="10m",
         dashboard="loradock-engine",
     )
+
+
+def _upkeep() -> Iterator[Rule]:
+    """What is kept of the answers, and what goes on beside them."""
     yield alert(
         "LoradockTapDrops",
         changed("sum(loradock_tap_dropped_total)", "15m"),
@@ -367,5 +371,15 @@ def _server() -> Iterator[Rule]:
         PAGE,
         "changes are not written to the audit log",
         "The disk of the data directory is full, or audit.jsonl is not writable. The lines stand in the server's log.",
+        dashboard="loradock-overview",
+    )
+    yield alert(
+        "LoradockDegraded",
+        "max by (what) (loradock_degraded) > 0",
+        TICKET,
+        "a server answers, and {{ $labels.what }} does not work",
+        "The disk is full, the registry cannot be reached, or a task in the background fails: /ready and the server's "
+        "log say why.",
+        wait="10m",
         dashboard="loradock-overview",
     )

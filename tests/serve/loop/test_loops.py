@@ -351,7 +351,7 @@ async def test_a_yes_to_a_canary_that_did_worse_promotes_nothing(looping, make_a
         loop = await until(client, lambda loop: loop["phase"] == "canary" and "traffic" in loop["note"])
         monkeypatch.setattr("serve.loop.driver.RETRY_SECONDS", 3600.0)
         parts.events.publish(verdict(loop, Verdict.PROVED))
-        await until(client, lambda loop: "waits for a yes" in loop["note"])
+        await until(client, lambda loop: "loradock loop approve tone" in loop["note"])
         rows = parts.loops.rows
         said = {"verdict": Verdict.WORSE.value, "reason": "errors"}
         await asyncio.to_thread(lambda: rows.hear(rows.get("tone"), said))

@@ -71,6 +71,7 @@ CALLS = "loradock_requests_total"
 SCORE, UNSCORED = "loradock_golden_live_score", f"loradock_golden_unscored_cases{{{TONE}}}"
 FELL, STUCK = "LoradockGoldenScoreFell", "LoradockGoldenStuck"
 LEFT, LINES = "loradock_batch_lines_left", "loradock_batch_lines_total"
+DEGRADED = "LoradockDegraded"
 IDLE, UNANSWERED, LATE = "LoradockBatchStuck", "LoradockBatchLinesFail", "LoradockBatchExpired"
 UNSEEN, ASKED = "LoradockGuardFails", 'adapter="tone",side="prompt"'
 
@@ -206,6 +207,9 @@ STORIES = [
     Story("a guard refuses", UNSEEN, guarded(passed="0+5x60", error="0x60", refused="0+9x60"), "40m"),
     Story("a guard did not answer once", UNSEEN, guarded(passed="0+5x60", error="0x10 1x50"), "40m"),
     Story("every line", "LoradockAuditFails", {"loradock_audit_failures_total": "0x90"}, "75m"),
+    Story("the disk is full", DEGRADED, {'loradock_degraded{what="disk"}': "_x10 1x60"}, "40m",
+          '{severity="ticket",what="disk"}'),
+    Story("a task failed and is well again", DEGRADED, {'loradock_degraded{what="usage"}': "_x10 1x8 _x60"}, "40m"),
 ]  # fmt: skip
 
 
