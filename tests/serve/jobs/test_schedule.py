@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 
 import pytest
@@ -47,8 +48,10 @@ def jobs(rows, runner, contents):
 @pytest.mark.parametrize("schedule_of", [batches, jobs])
 async def test_what_lies_on_another_servers_disk_is_left_to_that_server(schedule_of):
     begun, there = [], {"file-1"}
+    go = asyncio.Event()
 
     async def run(work):
+        await go.wait()
         begun.append(work)
 
     metrics = SimpleNamespace(see=lambda found: None, keeps=lambda *totals: None)
@@ -68,5 +71,6 @@ async def test_what_lies_on_another_servers_disk_is_left_to_that_server(schedule
     clock[0] += 31
     await schedule.round()
     (work, task) = schedule._working["work-1"]
+    go.set()
     await task
     assert begun == [work] and not rows.claimed
