@@ -7,6 +7,7 @@ an export is not what its manifest says, 4 stopped by SIGTERM.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -109,6 +110,10 @@ def _exit_code(app: typer.Typer, arguments: Sequence[str], name: str) -> int:
 def _print_error(message: str) -> None:
     with suppress(BrokenPipeError):  # its reader may be gone too
         print(f"loradock: {message}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # Python would try again, and end with a code of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _optimize_command(embedded: Embedded, served: Served) -> Callable[..., None]:

@@ -55,9 +55,9 @@ create table if not exists left_out (
 # What a database of an earlier release has not.
 _LATER = ("client_id", "key")
 # By name: a later release may have given the table more columns, and this one may follow it.
-_WRITTEN = (
-    "tenant, id, adapter, version, moment, asker, conversation, whole, users, asked, answer, finish, nbytes, "
-    "client_id, key"
+_INSERT = (
+    "insert or ignore into requests (tenant, id, adapter, version, moment, asker, conversation, whole, users, asked, "
+    "answer, finish, nbytes, client_id, key) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 _COLUMNS = "id, tenant, adapter, version, moment, asker, conversation, asked, answer, finish, rating, correction"
 
@@ -311,7 +311,7 @@ class Conversations:
             conversation = _conversation(database, exchange.tenant, asker, earlier) or _fresh_id(exchange)
             known = (exchange.tenant, exchange.request_id, exchange.adapter, exchange.version, now, asker, conversation)
             database.execute(
-                f"insert or ignore into requests ({_WRITTEN}) values ({', '.join('?' * (_WRITTEN.count(',') + 1))})",
+                _INSERT,
                 (*known, whole, users, row, answer, generation.finish_reason, nbytes, exchange.client_id, exchange.key),
             )
         for sizes in (self._sizes, self._kept):

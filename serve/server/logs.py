@@ -107,6 +107,7 @@ class Log:
 
     def errors(self) -> list[str]:
         """The last errors since this start, without tracebacks; the last lines where a process ended without a word."""
+        _flush()
         with self.path.open("rb") as file:
             file.seek(min(self._began, os.fstat(file.fileno()).st_size))
             lines = file.read().decode(errors="replace").splitlines()

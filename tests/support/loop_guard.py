@@ -34,6 +34,8 @@ WAITING = {
 # Modules that are imported at their first use, and what the kernel answers from memory.
 QUICK = (".py", ".pyc", ".so")
 QUICK_FOLDERS = ("/proc/", "/sys/", "/dev/")
+# How a frame names code that has no file; a traceback looks for its lines.
+NO_FILE = "<"
 
 _step = threading.local()
 violations: list[str] = []
@@ -78,7 +80,7 @@ def _record(what: str) -> None:
 def _audit(name: str, arguments: tuple[Any, ...]) -> None:
     if name in WAITING and getattr(_step, "path", None) is not None:
         subject = str(arguments[0]) if arguments else ""
-        if name == "open" and (subject.endswith(QUICK) or subject.startswith(QUICK_FOLDERS)):
+        if name == "open" and (subject.endswith(QUICK) or subject.startswith((*QUICK_FOLDERS, NO_FILE))):
             return
         _record(f"{name} {subject[-80:]}")
 

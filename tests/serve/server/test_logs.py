@@ -145,5 +145,5 @@ for seconds in (0, 0.2, 59, 61):
         "the disk is full: one waits (and 2 times since it was last written)",
         "the disk is full: two waits (and 2 times since it was last written)",
     ]
-    assert shown.count("a step") == 4 and shown.count("ValueError") == 4
+    assert shown.count("a step") == 4 and shown.count("\nValueError: ") == 4
     assert logged(tmp_path).count("one waits") == 2
