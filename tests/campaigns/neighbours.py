@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -331,7 +332,9 @@ def _own_disk(folder: Path) -> Iterator[Path | None]:
     image = folder.with_suffix(".img")
     with image.open("wb") as file:
         file.truncate(600 << 20)
-    made = subprocess.run(["mkfs.ext4", "-q", str(image)], capture_output=True, check=False).returncode == 0
+    # Where it lies is often in root's PATH alone.
+    mkfs = shutil.which("mkfs.ext4", path=os.pathsep.join((os.environ["PATH"], "/usr/sbin", "/sbin")))
+    made = mkfs and subprocess.run([mkfs, "-q", str(image)], capture_output=True, check=False).returncode == 0
     mount = ["mount", "-o", "loop", str(image), str(folder)]
     mounted = made and subprocess.run(mount, capture_output=True, check=False).returncode == 0
     try:
