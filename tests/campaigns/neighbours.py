@@ -135,8 +135,8 @@ def _disk(folder: Path, fault: Mode) -> None:
     """A frozen file system is slow, a full one refuses, one with a KiB left takes half of what is written."""
     filler = folder / "filler"
     if fault == "slow":
-        subprocess.run(["fsfreeze", "-f", str(folder)], check=True)
-        threading.Timer(5, subprocess.run, (["fsfreeze", "-u", str(folder)],)).start()
+        assert _tool("fsfreeze", "-f", str(folder))
+        threading.Timer(5, _tool, ("fsfreeze", "-u", str(folder))).start()
     elif fault == "refusing":
         _fill(filler, leave=0)
     elif fault == "halves":
@@ -332,17 +332,19 @@ def _own_disk(folder: Path) -> Iterator[Path | None]:
     image = folder.with_suffix(".img")
     with image.open("wb") as file:
         file.truncate(600 << 20)
-    # Where it lies is often in root's PATH alone.
-    mkfs = shutil.which("mkfs.ext4", path=os.pathsep.join((os.environ["PATH"], "/usr/sbin", "/sbin")))
-    made = mkfs and subprocess.run([mkfs, "-q", str(image)], capture_output=True, check=False).returncode == 0
-    mount = ["mount", "-o", "loop", str(image), str(folder)]
-    mounted = made and subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    mounted = _tool("mkfs.ext4", "-q", str(image)) and _tool("mount", "-o", "loop", str(image), str(folder))
     try:
         yield folder if mounted else None
     finally:
         if mounted:
-            subprocess.run(["fsfreeze", "-u", str(folder)], capture_output=True, check=False)
-            subprocess.run(["umount", "-l", str(folder)], capture_output=True, check=False)
+            _tool("fsfreeze", "-u", str(folder))
+            _tool("umount", "-l", str(folder))
+
+
+def _tool(*words: str) -> bool:
+    """Whether this command of the system's, which may lie in root's PATH alone, ended well."""
+    found = shutil.which(words[0], path=os.pathsep.join((os.environ["PATH"], "/usr/sbin", "/sbin")))
+    return found is not None and subprocess.run([found, *words[1:]], capture_output=True, check=False).returncode == 0
 
 
 def table(rows: list[Seen]) -> str:
