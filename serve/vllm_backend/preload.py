@@ -12,9 +12,10 @@ from typing import Any
 collects = gc.isenabled()
 gc.disable()
 
-from serve.vllm_backend import package_scans
+from serve.vllm_backend import deferred_compiler, package_scans
 
 package_scans.install()
+deferred_compiler.install()
 
 import transformers.models.auto
 import vllm.entrypoints.openai.models.protocol
