@@ -12,7 +12,6 @@ pairs. On a GPU each wants nearly all of its memory, so they run one after the o
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from optimize import audio_packages, processor
 from optimize.checkpoint.checkpoint import adapter_config
 from optimize.errors import OptimizeError
 from optimize.evaluation.held_out import held_out
+from optimize.evaluation.perplexity import increase, perplexity
 from optimize.job import Job, Progress
 
 if TYPE_CHECKING:
@@ -91,9 +91,9 @@ def _scores(
     if same_tokens:
         pairs = [pair for rows in zip(*likeliest, strict=True) for pair in zip(*rows, strict=True)]
         scores |= {
-            "engine_perplexity_original": round(math.exp(old["loss"]), 4),
-            "engine_perplexity": round(math.exp(new["loss"]), 4),
-            "engine_perplexity_increase": round(math.expm1(new["loss"] - old["loss"]), 5),
+            "engine_perplexity_original": perplexity(old["loss"]),
+            "engine_perplexity": perplexity(new["loss"]),
+            "engine_perplexity_increase": increase(new["loss"] - old["loss"]),
             "engine_top1": round(sum(one == other for one, other in pairs) / len(pairs), 5),
         }
     if job.adapters:

@@ -20,6 +20,7 @@ from optimize.checkpoint.checkpoint import Checkpoint
 from optimize.checkpoint.model import adapted, answered, greedy, last_states, logits, opened, settle
 from optimize.errors import OptimizeError
 from optimize.evaluation.held_out import HeldOut, held_out, own_text
+from optimize.evaluation.perplexity import increase, perplexity
 from optimize.evaluation.rules import ADAPTED, ANSWER
 from optimize.intervals import of_mean
 from optimize.job import Job, Progress
@@ -65,8 +66,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
         scores |= _in_old_tokens(partial(logits, old), text.original, rows, scores["perplexity"])
         scores["intervals"].pop("perplexity_increase", None)  # of other windows
     if base_loss is not None:
-        increase = math.expm1(math.log(scores["perplexity"]) - base_loss)
-        scores |= {"perplexity_base": round(math.exp(base_loss), 4), "perplexity_base_increase": round(increase, 5)}
+        rise = math.log(scores["perplexity"]) - base_loss
+        scores |= {"perplexity_base": perplexity(base_loss), "perplexity_base_increase": increase(rise)}
     effects = {}
     done = len(rows)
     for name in living:
@@ -153,15 +154,15 @@ def compared(
     if not math.isfinite(loss_new):
         raise OptimizeError("the result answers with NaN or infinity on the held-out text: it is broken")
     return {
-        "perplexity_original": round(math.exp(loss_old / count), 4),
-        "perplexity": round(math.exp(loss_new / count), 4),
-        "perplexity_increase": round(math.expm1((loss_new - loss_old) / count), 5),
+        "perplexity_original": perplexity(loss_old / count),
+        "perplexity": perplexity(loss_new / count),
+        "perplexity_increase": increase((loss_new - loss_old) / count),
         "log_perplexity": round(loss_new / count, 5),  # in the result's own tokens
         "kl": round(sum(divergences) / count, 5),
         "top1": round(sum(same) / count, 5),
         "intervals": {
             **_interval("kl", divergences), **_interval("top1", same),
-            **_interval("perplexity_increase", rise, math.expm1),
+            **_interval("perplexity_increase", rise, increase),
         },
     }  # fmt: skip
 
@@ -205,20 +206,18 @@ def _seen(ask: Ask, kept: torch.Tensor | None) -> Ask:
     return lambda row: ask(kept[row])[..., kept]
 
 
-def _in_old_tokens(
-    old: Ask, before: list[torch.Tensor], after: list[torch.Tensor], perplexity: float
-) -> dict[str, Any]:
+def _in_old_tokens(old: Ask, before: list[torch.Tensor], after: list[torch.Tensor], measured: float) -> dict[str, Any]:
     """Perplexity of the same text per token of the original vocabulary: a smaller one needs more tokens for it.
 
     KL and top-1 stay as they are, on the same pieces and the tokens that both have.
     """
     original = _loss(map(old, before), before)
     ratio = sum(row.shape[1] for row in after) / sum(row.shape[1] for row in before)
-    now = math.log(perplexity) * ratio
+    now = math.log(measured) * ratio
     return {
-        "perplexity_original": round(math.exp(original), 4),
-        "perplexity": round(math.exp(now), 4),
-        "perplexity_increase": round(math.expm1(now - original), 5),
+        "perplexity_original": perplexity(original),
+        "perplexity": perplexity(now),
+        "perplexity_increase": increase(now - original),
         "tokens_ratio": round(ratio, 4),
     }
 

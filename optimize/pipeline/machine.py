@@ -15,6 +15,7 @@ from optimize.pipeline.child import Child
 from optimize.pipeline.resident import Resident
 from optimize.recipe import Recipe
 from optimize.steps.planning import Machine
+from optimize.steps.prune.rules import Prune
 from optimize.steps.tune.rules import Tune
 
 
@@ -24,7 +25,11 @@ def measured(recipe: Recipe, model: Path, resident: Resident) -> Machine:
         return Machine()
     with TemporaryDirectory(prefix="loradock-probe-") as folder:
         trained = next((plain(step) for step in recipe.steps if isinstance(step, Tune)), {})
-        options = {"tune": trained, "format": recipe.export.format, "precision": recipe.export.precision}
+        zeros = next((plain(step) for step in recipe.steps if isinstance(step, Prune) and step.zeros), {})
+        options = {
+            "tune": trained, "zeros": zeros,
+            "format": recipe.export.format, "precision": recipe.export.precision,
+        }  # fmt: skip
         job = Job(
             kind="probe", options=options, model=str(model), base="", reference="", adapters=dict(recipe.adapters),
             originals={}, calibration=recipe.calibration, evaluate=recipe.evaluate, seed=recipe.seed,

@@ -41,11 +41,15 @@ from optimize.options import Evaluate, Text
 from optimize.pipeline.child import resident_bytes
 from optimize.pipeline.worker import sentence
 from optimize.steps.calibrated import products_of
+from optimize.steps.merge.check import off_in_places
+from optimize.steps.prune import sparse
+from optimize.steps.prune.rules import pattern_of
 from optimize.steps.quantize import gptq
 
 AGAIN = 3  # the least of so many counts
 ROWS, COLUMNS = 1024, 512  # of the matrix that is rounded
 FEW = 3  # rows of a step of answers
+MERGED, RANK = 1 << 23, 16  # weights that are merged into at a time: no cache holds them
 READ = 100_000  # characters of a text
 WORDS = 64  # the vocabulary of the layer that is tried
 
@@ -67,6 +71,8 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     if job.options["format"] == "onnx":
         found |= tracing(folder) | in_onnx(folder, job)
     with torch.inference_mode():
+        if zeros := job.options["zeros"]:
+            found["zero"] = zeroed(zeros, int(configured(folder).hidden_size))
         return found | layer(folder, job.calibration.tokens) | matrices(folder)
 
 
@@ -212,8 +218,29 @@ def matrices(folder: Path) -> dict[str, float]:
         / ROWS
         / columns,
         "number": taken(lambda: log_softmax(wide, -1)) / wide.numel(),
+        "merging": merged(width),
         "rounded_input": taken(lambda: round_activations(head[:ROWS])) / ROWS / width,
     }
+
+
+def zeroed(options: dict[str, Any], width: int) -> float:
+    """Seconds in which a step `prune` with these options makes zeros, for each weight of a matrix of `width` rows."""
+    rows, weight = torch.randn(ROWS, COLUMNS), torch.randn(width, COLUMNS)
+    how = options["method"], options["sparsity"], pattern_of(options["pattern"])
+    return taken(lambda: sparse.sparse(weight, *how, rows.T @ rows)) / weight.numel()
+
+
+def merged(width: int) -> float:
+    """Seconds in which an adapter is merged and compared with PEFT's merge of it, for each weight."""
+    weight = torch.full((MERGED // width, width), 0.01, dtype=torch.bfloat16)
+    up, down = torch.full((len(weight), RANK), 0.01), torch.full((RANK, width), 0.01)
+
+    def both() -> None:
+        ours = (weight.float() + 1.0 * (up @ down)).to(weight.dtype)
+        assert ours.isfinite().all()
+        off_in_places(ours, weight.float().add_((up @ down) * 1.0))
+
+    return taken(both) / weight.numel()
 
 
 def filled(*shape: int) -> torch.Tensor:

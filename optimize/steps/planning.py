@@ -83,6 +83,8 @@ class Machine:
     product32: float = 1e-11  # one in float32
     scale: float = 2.5e-8  # a weight whose 4-bit scale is searched
     round: float = 4.5e-8  # a weight that GPTQ rounds
+    zero: float = 3e-8  # a weight of a matrix in which a step makes zeros
+    merging: float = 4e-8  # a weight that is merged into, and compared with PEFT's
     number: float = 8e-10  # a number of a softmax
     rounded_input: float = 5e-9  # a number of a linear layer's input that is rounded to 8 bits
     onnx_opening: float = 4e-9  # a weight of an ONNX graph
@@ -208,16 +210,25 @@ class Context:
         return max(input_widths(self.base), default=self.hidden)
 
 
-def calibrating(context: Context) -> tuple[float, int]:
-    """Seconds and bytes of a Hessian for each input of a layer, its factor, and a sum over columns for each column: the
-    text goes through each layer once before it is rounded, beside once after."""
-    machine, widths = context.machine, context.layer_inputs
+def summing(context: Context) -> tuple[float, int]:
+    """Seconds and bytes of a Hessian for each input of a layer; the text goes through each layer for them."""
+    widths = context.layer_inputs
     summed = context.layers * context.calibration_tokens * sum(width**2 for width in widths) / 2
-    solved = context.layers * sum(width**3 for width in widths) / 3
-    seconds = context.calibration_tokens * context.layers_seconds + machine.product * summed
-    seconds += machine.product32 * (solved + context.products / 2) + machine.round * context.linears
-    factor = max(0, 8 * context.widest**2 - 8 * context.largest_unit)
-    return seconds, 4 * sum(width**2 for width in widths) + factor
+    seconds = context.calibration_tokens * context.layers_seconds + context.machine.product * summed
+    return seconds, 4 * sum(width**2 for width in widths)
+
+
+def cubes(context: Context) -> int:
+    """Multiplications of every Hessian with a matrix of its size."""
+    return context.layers * sum(width**3 for width in context.layer_inputs)
+
+
+def calibrating(context: Context) -> tuple[float, int]:
+    """The same with its factor, and a sum over columns for each column."""
+    seconds, size = summing(context)
+    machine = context.machine
+    seconds += machine.product32 * (cubes(context) / 3 + context.products / 2) + machine.round * context.linears
+    return seconds, size + max(0, 8 * context.widest**2 - 8 * context.largest_unit)
 
 
 def following(context: Context) -> tuple[float, int]:

@@ -48,6 +48,13 @@ def checked(job: Job, names: Sequence[str], weights: Sequence[float]) -> dict[st
     }
 
 
+def off_in_places(made: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest difference of two tensors in last places of bf16. Beside numbers below 1e-4 fp32's own rounding would
+    be counted."""
+    place = 2.0 ** (torch.frexp(exact.abs().clamp(min=1e-4)).exponent - 8)
+    return float(((made.float() - exact).abs() / place).max())
+
+
 class Places:
     """The largest difference of a merged weight from the exact one, in last places of bf16."""
 
@@ -60,9 +67,7 @@ class Places:
             return
         few = max(1, COMPARED * len(exact) // exact.numel())
         for made, right in zip(self._merged.tensor(name).split(few), exact.split(few), strict=True):
-            # Beside numbers below 1e-4 fp32's own rounding would be counted.
-            place = 2.0 ** (torch.frexp(right.abs().clamp(min=1e-4)).exponent - 8)
-            off = float(((made.float() - right).abs() / place).max())
+            off = off_in_places(made, right)
             self.worst = off if off != off else max(self.worst, off)
 
 

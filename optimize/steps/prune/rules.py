@@ -12,9 +12,8 @@ from optimize.errors import RecipeError, Refused
 from optimize.options import Step
 from optimize.steps.kind import StepKind
 from optimize.steps.merge.rules import Merge
-from optimize.steps.planning import BATCH, Context, Estimate, calibrating, passing, weight_bytes
+from optimize.steps.planning import BATCH, Context, Estimate, cubes, passing, summing, weight_bytes
 
-SORTED = 250  # passes over the weights that the cheapest of each four take
 WATCHED = 16  # windows that influence is measured on
 TRIED = 4  # windows that a choice is tried on
 SPARE = 3  # candidates beyond the layers to drop
@@ -100,10 +99,14 @@ def estimate(step: Prune, context: Context) -> Estimate:
         memory += batch * (weight_bytes() * context.vocabulary + 12 * context.widest)
         return Estimate("prune", what, memory, size, seconds + _chosen(step, context))
     what = f"{step.pattern or f'{step.sparsity:.0%}'} zeros by {step.method}"
-    solving, hessians = calibrating(context)
-    memory = machine.process + context.copied_by_layer + passing(context) + hessians + 8 * context.widest**2
-    made = solving + context.calibration_tokens * context.layers_seconds
-    return Estimate("prune", what, memory, size, seconds + made + SORTED * machine.number * context.linears, ZEROS)
+    memory = machine.process + context.copied_by_layer + passing(context)
+    seconds += context.calibration_tokens * context.layers_seconds + machine.zero * context.linears
+    if step.method != "magnitude":
+        summed, hessians = summing(context)
+        seconds, memory = seconds + summed, memory + hessians + 8 * context.widest**2
+    if step.method == "sparsegpt":  # a factor, the inverse and its factor; what a column makes up for in those after it
+        seconds += machine.product32 * (cubes(context) + context.products / 2)
+    return Estimate("prune", what, memory, size, seconds, ZEROS)
 
 
 def _chosen(step: Prune, context: Context) -> float:

@@ -23,6 +23,8 @@ from optimize.steps.calibrated import CalibratedModel, first_readers, windows
 from optimize.steps.prune.rules import pattern_of
 from optimize.steps.quantize import gptq
 
+TOGETHER = 8  # columns that get what those before them owe at once
+
 
 def run(job: Job, progress: Progress) -> dict[str, Any]:
     settle(job.seed, job.device)
@@ -73,43 +75,41 @@ def sparse(
     if sums is not None:
         cost = cost * sums.diagonal().sqrt()
     if pattern:
-        return weight.masked_fill(_lowest(cost.view(len(weight), -1, pattern[1]), pattern).view_as(weight), 0)
+        gone = _lowest(cost.view(len(weight), -1, pattern[1]).movedim(-1, 0), pattern)
+        return weight.masked_fill(gone.movedim(0, -1).reshape(weight.shape), 0)
     if method == "wanda":
-        gone = cost.argsort(dim=1, stable=True)[:, : round(weight.shape[1] * sparsity)]
-        return weight.scatter(1, gone, 0)
-    gone = cost.flatten().argsort(stable=True)[: round(weight.numel() * sparsity)]
-    return weight.flatten().scatter(0, gone, 0).view_as(weight)
+        cheapest = cost.argsort(dim=1, stable=True)[:, : round(weight.shape[1] * sparsity)]
+        return weight.scatter(1, cheapest, 0)
+    return weight.masked_fill(_cheapest(cost, sparsity), 0)
 
 
 def _sparsegpt(
     weight: torch.Tensor, sums: torch.Tensor, sparsity: float, pattern: tuple[int, int] | None
 ) -> torch.Tensor:
     columns = weight.shape[1]
-    sums, weight = sums.clone(), weight.clone()
+    sums, left = sums.clone(), weight.T.contiguous()  # a column is a row here
     dead = sums.diagonal() == 0
     sums.diagonal()[dead] = 1
-    weight[:, dead] = 0
+    left[dead] = 0
     upper = _inverse_factor(sums)
+    together = pattern[1] if pattern else TOGETHER
     for start in range(0, columns, gptq.BLOCK):
-        end = min(start + gptq.BLOCK, columns)
-        block, factor = weight[:, start:end].clone(), upper[start:end, start:end]
-        gone = torch.zeros(block.shape, dtype=torch.bool)
+        block, factor = left[start : start + gptq.BLOCK], upper[start : start + gptq.BLOCK, start : start + gptq.BLOCK]
+        dearness = factor.diagonal()[:, None]
+        errors, gone = torch.empty_like(block), torch.empty(block.shape, dtype=torch.bool)
         if not pattern:
-            cost = (block / factor.diagonal()).square().flatten()
-            gone.view(-1)[cost.argsort(stable=True)[: round(block.numel() * sparsity)]] = True
-        errors = torch.empty_like(block)
-        for at in range(end - start):
-            if pattern and at % pattern[1] == 0:
-                of = slice(at, at + pattern[1])
-                gone[:, of] = _lowest((block[:, of] / factor.diagonal()[of]).square(), pattern)
-            kept = block[:, at].masked_fill(gone[:, at], 0)
-            error = (block[:, at] - kept) / factor[at, at]
-            block[:, at:] -= error[:, None] * factor[at, at:]
-            block[:, at] = kept
-            errors[:, at] = error
-        weight[:, start:end] = block
-        weight[:, end:] -= errors @ upper[start:end, end:]
-    return weight
+            gone = _cheapest((block / dearness).square_(), sparsity)
+        for first in range(0, len(block), together):
+            of = slice(first, first + together)
+            block[of].addmm_(factor[:first, of].T, errors[:first], alpha=-1)
+            if pattern:
+                gone[of] = _lowest((block[of] / dearness[of]).square_(), pattern)
+            for at in range(first, min(first + together, len(block))):
+                torch.mul(block[at], gone[at], out=errors[at]).div_(factor[at, at])
+                block[at].masked_fill_(gone[at], 0)
+                block[at + 1 : of.stop].addr_(factor[at, at + 1 : of.stop], errors[at], alpha=-1)
+        left[start + gptq.BLOCK :].addmm_(upper[start : start + gptq.BLOCK, start + gptq.BLOCK :].T, errors, alpha=-1)
+    return left.T.contiguous()
 
 
 def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
@@ -130,8 +130,22 @@ def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
         damp *= 10
 
 
+def _cheapest(cost: torch.Tensor, share: float) -> torch.Tensor:
+    """True at that share of all, of equals at the first."""
+    flat, count = cost.flatten(), round(cost.numel() * share)
+    if not count:
+        return torch.zeros(cost.shape, dtype=torch.bool)
+    dearest = flat.kthvalue(count).values
+    gone, edge = flat < dearest, flat == dearest
+    return gone.logical_or_(edge & (edge.cumsum(0) <= count - gone.sum())).view(cost.shape)
+
+
 def _lowest(cost: torch.Tensor, pattern: tuple[int, int]) -> torch.Tensor:
-    """True at the M - N cheapest of the last axis' M."""
+    """True at the M - N cheapest along the first axis, of equals at the first. NaN is the dearest: it stays, and is
+    found."""
     kept, of = pattern
-    gone = cost.argsort(dim=-1, stable=True)[..., : of - kept]
-    return torch.zeros(cost.shape, dtype=torch.bool).scatter(-1, gone, True)
+    gone = torch.empty(cost.shape, dtype=torch.bool)
+    for at, one in enumerate(cost):
+        before, after = ~(one < cost[:at]), ~(one <= cost[at + 1 :])
+        torch.lt(before.sum(0) + after.sum(0), of - kept, out=gone[at])
+    return gone

@@ -106,6 +106,16 @@ def test_logits_are_gone_when_the_next_are_made():
     assert most == [0, 1] * 3
 
 
+@pytest.mark.parametrize("sure", [200.0, 2000.0])
+def test_a_result_that_is_sure_of_wrong_tokens_has_a_perplexity_all_the_same(sure):
+    """Of 700 nats a token, or from the least to the most of two windows far apart, ended in an OverflowError."""
+    rows = [torch.tensor([[0, 1, 1, 1]]), torch.tensor([[0, 0, 0, 0]])]
+    wrong = torch.tensor([sure, 0.0, 0.0]).expand(1, 4, 3)  # of the first window's tokens, right of the second's
+    scores = evaluate.compared([torch.zeros(1, 4, 3)] * 2, [wrong] * 2, rows, lambda _: None)
+    assert scores["perplexity_original"] == 3 and scores["log_perplexity"] == sure / 2
+    assert scores["perplexity"] > 1e40 and scores["intervals"]["perplexity_increase"][1] > 1e300
+
+
 def test_greedy_tokens_of_many_prompts_with_a_cache_are_those_of_each_without(base):
     model = models.opened(base, torch.float32)
     prompts = [[2, 9, 4, 17], [5], [3, 3, 8, 21, 40, 7, 6]]
