@@ -14,6 +14,7 @@ from optimize.steps.planning import Context, Estimate, by_layer, weight_bytes
 IMPORTS = 15.0  # seconds of lm-eval's own
 ENGINE = 700_000_000  # bytes of each of vLLM's processes beside the model
 PASSES = 5  # over the logits of a window, which are compared
+READ = 2e9  # bytes a second of files, most of which the steps before have left in memory
 LOADED = 4  # passes over weights that are copied when a model is opened
 ANSWER = 32  # tokens
 AROUND = 3  # models that an adapter is put around
@@ -53,7 +54,7 @@ def _seconds(context: Context) -> float:
     merged = any(_merges(step) for step in recipe.steps)  # the base alone is measured too
     models = (1 if _same(context) else 2) + merged
     read = LOADED * machine.number * (models * context.copied / 4 + _quantizes(context) * context.linears)
-    read += models * context.base.bytes / 1e9
+    read += models * context.base.bytes / READ
     begun = machine.evaluation_text + (models + AROUND * living) * machine.opening + read
     rounded = any(step.rounds_inputs for step in recipe.steps) * context.inputs * machine.rounded_input
     read_text = context.token_seconds * ((2 + merged) * tokens + own)
