@@ -9,7 +9,7 @@ from optimize.checkpoint import architectures
 from optimize.checkpoint.checkpoint import ADAPTER, Checkpoint, header
 from optimize.errors import Refused
 from optimize.export import gguf_metadata, layout, optimum
-from optimize.steps.planning import Context, Estimate, beside_products, by_layer, following, passing
+from optimize.steps.planning import LOADED, Context, Estimate, beside_products, by_layer, following, passing
 from optimize.steps.quantize.rules import Quantize
 
 # A weight that is multiplied with, and its share of a scale; tables and output layers have 8 bits where it has fewer.
@@ -55,7 +55,8 @@ def estimates(context: Context) -> list[Estimate]:
 def _graph(context: Context) -> float:
     """Seconds of exporting the graph, which goes by its layers, of rounding and of the comparison."""
     machine = context.machine
-    return machine.tracing * (STARTED + TRACED * context.layers) + 20 * machine.number * context.weights
+    written = machine.onnx_rounding + machine.onnx_opening + LOADED * machine.number
+    return machine.tracing * (STARTED + TRACED * context.layers) + written * context.weights
 
 
 def _onnx(context: Context) -> tuple[int, int]:

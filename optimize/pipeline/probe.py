@@ -160,17 +160,20 @@ def tracing(folder: Path) -> dict[str, Any]:
 
 
 def in_onnx(folder: Path, job: Job) -> dict[str, Any]:
-    """Seconds in which ONNX Runtime opens a weight, and multiplies with one over a window and for one token."""
+    """Seconds in which a weight is rounded for ONNX Runtime, and in which it opens one, and multiplies with one over a
+    window and for one token."""
     from onnxruntime import InferenceSession
 
     from optimize.export import blocks
     from optimize.export.onnx import BITS
 
     weight = torch.full((4 * ROWS, int(configured(folder).hidden_size)), 0.01)
-    graph, count = blocks.product(weight, BITS.get(job.options["precision"], 0)), weight.numel()
+    bits, count = BITS.get(job.options["precision"], 0), weight.numel()
+    graph = blocks.product(weight, bits)
     session = InferenceSession(graph, providers=["CPUExecutionProvider"])
     window = torch.ones(job.evaluate.tokens, weight.shape[1]).numpy()
     return {
+        "onnx_rounding": taken(lambda: blocks.product(weight, bits)) / count,
         "onnx_opening": taken(lambda: InferenceSession(graph, providers=["CPUExecutionProvider"])) / count,
         "onnx_reading": taken(lambda: session.run(None, {"x": window})) / count / len(window),
         "onnx_answering": taken(lambda: session.run(None, {"x": window[:1]})) / count,

@@ -24,6 +24,7 @@ from optimize.recipe import Recipe
 
 MOVED = 128  # tokens whose logits are compared before channels are scaled and after
 GRID = 20  # tries of AWQ
+LOADED = 4  # passes over weights that are copied when a model is opened
 BATCH = 4  # windows that go through a layer at a time
 # Bytes of a step before it has done anything, and seconds until it begins: for steps of other packages.
 PROCESS, STARTING = 300_000_000, 0.5
@@ -87,6 +88,7 @@ class Machine:
     merging: float = 4e-8  # a weight that is merged into, and compared with PEFT's
     number: float = 8e-10  # a number of a softmax
     rounded_input: float = 5e-9  # a number of a linear layer's input that is rounded to 8 bits
+    onnx_rounding: float = 1e-8  # a weight that is rounded for an ONNX graph, and put into it
     onnx_opening: float = 4e-9  # a weight of an ONNX graph
     onnx_reading: float = 5e-11  # a multiplication of it over a window
     onnx_answering: float = 1e-10  # and for the next token
