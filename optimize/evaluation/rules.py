@@ -91,12 +91,13 @@ def _weights(context: Context, tokens: int) -> int:
     quantizes = _quantizes(context)
     export = context.recipe.export
     onnx = ONNX_SHARE[export.precision] * 2 * context.weights if export.format == "onnx" else 0
+    models = 1 if onnx or _same(context) else 2  # the original, and the result unless ONNX Runtime holds it
     if by_layer(size, context.memory):
         # A layer, and the hidden states of all the text.
-        outside = 2 * weight_bytes() * context.outside_layers if context.copied else 0
+        outside = models * weight_bytes() * context.outside_layers if context.copied else 0
         return int(onnx) + (layer if quantizes or context.copied else 0) + outside + 8 * tokens * context.hidden
-    if context.copied:  # the original, and the result unless ONNX Runtime holds it
-        return int(onnx) + context.copied * (1 if onnx or _same(context) else 2)
+    if context.copied:
+        return int(onnx) + context.copied * models
     return int(onnx) + (weight_bytes() * context.linears if quantizes else 0)
 
 
