@@ -132,7 +132,9 @@ def estimate(step: Quantize, context: Context) -> Estimate:
         memory += base.bytes
         seconds += _mixing(step, context, calibrating / context.recipe.calibration.samples, rounding)
         memory += 8 * context.recipe.calibration.tokens * context.vocabulary * 6
-    return Estimate("quantize", _what(step), memory, int(base.bytes * 0.65), seconds, _warning(step, context))
+    made = int(base.bytes * 0.65)
+    seconds += 2 * made / 1e9  # it is written twice
+    return Estimate("quantize", _what(step), memory, made, seconds, _warning(step, context))
 
 
 def _scaling(step: Quantize, context: Context) -> float:
