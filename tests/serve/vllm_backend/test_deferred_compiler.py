@@ -62,7 +62,7 @@ print(json.dumps({
     "vllm's": ["vllm::anything" in module.FALLBACK_ALLOW_LIST for module in (lowering, graph)],
     "artifact": type(torch._inductor.CompiledArtifact).__name__ != "_Placeholder",
     "stock": torch.compile.__module__ == torch.compiler.disable.__module__.partition(".")[0] == "torch",
-}))
+}), flush=True)
 os._exit(0)
 """
 # Where it is imported as ever.
@@ -74,7 +74,7 @@ stock = torch.compile, torch.compiler.disable
 if "unread" in sys.argv:  # a release of vLLM that nobody has read
     deferred_compiler.READ = frozenset()
 deferred_compiler.install()
-print(json.dumps({"stock": stock == (torch.compile, torch.compiler.disable), "attribute": "_dynamo" in vars(torch)}))
+print(json.dumps({"stock": stock == (torch.compile, torch.compiler.disable), "attribute": "_dynamo" in vars(torch)}), flush=True)
 os._exit(0)
 """
 
