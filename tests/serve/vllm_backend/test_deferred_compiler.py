@@ -74,7 +74,8 @@ stock = torch.compile, torch.compiler.disable
 if "unread" in sys.argv:  # a release of vLLM that nobody has read
     deferred_compiler.READ = frozenset()
 deferred_compiler.install()
-print(json.dumps({"stock": stock == (torch.compile, torch.compiler.disable), "attribute": "_dynamo" in vars(torch)}), flush=True)
+same = stock == (torch.compile, torch.compiler.disable)
+print(json.dumps({"stock": same, "attribute": "_dynamo" in vars(torch)}), flush=True)
 os._exit(0)
 """
 
