@@ -9,12 +9,11 @@ from msgspec.structs import replace
 
 from optimize.errors import Refused
 from optimize.options import Step
-from optimize.steps.planning import LOADED, Context, Estimate, by_layer, weight_bytes
+from optimize.steps.planning import LOADED, READ, Context, Estimate, by_layer, weight_bytes
 
 IMPORTS = 15.0  # seconds of lm-eval's own
 ENGINE = 700_000_000  # bytes of each of vLLM's processes beside the model
 PASSES = 5  # over the logits of a window, which are compared
-READ = 2e9  # bytes a second of files, most of which the steps before have left in memory
 ANSWER = 32  # tokens
 AROUND = 3  # models that an adapter is put around
 ADAPTED = 8  # windows that adapters are measured on

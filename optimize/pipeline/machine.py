@@ -14,6 +14,7 @@ from optimize.options import plain
 from optimize.pipeline.child import Child
 from optimize.pipeline.resident import Resident
 from optimize.recipe import Recipe
+from optimize.steps.merge.rules import Merge
 from optimize.steps.planning import Machine
 from optimize.steps.prune.rules import Prune
 from optimize.steps.tune.rules import Tune
@@ -27,7 +28,7 @@ def measured(recipe: Recipe, model: Path, resident: Resident) -> Machine:
         trained = next((plain(step) for step in recipe.steps if isinstance(step, Tune)), {})
         zeros = next((plain(step) for step in recipe.steps if isinstance(step, Prune) and step.zeros), {})
         options = {
-            "tune": trained, "zeros": zeros,
+            "tune": trained, "zeros": zeros, "merges": any(isinstance(step, Merge) for step in recipe.steps),
             "format": recipe.export.format, "precision": recipe.export.precision,
         }  # fmt: skip
         job = Job(

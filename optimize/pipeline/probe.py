@@ -71,8 +71,11 @@ def run(job: Job, progress: Progress) -> dict[str, Any]:
     if job.options["format"] == "onnx":
         found |= tracing(folder) | in_onnx(folder, job)
     with torch.inference_mode():
+        width = int(configured(folder).hidden_size)
         if zeros := job.options["zeros"]:
-            found["zero"] = zeroed(zeros, int(configured(folder).hidden_size))
+            found["zero"] = zeroed(zeros, width)
+        if job.options["merges"]:
+            found["merging"] = merged(width)
         return found | layer(folder, job.calibration.tokens) | matrices(folder)
 
 
@@ -221,7 +224,6 @@ def matrices(folder: Path) -> dict[str, float]:
         / ROWS
         / columns,
         "number": taken(lambda: log_softmax(wide, -1)) / wide.numel(),
-        "merging": merged(width),
         "rounded_input": taken(lambda: round_activations(head[:ROWS])) / ROWS / width,
     }
 

@@ -25,6 +25,9 @@ from optimize.recipe import Recipe
 MOVED = 128  # tokens whose logits are compared before channels are scaled and after
 GRID = 20  # tries of AWQ
 LOADED = 4  # passes over weights that are copied when a model is opened
+# Bytes a second of files: of those that are written, and of those that are read, most of which the steps before have
+# left in memory.
+WRITTEN, READ = 1e9, 2e9
 BATCH = 4  # windows that go through a layer at a time
 # Bytes of a step before it has done anything, and seconds until it begins: for steps of other packages.
 PROCESS, STARTING = 300_000_000, 0.5
@@ -35,6 +38,11 @@ FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_u
 def weight_bytes() -> int:
     """Of a weight that is computed with."""
     return 2 if processor.multiplies_bfloat16() else 4
+
+
+def writing(size: int) -> float:
+    """Seconds in which a checkpoint of so many bytes is written: its tensors as they come, then the file of them."""
+    return 2 * size / WRITTEN
 
 
 def by_layer(size: int, memory: int) -> bool:

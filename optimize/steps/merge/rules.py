@@ -10,7 +10,7 @@ from optimize.checkpoint import architectures
 from optimize.errors import RecipeError, Refused
 from optimize.options import Step
 from optimize.steps.kind import StepKind
-from optimize.steps.planning import LOADED, Context, Estimate
+from optimize.steps.planning import LOADED, Context, Estimate, writing
 
 IMPORTS = 1.5  # seconds of PEFT's own
 
@@ -66,7 +66,7 @@ def estimate(step: Merge, context: Context) -> Estimate:
     compared = context.linears if base.tied else context.weights
     seconds = IMPORTS + 2 * context.machine.opening + context.machine.merging * compared
     seconds += 2 * LOADED * context.machine.number * context.weights  # both are opened in fp32
-    return Estimate("merge", what, memory, base.bytes, seconds + 2 * base.bytes / 1e9)  # it is written twice
+    return Estimate("merge", what, memory, base.bytes, seconds + writing(base.bytes))
 
 
 def refuse(step: Merge, context: Context) -> None:

@@ -12,7 +12,7 @@ from optimize.errors import RecipeError, Refused
 from optimize.options import Step
 from optimize.steps.kind import StepKind
 from optimize.steps.merge.rules import Merge
-from optimize.steps.planning import BATCH, Context, Estimate, cubes, passing, summing, weight_bytes
+from optimize.steps.planning import BATCH, Context, Estimate, cubes, passing, summing, weight_bytes, writing
 
 WATCHED = 16  # windows that influence is measured on
 TRIED = 4  # windows that a choice is tried on
@@ -87,7 +87,7 @@ def pattern_of(pattern: str) -> tuple[int, int] | None:
 def estimate(step: Prune, context: Context) -> Estimate:
     base, machine = context.base, context.machine
     size = base.bytes
-    seconds = machine.calibration_text + machine.opening + base.bytes / 1e9
+    seconds = machine.calibration_text + machine.opening + writing(base.bytes)
     memory = machine.process + context.copied
     if step.vocabulary:
         what = f"keep the {step.vocabulary} most used tokens" if step.vocabulary != "used" else "keep the used tokens"

@@ -12,7 +12,7 @@ from optimize.checkpoint.linears import group, ignored, linear, undivided
 from optimize.errors import RecipeError, Refused
 from optimize.options import Step
 from optimize.steps.kind import StepKind
-from optimize.steps.planning import GRID, MOVED, Context, Estimate, beyond_low_rank, passing
+from optimize.steps.planning import GRID, MOVED, Context, Estimate, beyond_low_rank, passing, writing
 from optimize.steps.quantize.method import methods
 
 # What vLLM 0.32 has no kernel for on a CPU; it emulates most of it, too slowly to use.
@@ -133,8 +133,7 @@ def estimate(step: Quantize, context: Context) -> Estimate:
         seconds += _mixing(step, context, calibrating / context.recipe.calibration.samples, rounding)
         memory += 8 * context.recipe.calibration.tokens * context.vocabulary * 6
     made = int(base.bytes * 0.65)
-    seconds += 2 * made / 1e9  # it is written twice
-    return Estimate("quantize", _what(step), memory, made, seconds, _warning(step, context))
+    return Estimate("quantize", _what(step), memory, made, seconds + writing(made), _warning(step, context))
 
 
 def _scaling(step: Quantize, context: Context) -> float:
